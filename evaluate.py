@@ -517,7 +517,9 @@ class Mahalanobis:
         rows = x_0.flatten(2).permute(2, 0, 1).double()
         self.mu = rows.mean(1, keepdim=True)
         S = (rows - self.mu).mT @ (rows - self.mu) / rows.shape[1]
-        self.memory = torch.linalg.inv(torch.linalg.cholesky((1 - shrinkage) * S + shrinkage * torch.eye(S.shape[-1], dtype=S.dtype))).float()
+        I = torch.eye(S.shape[-1], dtype=S.dtype)
+        L = torch.linalg.cholesky((1 - shrinkage) * S + shrinkage * I)
+        self.memory = torch.linalg.solve_triangular(L, I.expand_as(L), upper=False).float()
         self.mu = self.mu.float()
 
     def __call__(self, x_0):

@@ -1,0 +1,73 @@
+"""Shared by all tests: the import path, hypothesis profiles, and a tiny data set in MVTec layout."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N draws others.
+settings.register_profile("ci", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+
+
+def picture(seed, size=(40, 48), defect=False):
+    """A grey striped image with a little grain, a bright square as its defect, and the mask."""
+    rng = np.random.default_rng(seed)
+    a = 110 + 40 * np.sin(np.arange(size[1]) / 2)[None] + rng.normal(0, 4, size)
+    mask = np.zeros(size, bool)
+    if defect:
+        mask[10:22, 12:26] = True
+        a[mask] = 250
+    return np.clip(np.repeat(a[..., None], 3, 2), 0, 255), mask
+
+
+def make_mvtec(root, categories=("bolt",), train=6, good=3, bad=3):
+    for c, name in enumerate(categories):
+        for k in range(train + good):
+            save(root / name / ("train" if k < train else "test") / f"good/{k:03d}.png", picture(100 * c + k)[0])
+        for k in range(bad):
+            image, mask = picture(50 + 100 * c + k, defect=True)
+            save(root / name / f"test/dent/{k:03d}.png", image)
+            save(root / name / f"ground_truth/dent/{k:03d}_mask.png", mask * 255)
+    return root
+
+
+def run(command, *args, timeout=240, **env):
+    """A command of the project as a subprocess: its CompletedProcess."""
+    return subprocess.run([sys.executable, str(ROOT / command), *map(str, args)], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdin=subprocess.DEVNULL)
+
+
+def fails(result, *words):
+    """Bad input: exit code 2, one line on stderr that holds `words`, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, (result.returncode, result.stderr)
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_mvtec(tmp_path_factory.mktemp("data") / "tiny", ("bolt", "nut"))
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """The folder of a finished run on both categories of `data`, and what it printed."""
+    out = tmp_path_factory.mktemp("trained")
+    result = run("train.py", "--data", data, "--out", out, "--steps", 4, "--image-size", 64)
+    assert result.returncode == 0, result.stderr
+    return out / "tiny", result

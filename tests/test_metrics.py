@@ -1,0 +1,140 @@
+"""Metrics against brute force, and the known traps."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import evaluate
+from evaluate import Item, area_to, image_metrics, pixel_metrics
+
+scores = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30)
+
+
+def brute_auroc(s, d):
+    pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(s[d], s[~d])]
+    return 100 * np.mean(pairs)
+
+
+@given(scores)
+def test_image_auroc_is_the_share_of_ordered_pairs(rows):
+    s, d = np.array([r[0] for r in rows], float), np.array([r[1] for r in rows])
+    auroc, ap = image_metrics(s, d)
+    if d.all() or not d.any():
+        assert auroc is None and ap is None
+        return
+    assert auroc == pytest.approx(brute_auroc(s, d), abs=1e-9)
+    thresholds = np.unique(s)[::-1]
+    recall = [(d & (s >= h)).sum() / d.sum() for h in thresholds]
+    precision = [(d & (s >= h)).sum() / (s >= h).sum() for h in thresholds]
+    assert ap == pytest.approx(100 * np.sum(np.diff([0, *recall]) * precision), abs=1e-9)
+
+
+def test_average_precision_beside_scikit_learn():
+    # scikit-learn 1.7.2, average_precision_score and roc_auc_score on these six scores (ties included).
+    s, d = np.array([0.1, 0.4, 0.4, 0.8, 0.35, 0.9]), np.array([0, 0, 1, 1, 0, 1], bool)
+    assert image_metrics(s, d) == (pytest.approx(94.44444444), pytest.approx(91.66666667))
+
+
+def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
+    """Random maps at mask size and random masks; returns maps, items, sizes, masks."""
+    items, masks = [], []
+    for k in range(n):
+        mask = np.zeros(size, bool)
+        for _ in range(regions if k else 0):
+            y, x = rng.integers(0, size[0] - 6), rng.integers(0, size[1] - 8)
+            mask[y:y + rng.integers(2, 6), x:x + rng.integers(2, 8)] = True
+        path = tmp_path / f"{k}.png"
+        Image.fromarray(np.uint8(mask) * 255).save(path)
+        masks.append(mask)
+        items.append(Item(path, "dent" if mask.any() else "good", (path,)))
+    maps = torch.from_numpy(rng.normal(size=(n, *size)).astype(np.float32) + 0.8 * np.array(masks))
+    return maps.float(), items, [size] * n, masks
+
+
+def brute_pro(maps, masks, limit, saturate=lambda area: area):
+    """Every threshold, every region, straight from the definition."""
+    from scipy.ndimage import label
+    good = np.concatenate([y[~m] for y, m in zip(maps, masks)])
+    regions = []
+    for y, m in zip(maps, masks):
+        labels, n = label(m, np.ones((3, 3)))
+        regions += [y[labels == k] for k in range(1, n + 1)]
+    x, o = [0.0], [0.0]
+    for h in np.unique(maps)[::-1]:
+        x.append((good >= h).mean())
+        o.append(np.mean([min((r >= h).sum() / saturate(len(r)), 1) for r in regions]))
+    inside = [i for i in range(len(x)) if x[i] <= limit]
+    k = inside[-1]
+    x, o = x[:k + 1] + [limit], o[:k + 1] + [o[k] + (o[k + 1] - o[k]) * (limit - x[k]) / (x[k + 1] - x[k])]
+    return 100 * np.trapezoid(o, x) / limit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_binned_figures_agree_with_exact_ones_to_1e_4(tmp_path, seed):
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(seed))
+    auroc, ap, aupro = pixel_metrics(maps, items, sizes)
+    y, m = maps.numpy(), np.array(masks)
+    exact_auroc, exact_ap = image_metrics(y.ravel().astype(float), m.ravel())
+    assert abs(auroc - exact_auroc) < 0.01 and abs(ap - exact_ap) < 0.01 and abs(aupro - brute_pro(y, masks, 0.3)) < 0.01
+
+
+def test_saturated_overlap(tmp_path):
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(7), regions=1)
+    spro = pixel_metrics(maps, items, sizes, {255: (0.5, True)}, 0.05)[2]
+    assert spro == pytest.approx(brute_pro(maps.numpy(), masks, 0.05, lambda a: int(0.5 * a)), abs=0.01)
+    assert pixel_metrics(maps, items, sizes, {255: (10 ** 6, False)}, 0.3)[2] == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
+
+
+def test_area_is_divided_by_the_limit_and_interpolated_at_it():
+    assert area_to([1.0], [1.0], 0.3) == pytest.approx(0.15)
+    assert area_to([0.0, 1.0], [1.0, 1.0], 0.3) == pytest.approx(1.0)
+    assert area_to([0.2, 0.4], [0.5, 0.7], 0.3) == pytest.approx((0.05 + 0.055) / 0.3)
+
+
+def test_perfect_maps_give_100_and_never_more(tmp_path):
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(1))
+    auroc, ap, aupro = pixel_metrics(torch.from_numpy(np.array(masks)).float(), items, sizes)
+    assert (auroc, ap, aupro) == (pytest.approx(100), pytest.approx(100), pytest.approx(100))
+
+
+def test_constant_maps_are_chance(tmp_path):
+    maps, items, sizes, _ = make_set(tmp_path, np.random.default_rng(2))
+    auroc, _, aupro = pixel_metrics(torch.full_like(maps, 3.0), items, sizes)
+    assert auroc == pytest.approx(50) and aupro == pytest.approx(15)
+
+
+def test_regions_touching_at_a_corner_are_one(tmp_path):
+    mask = np.zeros((8, 8), bool)
+    mask[1, 1] = mask[2, 2] = True
+    Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
+    regions, union = evaluate.masks_of(Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",)), (8, 8))
+    assert len(regions) == 1 and regions[0][1] == 2 and union.sum() == 2
+
+
+def test_false_positive_rate_is_of_the_whole_set_not_per_image(tmp_path):
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(3))
+    maps[0] += 10                                  # one image reads high everywhere: min-max per image would hide it
+    assert pixel_metrics(maps, items, sizes)[2] == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
+
+
+def test_empty_masks_of_defective_images_count_as_defect_free(tmp_path):
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(4))
+    empty = [Item(i.path, "dent", i.masks) for i in items[:1]] + items[1:]
+    assert pixel_metrics(maps, empty, sizes) == pixel_metrics(maps, items, sizes)
+
+
+def test_maps_are_resampled_to_the_mask_and_masks_never(tmp_path):
+    mask = np.zeros((200, 100), bool)
+    mask[77, 33] = True                            # one pixel: any resizing of the mask would lose or spread it
+    Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
+    item = Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",))
+    y = torch.zeros(1, 20, 10)
+    y[0, 7, 3] = 1.0
+    regions, union = evaluate.masks_of(item, (200, 100))
+    assert union.sum() == 1 and pixel_metrics(y, [item], [(200, 100)])[0] > 99
+    with pytest.raises(evaluate.InputError, match="m.png: mask is 100 x 200, its image 10 x 20"):
+        evaluate.masks_of(item, (20, 10))
