@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -27,7 +28,7 @@ from scipy import ndimage
 import wtflow
 from wtflow import InputError
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)       # open_image refuses these itself
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 COLUMNS = ("category", "image_auroc", "image_auroc_max", "pixel_auroc", "aupro", "train_images", "test_images", "seconds")
 MORE = ("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural", "spro_logical", "spro_structural", "spro")
@@ -146,9 +147,11 @@ def open_image(path):
     """PIL image, decoded. Raises InputError naming the file."""
     try:
         image = Image.open(path)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
         image.load()
         return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning, EOFError, MemoryError,
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError,
             OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as e:
         raise InputError(f"{path}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "
                          "replace or remove it") from None
@@ -567,6 +570,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def exit_cleanly(main):
     """Run main; what the user can mend ends as one line on stderr and exit code 2, an interruption as 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except InputError as e:

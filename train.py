@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -312,5 +311,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     evaluate.exit_cleanly(main)

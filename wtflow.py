@@ -181,14 +181,15 @@ def extractor(backbone, weights=None):
     """
     if backbone not in BACKBONES:
         raise InputError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
-    net = WideResNet50() if backbone == "wide_resnet50_2" else EfficientNetLite(backbone)
+    with torch.device("meta"):                     # no time spent on weights that are replaced
+        net = WideResNet50() if backbone == "wide_resnet50_2" else EfficientNetLite(backbone)
     try:
         if weights is None and backbone == "wide_resnet50_2":
             state = torch.hub.load_state_dict_from_url(WIDE_RESNET_URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
             state = torch.load(weights or package_weights(backbone), map_location="cpu", weights_only=True)
         head = ("_conv_head", "_bn1", "_fc")        # classifier of EfficientNet, not built here
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)}, assign=True)
     except OSError as e:
         raise InputError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:

@@ -1,0 +1,232 @@
+"""The commands as a user types them, good and bad, on a tiny data set."""
+import csv
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fails, make_mvtec, picture, run, save
+from PIL import Image
+
+TINY = ("--steps", 4, "--image-size", 64)
+
+
+def rows(folder, name="results.csv"):
+    with open(folder / name, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def without_seconds(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows(folder, "metrics.csv")]
+
+
+# ------------------------------------------------------------------------------------------------------------ good input
+def test_train_writes_models_maps_and_the_table(trained):
+    folder, result = trained
+    table = rows(folder)
+    assert list(table[0]) == "category,image_auroc,image_auroc_max,pixel_auroc,aupro,train_images,test_images,seconds".split(",")
+    assert [r["category"] for r in table] == ["bolt", "nut", "mean"] and table[0]["train_images"] == "6" and table[0]["test_images"] == "6"
+    for r in table:
+        assert all(0 <= float(r[k]) <= 100 for k in ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro"))
+        assert r["category"] in result.stdout and r["aupro"] in result.stdout
+    for name in ("bolt", "nut"):
+        assert (folder / name / "model.pt").is_file() and len(list((folder / name / "maps").glob("*.png"))) >= 6
+    assert (folder / "contact-sheet.png").is_file() and "category" not in result.stderr.split(":")[0]
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
+
+
+def test_same_seed_same_result_and_other_seed_another(data, trained, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        assert run("train.py", "--data", data / "bolt", "--out", tmp_path, *TINY, "--seed", seed).returncode == 0
+        a, b = (torch.load(f / "bolt/model.pt", weights_only=True)["field"] for f in (trained[0], tmp_path / "tiny"))
+        assert all(torch.equal(a[k], b[k]) for k in a) == same
+        assert (without_seconds(tmp_path / "tiny")[0] == without_seconds(trained[0])[0]) or not same
+
+
+def test_checkpoints_hold_tensors_and_plain_values_and_no_path(trained):
+    blob = (trained[0] / "bolt/model.pt").read_bytes()
+    torch.load(trained[0] / "bolt/model.pt", weights_only=True)
+    for secret in (str(trained[0].parent), str(ROOT), os.path.expanduser("~") + "/"):
+        assert secret.encode() not in blob and secret not in (trained[0] / "metrics.csv").read_text()
+
+
+def test_evaluate_gives_the_table_again(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    before = without_seconds(tmp_path / "tiny")
+    for where in (tmp_path, tmp_path / "tiny"):
+        result = run("evaluate.py", "--run", where, "--data", data, "--save-maps")
+        assert result.returncode == 0, result.stderr
+        assert without_seconds(tmp_path / "tiny") == before
+    tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
+    assert tiff.mode == "F" and tiff.size == (48, 40)
+    assert run("evaluate.py", "--run", tmp_path, "--data", data, "--euler-steps", 2).returncode == 0
+    assert without_seconds(tmp_path / "tiny") != before
+
+
+def test_one_image_and_a_folder_of_images(data, trained, tmp_path):
+    model, image = trained[0] / "bolt/model.pt", data / "bolt/test/dent/000.png"
+    result = run("evaluate.py", "--model", model, "--image", image, "--out", tmp_path / "a.png")
+    assert result.returncode == 0 and "score" in result.stdout and Image.open(tmp_path / "a.png").size[0] > 600
+    result = run("evaluate.py", "--model", model, "--image", image.parent)
+    assert result.returncode == 0 and result.stdout.count("score") == 3
+
+
+def test_compare_has_every_method_on_every_category(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    assert run("evaluate.py", "--run", tmp_path, "--data", data / "bolt", "--compare").returncode == 0
+    methods = [r["method"] for r in rows(tmp_path / "tiny", "compare.csv")]
+    assert methods[:3] == ["WT-Flow", "rFM", "OT-CFM"] and len(methods) == 5
+
+
+def test_several_seeds_give_mean_and_spread(data, tmp_path):
+    result = run("train.py", "--data", data / "bolt", "--out", tmp_path, *TINY, "--seeds", 0, 1, "--maps", "none")
+    assert result.returncode == 0 and "+-" in result.stdout
+    each = [float(rows(tmp_path / f"seed{s}/tiny")[0]["aupro"]) for s in (0, 1)]
+    assert float(rows(tmp_path / "tiny")[0]["aupro"]) == pytest.approx(np.mean(each), abs=0.01)
+    assert float(rows(tmp_path / "tiny", "spread.csv")[0]["aupro"]) == pytest.approx(np.std(each, ddof=1), abs=0.01)
+
+
+def test_processes_share_the_categories(data, trained, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", str(ROOT / "train.py")]
+    result = subprocess.run([*command, "--data", data, "--out", tmp_path, *map(str, TINY)], capture_output=True, text=True, timeout=240,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
+
+
+def test_a_folder_of_good_images_trains_and_scores(data, tmp_path):
+    result = run("train.py", "--data", data / "bolt/train/good", "--out", tmp_path, *TINY)
+    assert result.returncode == 0 and rows(tmp_path / "train")[0]["image_auroc"] == "", result.stderr
+    assert run("evaluate.py", "--model", tmp_path / "train/good/model.pt", "--image", data / "bolt/test/good").returncode == 0
+
+
+@pytest.mark.parametrize("gone", ["test/good", "test/dent"])
+def test_a_test_folder_of_one_kind_leaves_auroc_empty_and_says_why(tmp_path, gone):
+    data = make_mvtec(tmp_path / "d")
+    shutil.rmtree(data / "bolt" / gone)
+    result = run("train.py", "--data", data, "--out", tmp_path, *TINY)
+    assert result.returncode == 0 and "AUROC is not defined" in result.stderr
+    assert rows(tmp_path / "d")[0]["image_auroc"] == ""
+
+
+def test_without_masks_the_pixel_columns_are_empty(tmp_path):
+    data = make_mvtec(tmp_path / "d")
+    shutil.rmtree(data / "bolt/ground_truth")
+    assert run("train.py", "--data", data, "--out", tmp_path, *TINY).returncode == 0
+    row = rows(tmp_path / "d")[0]
+    assert row["pixel_auroc"] == row["aupro"] == "" and row["image_auroc"]
+
+
+@pytest.mark.parametrize("make", ["constant", "one", "copies"])
+def test_degenerate_training_sets_train(tmp_path, make):
+    for k in range(1 if make == "one" else 4):
+        save(tmp_path / f"d/x/train/good/{k}.png", np.full((40, 48, 3), 128) if make == "constant" else picture(0)[0])
+    save(tmp_path / "d/x/test/good/0.png", picture(1)[0])
+    result = run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY)
+    assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+def test_bad_options(data, tmp_path):
+    for args, words in [(("--steps", 0), ["--steps"]), (("--backbone", "vgg"), ["vgg", "efficientnet_lite0"]), (("--category", "screw"), ["screw", "bolt"]),
+                        (("--device", "cuda"), ["--device cuda"]), (("--image-size", 65), ["--image-size"]), (("--coupling", "best"), ["worst"]),
+                        (("--backbone", "wide_resnet50_2", "--weights", data / "none.pth"), ["none.pth", "--weights"])]:
+        if args == ("--device", "cuda") and torch.cuda.is_available():
+            continue
+        fails(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY, *args), *words)
+    assert not (tmp_path / "o").exists()
+    fails(run("train.py", "--data", tmp_path / "absent"), "absent")
+    fails(run("evaluate.py"), "--run")
+
+
+def test_out_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(run("train.py", "--data", data, "--out", tmp_path / "file", *TINY), "file", "--out")
+
+
+@pytest.mark.parametrize("where", ["train/good/001.png", "test/good/007.png", "test/dent/001.png", "ground_truth/dent/001_mask.png"])
+@pytest.mark.parametrize("blob", [b"", b"not an image", None])
+def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
+    path = make_mvtec(tmp_path / "d") / "bolt" / where
+    path.write_bytes(path.read_bytes()[:120] if blob is None else blob)
+    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY), path.name)
+    assert not list((tmp_path / "d").rglob("results.csv"))
+
+
+def test_mask_of_another_size(tmp_path):
+    data = make_mvtec(tmp_path / "d")
+    save(data / "bolt/ground_truth/dent/001_mask.png", np.ones((5, 5)))
+    fails(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY), "001_mask.png", "5 x 5")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = (trained[0] / "bolt/model.pt").read_bytes()
+    state = torch.load(trained[0] / "bolt/model.pt", weights_only=True)
+    bad = {"truncated": good[: len(good) // 2], "empty": b"", "evil": pickle.dumps(Evil())}
+    for name, change in {"foreign": lambda s: {"a": torch.ones(2)}, "list": lambda s: [1], "shape": lambda s: {**s, "W": torch.ones(3, 3)},
+                         "missing": lambda s: {k: v for k, v in s.items() if k != "field"}, "type": lambda s: {**s, "mean": "x"},
+                         "nan": lambda s: {**s, "field": {k: v * float("nan") if v.is_floating_point() else v for k, v in s["field"].items()}},
+                         "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}}}.items():
+        torch.save(change(state), tmp_path / "x")
+        bad[name] = (tmp_path / "x").read_bytes()
+    for name, blob in bad.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(blob)
+        fails(run("evaluate.py", "--model", path, "--image", data / "bolt/test/good/006.png", "--out", tmp_path / "o.png"), f"{name}.pt")
+    assert not (tmp_path / "o.png").exists() and not (tmp_path / "evil-was-here").exists()
+
+
+# -------------------------------------------------------------------------------------------------- interruptions, locks
+def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
+    """A run killed at 25 moments, resumed each time, ends bit-identical to an uninterrupted one."""
+    args = ("--data", data, *map(str, TINY), "--steps", "30", "--maps", "none", "--resume")
+    code = "import sys, train, evaluate; train.SAVE_SECONDS = 0; evaluate.exit_cleanly(train.main)"      # a state after every step
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert run("train.py", *args, "--out", tmp_path / "whole").returncode == 0
+    rng = np.random.default_rng(0)
+    for k in range(25):
+        p = subprocess.Popen([sys.executable, "-c", code, *map(str, args), "--out", str(tmp_path / "cut")], env=env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.5, 4.0))
+        p.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][k % 3])
+        p.wait(timeout=60)
+    result = run("train.py", *args, "--out", tmp_path / "cut")
+    assert result.returncode == 0, result.stderr
+    assert without_seconds(tmp_path / "cut/tiny") == without_seconds(tmp_path / "whole/tiny")
+    for name in ("bolt", "nut"):
+        a, b = (torch.load(tmp_path / f / "tiny" / name / "model.pt", weights_only=True)["field"] for f in ("cut", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_refuses_what_does_not_fit(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    base = ("--data", data, "--out", tmp_path, "--resume")
+    for args, word in [((*TINY, "--seed", 5), "seed"), ((*TINY, "--coupling", "optimal"), "coupling"), (("--steps", 4, "--image-size", 96), "image_size"),
+                       ((*TINY, "--backbone", "efficientnet_lite2"), "backbone")]:
+        fails(run("train.py", *base, *args), word, "model.pt")
+    more = tmp_path / "more/tiny"
+    shutil.copytree(data, more)
+    save(more / "bolt/train/good/999.png", picture(5)[0])
+    fails(run("train.py", "--data", more, "--out", tmp_path, "--resume", *TINY), "images")
+
+
+def test_two_runs_into_one_folder(data, tmp_path):
+    import fcntl
+    (tmp_path / "tiny").mkdir()
+    with open(tmp_path / "tiny/.lock", "w") as lock:
+        lock.write("4242")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails(run("train.py", "--data", data, "--out", tmp_path, *TINY), "4242", "--out")
