@@ -449,7 +449,8 @@ def draw_category(folder, category, maps, scores, sizes, which="worst"):
     threshold = best_f1(scores, bad) if bad.any() else float(scores.max())
     order, low, high = np.argsort(scores, kind="stable"), float(maps.flatten()[::97].median()), float(maps.max())
     good, defective, named = [j for j in order if not bad[j]], [j for j in order if bad[j]], {}
-    for kind, chosen in (("false_alarm", good[:-3:-1]), ("hit", defective[:-4:-1]), ("miss", defective[:3])):
+    for kind, chosen in (("false_alarm", good[:-3:-1]), ("miss", defective[:min(3, len(defective) // 2)]),
+                         ("hit", defective[:-min(3, len(defective) - len(defective) // 2) - 1:-1])):
         named |= {j: f"{kind}{k + 1}_" for k, j in enumerate(chosen)}
     for old in (folder / "maps").glob("*.png"):    # pictures of an earlier run
         old.unlink()
@@ -470,7 +471,7 @@ def draw_category(folder, category, maps, scores, sizes, which="worst"):
 def draw_contact_sheet(folder, names):
     """contact-sheet.png of a data set: for every category its best hit and its worst miss, from the pictures in maps/."""
     rows = [[next(iter(sorted((folder / name / "maps").glob(f"{kind}1_*.png"))), None) for kind in ("hit", "miss")] for name in names]
-    rows = [[Image.open(p) for p in row] for row in rows if all(row)]
+    rows = [[Image.open(p) for p in row if p] for row in rows if any(row)]
     if rows:
         w, h = rows[0][0].size
         sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
