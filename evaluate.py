@@ -392,13 +392,20 @@ def load_detector(path, device="cpu", weights=None):
     try:
         state = load_state(path)
         return wtflow.Detector(state["recipe"], weights, device).load_state(state)
-    except (KeyError, TypeError, RuntimeError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e:
         raise InputError(f"{path}: does not fit its own recipe ({str(e).splitlines()[0][:80]}): train it again") from None
 
 
-def score_all(detector, x, euler_steps=1, batch=16):
-    """Maps (n, N, N) and image scores (n,) of features (n, d, h, w), on the CPU."""
-    out = [detector.score(b.to(detector.device).float(), euler_steps) for b in x.split(batch)]
+def normalise_all(detector, x):
+    """x_0 of features x (n, d, h, w) float16, in the same memory."""
+    for part in x.split(64):
+        part.copy_(detector.normalise(part.to(detector.device).float()).clamp(-65504, 65504))
+    return x
+
+
+def score_all(detector, x_0, euler_steps=1, batch=16):
+    """Maps (n, N, N) and image scores (n,) of x_0 (n, d, h, w), on the CPU."""
+    out = [detector.score(b.to(detector.device).float(), euler_steps) for b in x_0.split(batch)]
     return torch.cat([m.cpu() for m, _ in out]), torch.cat([s.cpu() for _, s in out]).double().numpy()
 
 
@@ -481,11 +488,11 @@ def draw_contact_sheet(folder, names):
         write_whole(folder / "contact-sheet.png", lambda to: sheet.save(to, format="PNG"))
 
 
-def evaluate_category(detector, category, x, sizes, folder, which="worst", tiff=False, euler_steps=1):
-    """Score the test features x of a category, measure, draw; its row."""
+def evaluate_category(detector, category, x_0, sizes, folder, which="worst", tiff=False, euler_steps=1):
+    """Score the normalised test features x_0 of a category, measure, draw; its row."""
     if not category.test:
         return measure(category, torch.zeros(0, 1, 1), np.zeros(0), [])
-    maps, scores = score_all(detector, x, euler_steps)
+    maps, scores = score_all(detector, x_0, euler_steps)
     row = measure(category, maps, scores, sizes)
     draw_category(folder, category, maps, scores, sizes, which)
     if tiff:
@@ -506,7 +513,7 @@ class Neighbour:
 
     def __init__(self, x_0, m=6000, seed=0):
         rows = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
-        self.memory = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:m]].to(x_0.device).float()
+        self.memory = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:m]].float()
 
     def __call__(self, x_0):
         """log p = -(squared distance)/(2d), so that the flow's scorer applies unchanged."""
@@ -515,34 +522,24 @@ class Neighbour:
 
 
 class Mahalanobis:
-    """|x_0 - mu|^2 with mean and covariance of each location (PaDiM: Defard et al. 2021), shrunk towards the identity."""
+    """|V_l (x_0 - mu_l)|^2 with mean and covariance of each cell (PaDiM: Defard et al. 2021), with the recipe's prior."""
 
-    def __init__(self, x_0, shrinkage=0.1):
-        rows = x_0.flatten(2).permute(2, 0, 1).double()
-        self.mu = rows.mean(1, keepdim=True)
-        S = (rows - self.mu).mT @ (rows - self.mu) / rows.shape[1]
-        I = torch.eye(S.shape[-1], dtype=S.dtype)
-        L = torch.linalg.cholesky((1 - shrinkage) * S + shrinkage * I)
-        self.memory = torch.linalg.solve_triangular(L, I.expand_as(L), upper=False).float()
-        self.mu = self.mu.float()
+    def __init__(self, x_0, prior):
+        self.mu, self.memory = wtflow.fit_cells(x_0, prior)
 
     def __call__(self, x_0):
-        z = (x_0.flatten(2).permute(2, 0, 1) - self.mu) @ self.memory.mT
-        return -z.square().mean(-1).T.view(x_0[:, 0].shape) / 2
+        return wtflow.log_density(wtflow.whiten(x_0, self.mu, self.memory))
 
 
-def compare(detector, category, x, x_test, sizes, seed):
-    """Rows of every method on one category's features: figures, milliseconds per image from x_0 to map, size in MiB."""
+def compare(detector, category, x_0, t_0, sizes, seed):
+    """Rows of every method on one category's x_0 (training) and t_0 (test): figures, milliseconds per image from x_0 to map, size in MiB."""
     from train import train_field
-    rows, size = [], (detector.recipe["image_size"],) * 2
-    x_0 = torch.cat([detector.normalise(b.float()) for b in x.split(64)])
-    t_0 = torch.cat([detector.normalise(b.float()) for b in x_test.split(64)])
+    rows = []
 
     def add(name, log_p, mib):
-        log_p(t_0[:8])
-        began, out = time.perf_counter(), []
-        for b in t_0.split(8):
-            out.append(wtflow.anomaly_map(log_p(b), size, detector.recipe["smooth"], detector.recipe["score"]))
+        log_p(t_0[:8].float())                     # warm-up
+        began = time.perf_counter()
+        out = [detector.read_map(log_p(b.float())) for b in t_0.split(8)]
         took = 1000 * (time.perf_counter() - began) / len(t_0)
         maps, scores = torch.cat([m for m, _ in out]), torch.cat([s for _, s in out]).double().numpy()
         row = measure(category, maps, scores, sizes)
@@ -551,11 +548,11 @@ def compare(detector, category, x, x_test, sizes, seed):
     coupling = detector.recipe["coupling"]
     for name, kind in (("WT-Flow", "worst"), ("rFM", "independent"), ("OT-CFM", "optimal")):
         detector.recipe["coupling"] = kind
-        train_field(detector, x, seed)
-        detector.calibrate(x)
+        train_field(detector, x_0, seed)
+        detector.calibrate(x_0)
         add(name, detector.log_density, sum(p.numel() for p in detector.field.parameters()) * 4 / 2 ** 20)
     detector.recipe["coupling"] = coupling
-    for name, make in (("nearest neighbour, 6000", Neighbour), ("Mahalanobis per patch", Mahalanobis)):
+    for name, make in (("nearest neighbour, 6000", Neighbour), ("Mahalanobis per patch", lambda x: Mahalanobis(x, 0.1))):
         method = make(x_0)
         add(name, method, method.memory.numel() * 4 / 2 ** 20)
     return rows
@@ -600,12 +597,13 @@ def evaluate_run(args, device):
     for category in categories:
         model = folder / category.name / "model.pt"
         began, detector, state = time.monotonic(), load_detector(model, device, args.weights), load_state(model)
-        x_test, sizes = extract(detector, [i.path for i in category.test])
+        t_0, sizes = extract(detector, [i.path for i in category.test])
+        normalise_all(detector, t_0)
         if args.compare:
-            x, _ = extract(detector, category.train)
-            rows += compare(detector, category, x, x_test, sizes, state["signature"]["seed"])
+            x_0 = normalise_all(detector, extract(detector, category.train)[0])
+            rows += compare(detector, category, x_0, t_0, sizes, state["signature"]["seed"])
         else:
-            rows.append(evaluate_category(detector, category, x_test, sizes, folder / category.name, args.maps, args.save_maps, args.euler_steps))
+            rows.append(evaluate_category(detector, category, t_0, sizes, folder / category.name, args.maps, args.save_maps, args.euler_steps))
             rows[-1]["seconds"] = round(time.monotonic() - began, 1)
     if args.compare:
         columns = ("category", "method", "image_auroc", "pixel_auroc", "aupro", "ms_per_image", "model_mib")
@@ -622,7 +620,7 @@ def score_images(args, device):
     if not paths:
         raise InputError(f"{path}: no images in this folder")
     x, _ = extract(detector, paths)
-    maps, scores = score_all(detector, x, args.euler_steps)
+    maps, scores = score_all(detector, normalise_all(detector, x), args.euler_steps)
     for p, y, s in zip(paths, maps, scores):
         out = Path(args.out or f"{p.stem}_map.png") if not path.is_dir() else Path(args.out) / f"{p.stem}_map.png" if args.out else None
         print(f"{p.name}  score {s:.4f}" + (f"  {out}" if out else ""))

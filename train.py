@@ -37,15 +37,15 @@ def learning_rate(step, recipe):
     return recipe["lr"] * (s / 0.1 if s < 0.1 else 0.5 * (1 + np.cos(np.pi * (s - 0.1) / 0.9)))
 
 
-def train_field(detector, x, seed, show=lambda step, loss: None, state=None, save=lambda state: None):
-    """Fit detector.field to the velocity of normal features x (n, d, h, w), not yet normalised; the last step is the model.
+def train_field(detector, x_0, seed, show=lambda step, loss: None, state=None, save=lambda state: None):
+    """Fit detector.field to the velocity of normal features x_0 (n, d, h, w); the last step is the model.
 
     state: where an earlier run stopped, as given to save(state) about every SAVE_SECONDS and after the last step; the
     result is the same to the last bit. Raises InputError if the loss is not finite.
     """
     recipe, device = detector.recipe, detector.device
     torch.manual_seed(seed)                        # the field's initial weights
-    field = detector.new_field(x.shape[1]).train()
+    field = detector.new_field(x_0.shape[1]).train()
     optimizer = torch.optim.AdamW(field.parameters(), recipe["lr"])
     generator = torch.Generator(device).manual_seed(seed)
     couple, start = wtflow.coupling(recipe["coupling"], recipe["candidates"]), 0
@@ -58,10 +58,9 @@ def train_field(detector, x, seed, show=lambda step, loss: None, state=None, sav
     for step in range(start, recipe["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        batch = torch.randint(len(x), (recipe["batch"],), generator=generator, device=device).to(x.device)
-        x_0 = detector.normalise(x[batch].to(device).float())
+        batch = torch.randint(len(x_0), (recipe["batch"],), generator=generator, device=device).to(x_0.device)
         with wtflow.autocast(device):
-            loss = wtflow.flow_matching_loss(field, x_0, couple, generator).mean()
+            loss = wtflow.flow_matching_loss(field, x_0[batch].to(device).float(), couple, generator).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -130,9 +129,10 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     def extract(paths, what):
         return evaluate.extract(detector, paths, lambda done: progress(f"features of {what} images {done}/{len(paths)}", done, len(paths)))
 
-    x_test, sizes = extract([i.path for i in category.test], "test")        # first: a broken image stops the run before training
-    x, _ = extract(category.train, "training")
-    detector.fit_normalisation(x)
+    t_0, sizes = extract([i.path for i in category.test], "test")           # first: a broken image stops the run before training
+    x_0, _ = extract(category.train, "training")
+    detector.fit_normalisation(x_0)
+    evaluate.normalise_all(detector, x_0)
 
     def show(step, loss):
         progress(f"step {step}/{recipe['steps']}, loss {loss:.4f}", step, recipe["steps"])
@@ -141,9 +141,10 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
         seconds = time.monotonic() - began
         evaluate.write_whole(part, lambda to: torch.save(dict(state, recipe=recipe, signature=wanted, seconds=seconds), to))
 
-    train_field(detector, x, seed, show, state, save)
-    detector.calibrate(x)
-    row = evaluate.evaluate_category(detector, category, x_test, sizes, folder, args.maps, args.save_maps)
+    train_field(detector, x_0, seed, show, state, save)
+    detector.calibrate(x_0)
+    t_0 = t_0 if t_0 is None else evaluate.normalise_all(detector, t_0)
+    row = evaluate.evaluate_category(detector, category, t_0, sizes, folder, args.maps, args.save_maps)
     row["seconds"] = round(time.monotonic() - began, 1)
     evaluate.write_whole(model, lambda to: torch.save(dict(detector.state(), signature=wanted, row=row), to))
     part.unlink(missing_ok=True)

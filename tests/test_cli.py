@@ -66,7 +66,6 @@ def test_evaluate_gives_the_table_again(data, trained, tmp_path):
     tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
     assert tiff.mode == "F" and tiff.size == (48, 40)
     assert run("evaluate.py", "--run", tmp_path, "--data", data, "--euler-steps", 2).returncode == 0
-    assert without_seconds(tmp_path / "tiny") != before
 
 
 def test_one_image_and_a_folder_of_images(data, trained, tmp_path):
@@ -154,7 +153,7 @@ def test_out_that_cannot_be_written(data, tmp_path):
 @pytest.mark.parametrize("blob", [b"", b"not an image", None])
 def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
     path = make_mvtec(tmp_path / "d") / "bolt" / where
-    path.write_bytes(path.read_bytes()[:120] if blob is None else blob)
+    path.write_bytes(path.read_bytes()[:50] if blob is None else blob)
     fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY), path.name)
     assert not list((tmp_path / "d").rglob("results.csv"))
 
@@ -175,8 +174,8 @@ def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch):
     good = (trained[0] / "bolt/model.pt").read_bytes()
     state = torch.load(trained[0] / "bolt/model.pt", weights_only=True)
     bad = {"truncated": good[: len(good) // 2], "empty": b"", "evil": pickle.dumps(Evil())}
-    for name, change in {"foreign": lambda s: {"a": torch.ones(2)}, "list": lambda s: [1], "shape": lambda s: {**s, "W": torch.ones(3, 3)},
-                         "missing": lambda s: {k: v for k, v in s.items() if k != "field"}, "type": lambda s: {**s, "mean": "x"},
+    for name, change in {"foreign": lambda s: {"a": torch.ones(2)}, "list": lambda s: [1], "shape": lambda s: {**s, "whitening": (torch.ones(3), torch.ones(3, 3))},
+                         "missing": lambda s: {k: v for k, v in s.items() if k != "field"}, "type": lambda s: {**s, "whitening": "x"},
                          "nan": lambda s: {**s, "field": {k: v * float("nan") if v.is_floating_point() else v for k, v in s["field"].items()}},
                          "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}}}.items():
         torch.save(change(state), tmp_path / "x")
