@@ -153,14 +153,14 @@ def figure(seed=0):
     """Slope over t by width s; exponents at a finite training set; growth of an error over t_0."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(20_000, 8, generator=generator, dtype=torch.float64)
-    fig, (left, middle, right) = panels(1, 3)
+    fig, (left, middle, right) = panels(1, 3, 4.6)
     t = np.geomspace(1e-3, 1, 400)
     for s, colour in zip((1.0, 0.1, 0.01), COLOURS):
         left.plot(t, slope(t, s), color=colour)
         times = np.geomspace(1e-3, 1, 13)
         left.plot(times, [fitted_slope(*pairs(s * z, wtflow.independent, k, generator))[0] for k in times], "o", color=colour, ms=4, label=f"$s={s:g}$")
         if s < 1:
-            left.annotate(f"$(1+s^2)/2s={peak(s)[1]:.3g}$", peak(s), (0, 8), textcoords="offset points", color=colour, ha="right")
+            left.annotate(f"$(1+s^2)/2s={peak(s)[1]:.3g}$", peak(s), (0, 8), textcoords="offset points", color=colour, ha="right", fontsize=8)
     left.plot(t, 1 / t, ":", color="0.5", label="$1/t$ (conditional field)")
     left.set(xscale="log", yscale="symlog", ylim=(-2, 1000), xlabel="$t$", ylabel="slope $a(t)$ of $u_t(x)=a(t)\\,x$", title="S2: $q=N(0,s^2I)$; dots: wtflow pairs")
     left.legend(frameon=False, loc="upper right", fontsize=8)
@@ -168,13 +168,13 @@ def figure(seed=0):
     wide = np.geomspace(1e-4, 0.3, 25)
     off = np.array([autograd_slope(k, ATOMS, 0.0, np.array([1.5, 0.5]), E1) for k in wide])
     between = np.array([-autograd_slope(k, ATOMS, 0.0, np.zeros(2), E1) for k in wide])
-    for y, power, name, colour in ((off, -1, "off the data", COLOURS[0]), (between, -3, "midway between atoms", COLOURS[3])):
+    for y, power, name, colour in ((off, -1, "off", COLOURS[0]), (between, -3, "midway", COLOURS[3])):
         keep = wide <= DECADES[-1]
         middle.plot(wide, y, "o", ms=4, color=colour, label=f"{name}: fitted {exponent(wide[keep], y[keep])[0]:.3f}, predicted {power}")
     middle.plot(wide, 1 / wide, color=COLOURS[0])
     middle.plot(wide, ((1 - wide) * M ** 2 / wide ** 2 - 1) / wide, color=COLOURS[3])
     middle.set(xscale="log", yscale="log", ylim=(1, 1e17), xlabel="$t$", ylabel="|slope| of $u_t$", title="S2: two atoms $\\pm e$; lines: closed form")
-    middle.legend(frameon=False, loc="upper right")
+    middle.legend(frameon=False, loc="upper right", fontsize=8)
 
     times = np.geomspace(1e-3, 0.9, 10)
     for s, colour in zip((1.0, 0.1, 0.01, 0.0), COLOURS):
