@@ -160,7 +160,7 @@ def figure(seed=0):
         times = np.geomspace(1e-3, 1, 13)
         left.plot(times, [fitted_slope(*pairs(s * z, wtflow.independent, k, generator))[0] for k in times], "o", color=colour, ms=4, label=f"$s={s:g}$")
         if s < 1:
-            left.annotate(f"$(1+s^2)/2s={peak(s)[1]:.3g}$", peak(s), (0, 8), textcoords="offset points", color=colour, ha="right", fontsize=8)
+            left.annotate(f"$(1+s^2)/2s={peak(s)[1]:.3g}$", peak(s), (0, 8), textcoords="offset points", color=colour, ha="center", fontsize=8)
     left.plot(t, 1 / t, ":", color="0.5", label="$1/t$ (conditional field)")
     left.set(xscale="log", yscale="symlog", ylim=(-2, 1000), xlabel="$t$", ylabel="slope $a(t)$ of $u_t(x)=a(t)\\,x$", title="S2: $q=N(0,s^2I)$; dots: wtflow pairs")
     left.legend(frameon=False, loc="upper right", fontsize=8)

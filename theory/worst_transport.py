@@ -105,8 +105,8 @@ def table(seed=0):
         couple = partial(gaussian_coupling, s=s, rho=rho)
         yield Row("W2", f"slope at t=0, s={s}, rho={rho}", slope(0.0, s, rho), *fitted_slope(*pairs(s * z, couple, 0.0, generator)))
         yield Row("W2", f"largest slope, t={peak(s, rho)[0]:.3f}, s={s}, rho={rho}", peak(s, rho)[1], *fitted_slope(*pairs(s * z, couple, peak(s, rho)[0], generator)))
-    x_0 = 0.3 * torch.randn(2048, 1, generator=generator, dtype=torch.float64)
-    x_1 = minibatch_worst(x_0, generator, block=2048)
+    x_0 = 0.3 * torch.randn(512, 1, generator=generator, dtype=torch.float64)
+    x_1 = minibatch_worst(x_0, generator, block=512)
     yield Row("W2", "cost (1+s)^2 of the worst plan, d=1, s=0.3, Hungarian", 1.69, *mean_se((x_1 - x_0).square()))
 
     for n in (2, 64):
