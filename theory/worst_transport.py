@@ -30,7 +30,7 @@ def minimum_cdf(m, n):
 
 def a(n):
     """a_n = -E min of n standard normals: 0, 1/sqrt(pi), 3/(2 sqrt(pi)), ... ~ sqrt(2 ln n) (W3); n >= 1, real or integer."""
-    return -quad(lambda m: m * minimum_pdf(m, n), -12, 12, points=[-3, 0, 3], epsabs=1e-13, limit=200)[0]
+    return quad(lambda m: -m * minimum_pdf(m, n), -12, 12, points=[-3, 0, 3], epsabs=1e-13, limit=200)[0] if n > 1 else 0.0
 
 
 def minimum_variance(n):
@@ -105,8 +105,8 @@ def table(seed=0):
         couple = partial(gaussian_coupling, s=s, rho=rho)
         yield Row("W2", f"slope at t=0, s={s}, rho={rho}", slope(0.0, s, rho), *fitted_slope(*pairs(s * z, couple, 0.0, generator)))
         yield Row("W2", f"largest slope, t={peak(s, rho)[0]:.3f}, s={s}, rho={rho}", peak(s, rho)[1], *fitted_slope(*pairs(s * z, couple, peak(s, rho)[0], generator)))
-    x_0 = 0.3 * torch.randn(512, 1, generator=generator, dtype=torch.float64)
-    x_1 = minibatch_worst(x_0, generator, block=512)
+    x_0 = 0.3 * torch.randn(1024, 1, generator=generator, dtype=torch.float64)
+    x_1 = minibatch_worst(x_0, generator, block=1024)
     yield Row("W2", "cost (1+s)^2 of the worst plan, d=1, s=0.3, Hungarian", 1.69, *mean_se((x_1 - x_0).square()))
 
     for n in (2, 64):
@@ -148,7 +148,7 @@ def figure(seed=0):
     for n, colour in zip((1, 4, 64, 1024), COLOURS):
         along = (wtflow.worst(x_0, generator, n) * x_0).sum(1) / x_0.norm(dim=1)
         axes[1].hist(along.numpy(), 60, density=True, color=colour, alpha=0.35)
-        axes[1].plot(m, minimum_pdf(m, n), color=colour, label=f"$n={n}$, $a_n={a(n) + 0:.2f}$")
+        axes[1].plot(m, minimum_pdf(m, n), color=colour, label=f"$n={n}$, $a_n={a(n):.2f}$")
         r = np.linspace(-4, 4, 401)
         axes[3].plot(r, r ** 2 / 2 + a(n) * abs(r), color=colour, label=f"$n={n}$")
     axes[1].set(xlabel="$\\langle x_1, x_0\\rangle/|x_0|$", ylabel="density", title="W3: bars: wtflow.worst; lines: closed form")
