@@ -96,6 +96,12 @@ def landing(v_theta, x):
     return wtflow.euler(v_theta, x).norm(dim=1).numpy()
 
 
+def residual(v_theta, x, n):
+    """(c) |v_theta(x, 0) - u_0(x)| (N,): x1_hat measured from where the exact field sends x, -a_n x/|x|, not from 0. [ours]"""
+    v = v_theta(x, torch.zeros(len(x))).double().numpy()
+    return np.linalg.norm(v - initial_field(x.double().numpy(), n), axis=1)
+
+
 def auroc(normal, anomalous):
     """P(normal < anomalous), ties one half."""
     s = np.sort(normal)
@@ -103,14 +109,15 @@ def auroc(normal, anomalous):
 
 
 def experiment(seed=0, timed=True, candidates=CANDIDATES):
-    """(b, c) Fields on the thick circle: {n: (mean inward part of v_theta(x, 0), |x1_hat| normal, {offset: |x1_hat|})}."""
+    """(b, c) Fields on the thick circle: {n: (inward part of v_theta(x, 0), {offset: |x1_hat|}, {offset: residual})}; 0 is normal."""
     out = {}
     for n in candidates:
         v_theta = train(thick_circle, partial(wtflow.worst, n=n), seed, timed)
         generator = torch.Generator().manual_seed(1000 + seed)
-        x = thick_circle(2000, generator)
+        points = {r: thick_circle(2000, generator, r) for r in (0.0, *OFFSETS)}
+        x = points[0.0]
         inward = -(v_theta(x, torch.zeros(len(x))) * x).sum(1) / x.norm(dim=1)
-        out[n] = inward.numpy(), landing(v_theta, x), {r: landing(v_theta, thick_circle(2000, generator, r)) for r in OFFSETS}
+        out[n] = inward.numpy(), {r: landing(v_theta, x) for r, x in points.items()}, {r: residual(v_theta, x, n) for r, x in points.items()}
     return out
 
 
@@ -130,19 +137,19 @@ def table(errors, results):
         yield Row("S3", f"learnt:   at 0.4 < t < 0.7, {name}", 0, *bins[-2])
     radius = (RADIUS ** 2 + D * THICKNESS ** 2) ** 0.5
     for told, fields in results.items():
-        for n, (inward, normal, off) in fields.items():
+        for n, (inward, radius_hat, rest) in fields.items():
             name = f"n={n}" + ("" if told else ", not told t")
             if told:
                 yield Row("W3" if n > 1 else "C2", f"learnt: inward part of v_theta(x, 0), {name}", radius + a(n), *mean_se(inward))
-                yield Row("W4", f"learnt: |x1_hat| of normal points, {name}", a(n), *mean_se(normal))
+                yield Row("W4", f"learnt: |x1_hat| of normal points, {name}", a(n), *mean_se(radius_hat[0.0]))
             # 0.5 is what the exact field gives at t = 0: it sends normal and anomalous points to the same radius.
-            value = auroc(normal, off[0.8])
-            yield Row("W4", f"learnt: AUROC of |x1_hat| at distance 0.8, {name}", 0.5, value, (value * (1 - value) / len(normal)) ** 0.5)
+            for score, value in (("|x1_hat|", auroc(radius_hat[0.0], radius_hat[0.8])), ("|v_theta-u_0|", auroc(rest[0.0], rest[0.8]))):
+                yield Row("W4", f"learnt: AUROC of {score} at distance 0.8, {name}", 0.5, value, (value * (1 - value) / 2000) ** 0.5)
 
 
 def figure(errors, results):
     """(a) error by t; (b) v_theta(x, 0) against the exact field; (c) landing radius and AUROC by distance and n."""
-    fig, axes = panels(1, 4, 4.2, 3.6)
+    fig, axes = panels(2, 3, 4.4, 3.6)
     for (name, bins), colour in zip(errors.items(), (COLOURS[3], COLOURS[0])):
         axes[0].errorbar(range(len(bins)), bins[:, 0], 2 * bins[:, 1], marker="o", capsize=2, color=colour, label=name)
     axes[0].set_xticks(range(len(EDGES) - 1), [f"{low:g}-{high:g}" for low, high in zip(EDGES, EDGES[1:])], rotation=45)
@@ -151,16 +158,19 @@ def figure(errors, results):
     axes[1].plot(n, [(RADIUS ** 2 + D * THICKNESS ** 2) ** 0.5 + a(k) for k in n], "k--", label="exact: $|x|+a_n$")
     axes[1].plot(n, [told[k][0].mean() for k in n], "o", color=COLOURS[0], label="learnt, inward part of $v_\\theta(x,0)$")
     axes[1].plot(n, [a(k) for k in n], "k:", label="exact: $|\\hat x_1|=a_n$")
-    axes[1].plot(n, [told[k][1].mean() for k in n], "s", color=COLOURS[3], label="learnt, $|\\hat x_1|$, normal points")
+    axes[1].plot(n, [told[k][1][0.0].mean() for k in n], "s", color=COLOURS[3], label="learnt, $|\\hat x_1|$, normal points")
     axes[1].set(xscale="log", ylim=(0, 11), xlabel="candidates $n$ (1: rFM)", title="(b) at $t=0$, thick circle")
-    for (k, (_, normal, off)), colour in zip(told.items(), COLOURS):
-        axes[2].plot([0.1, *off], [normal.mean(), *(v.mean() for v in off.values())], "o-", color=colour, label=f"$n={k}$")
-        axes[3].plot(list(off), [auroc(normal, v) for v in off.values()], "o-", color=colour, label=f"$n={k}$")
-    for (k, (_, normal, off)), colour in zip(results[False].items(), (COLOURS[0], COLOURS[3])):
-        axes[3].plot(list(off), [auroc(normal, v) for v in off.values()], "s:", color=colour, label=f"$n={k}$, not told $t$")
+    for (k, (_, radius_hat, rest)), colour in zip(told.items(), COLOURS):
+        axes[2].plot([0.1, *OFFSETS], [v.mean() for v in radius_hat.values()], "o-", color=colour, label=f"$n={k}$")
+        axes[3].plot(OFFSETS, [auroc(radius_hat[0.0], radius_hat[r]) for r in OFFSETS], "o-", color=colour, label=f"$n={k}$")
+        axes[4].plot(OFFSETS, [auroc(rest[0.0], rest[r]) for r in OFFSETS], "o-", color=colour, label=f"$n={k}$")
+    for (k, (_, radius_hat, rest)), colour in zip(results[False].items(), (COLOURS[0], COLOURS[3])):
+        axes[3].plot(OFFSETS, [auroc(radius_hat[0.0], radius_hat[r]) for r in OFFSETS], "s:", color=colour, label=f"$n={k}$, not told $t$")
     axes[2].axhline(D ** 0.5, color="0.5", ls=":")
     axes[2].set(xscale="log", xlabel="distance off (leftmost: normal)", ylabel="mean $|\\hat x_1|$", title="(c) landing radius; dotted: shell $\\sqrt{d}$")
-    axes[3].set(xscale="log", ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC of $|\\hat x_1|$", title="(c) separation")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=7)
+    axes[3].set(xscale="log", ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|\\hat x_1|$")
+    axes[4].set(xscale="log", ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|v_\\theta(x,0)-u_0(x)|$")
+    axes[5].axis("off")
+    for axis in axes[:5]:
+        axis.legend(frameon=False, fontsize=8)
     return fig
