@@ -161,16 +161,18 @@ def figure(errors, results):
     axes[1].plot(n, [told[k][1][0.0].mean() for k in n], "s", color=COLOURS[3], label="learnt, $|\\hat x_1|$, normal points")
     axes[1].set(xscale="log", ylim=(0, 11), xlabel="candidates $n$ (1: rFM)", title="(b) at $t=0$, thick circle")
     for (k, (_, radius_hat, rest)), colour in zip(told.items(), COLOURS):
-        axes[2].plot([0.1, *OFFSETS], [v.mean() for v in radius_hat.values()], "o-", color=colour, label=f"$n={k}$")
+        axes[2].plot([0.0, *OFFSETS], [v.mean() for v in radius_hat.values()], "o-", color=colour, label=f"$n={k}$")
         axes[3].plot(OFFSETS, [auroc(radius_hat[0.0], radius_hat[r]) for r in OFFSETS], "o-", color=colour, label=f"$n={k}$")
         axes[4].plot(OFFSETS, [auroc(rest[0.0], rest[r]) for r in OFFSETS], "o-", color=colour, label=f"$n={k}$")
     for (k, (_, radius_hat, rest)), colour in zip(results[False].items(), (COLOURS[0], COLOURS[3])):
         axes[3].plot(OFFSETS, [auroc(radius_hat[0.0], radius_hat[r]) for r in OFFSETS], "s:", color=colour, label=f"$n={k}$, not told $t$")
     axes[2].axhline(D ** 0.5, color="0.5", ls=":")
-    axes[2].set(xscale="log", xlabel="distance off (leftmost: normal)", ylabel="mean $|\\hat x_1|$", title="(c) landing radius; dotted: shell $\\sqrt{d}$")
-    axes[3].set(xscale="log", ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|\\hat x_1|$")
-    axes[4].set(xscale="log", ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|v_\\theta(x,0)-u_0(x)|$")
-    axes[5].axis("off")
-    for axis in axes[:5]:
+    axes[2].set(ylim=(1, 6), xlabel="distance off the thick circle (0: normal)", ylabel="mean $|\\hat x_1|$", title="(c) landing radius; dotted: shell $\\sqrt{d}$")
+    axes[3].set(ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|\\hat x_1|$")
+    axes[4].set(ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC", title="(c) by $|v_\\theta(x,0)-u_0(x)|$")
+    for score, k, colour in (("$|\\hat x_1|$", 1, COLOURS[3]), ("$|v_\\theta(x,0)-u_0(x)|$", 2, COLOURS[0])):
+        axes[5].plot(n, [auroc(told[m][k][0.0], told[m][k][0.8]) for m in n], "o-", color=colour, label=score)
+    axes[5].set(xscale="log", ylim=(0.7, 1), xlabel="candidates $n$ (1: rFM)", ylabel="AUROC", title="(c) at distance 0.8")
+    for axis in axes:
         axis.legend(frameon=False, fontsize=8)
     return fig

@@ -186,7 +186,7 @@ def figure_fields(seed=0):
 
         field, mass = kernel_field(grid, seen(0.15), u, h)
         keep = mass > np.log(4)                             # where the loss has seen points; elsewhere v_theta extrapolates
-        top.scatter(*seen(0.15)[::4].T, s=2, color="0.8")
+        top.scatter(*seen(0.15)[::8].T, s=3, color="0.8")
         top.quiver(*grid[keep].T, *field[keep].T, color=COLOURS[0], angles="xy", scale=45, width=0.005)
         top.set(title=name)
         x, steps = x_0[:60].numpy(), []
