@@ -71,6 +71,8 @@ def test_defaults():
     x, mu = np.ones((1, 2)), np.array([[1.0, 0.0], [0.0, 2.0]])
     for f in (singularity.jacobian, singularity.marginal_field):
         assert (f(x, 0.4, mu) == f(x, 0.4, mu, 0.0)).all()
+    one, two = (learned_field.thick_circle(5, torch.Generator().manual_seed(0), *off) for off in ((), (0.0,)))
+    assert torch.equal(one, two)
     points = learned_field.thick_circle(20_000, torch.Generator().manual_seed(0))
     assert points[:, 2:].std().item() == pytest.approx(learned_field.THICKNESS, rel=0.02)
     assert points[:, :2].norm(dim=1).mean().item() == pytest.approx(learned_field.RADIUS, rel=0.01)
