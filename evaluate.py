@@ -365,6 +365,17 @@ def print_table(columns, rows):
     print("\n".join("  ".join(v.ljust(w) if j == 0 else v.rjust(w) for j, (v, w) in enumerate(zip(line, widths))) for line in lines), flush=True)
 
 
+def print_markdown(folder):
+    """The tables of a folder of results, for a README. Raises InputError if there is none."""
+    found = [folder / f"{name}.csv" for name in ("results", "spread", "compare") if (folder / f"{name}.csv").is_file()]
+    if not found:
+        raise InputError(f"{folder}: no results.csv here: give --run the data set's folder under --out")
+    for path in found:
+        with open(path, newline="") as f:
+            lines = [f"| {' | '.join(row)} |" for row in csv.reader(f)]
+        print(f"{path.name}\n\n" + "\n".join([lines[0], "|---" * lines[0].count(" |") + "|", *lines[1:]]) + "\n")
+
+
 def write_spread(folder, seeds, runs):
     """results.csv and metrics.csv of several seeds: means over the seeds; spread.csv: standard deviations. Prints mean +- spread."""
     means, spreads = [], []
@@ -580,7 +591,65 @@ def compare(detector, category, x_0, t_0, sizes, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Commands
+# 6. Benchmark
+# ---------------------------------------------------------------------------------------------------------------------
+def milliseconds(f, device, repeats=15):
+    """Median and interquartile range of f() in ms, after three warm-up calls, the device synchronised."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for k in range(repeats + 3):
+        wait()
+        began = time.perf_counter()
+        f()
+        wait()
+        times.append(1000 * (time.perf_counter() - began))
+    low, median, high = np.percentile(times[3:], (25, 50, 75))
+    return median, high - low
+
+
+def benchmark(device):
+    """Print milliseconds per stage at batch 1 and 16, beside the bound: FLOPs over the matrix rate measured in this run."""
+    import resource                                # here: not on every platform
+    from torch.utils.flop_counter import FlopCounterMode
+    size, rows = wtflow.RECIPE["image_size"], []
+    a = torch.randn(2048, 2048, device=device)
+    with torch.inference_mode(), wtflow.autocast(device):
+        rate = 2 * 2048 ** 3 / milliseconds(lambda: a @ a, device)[0]                      # FLOPs per ms
+
+        def add(name, f, parameters, batch):
+            with FlopCounterMode(display=False) as counter:
+                f()
+            median, spread = milliseconds(f, device)
+            rows.append({"stage": name, "batch": batch, "ms": median, "spread": spread, "images_per_s": 1000 * batch / median,
+                         "parameters_M": parameters / 1e6, "x_bound": median * rate / max(counter.get_total_flops(), 1)})
+
+        count = lambda net: sum(p.numel() for p in net.parameters())
+        for n in (size, 2 * size):
+            detector = wtflow.Detector(dict(wtflow.RECIPE, image_size=n), None, device)
+            for batch in (1, 16):
+                images = torch.randint(0, 255, (batch, 3, n, n), dtype=torch.uint8)
+                x = detector.features(images)
+                if batch == 1:
+                    detector.fit_normalisation(x), detector.new_field(x.shape[1]).eval(), detector.calibrate(torch.randn_like(x))
+                x_0, log_p = detector.normalise(x), detector.log_density(x)
+                stages = [("image to map, end to end", lambda: detector.read_map(detector.log_density(detector.normalise(detector.features(images)))), 0)]
+                if n == size:
+                    stages += [("  extractor", lambda: detector.features(images), count(detector.net)), ("  normalisation", lambda: detector.normalise(x), 0),
+                               ("  flow, one step", lambda: detector.transport(x_0), count(detector.field)),
+                               ("  calibration, log p", lambda: detector.log_density(x_0), 0), ("  map and score", lambda: detector.read_map(log_p), 0)]
+                for name, f, parameters in stages:
+                    add(f"{name}, {n} px" if not name[0] == " " else name, f, parameters, batch)
+        unet = wtflow.VectorField(1024, wtflow.PAPER["base"]).to(device).eval()
+        for batch in (1, 16):
+            x_0 = torch.randn(batch, 1024, 8, 8, device=device)
+            add("flow of the released U-Net", lambda: wtflow.euler(unet, x_0), count(unet), batch)
+    print_table(("stage", "batch", "ms", "spread", "images_per_s", "parameters_M", "x_bound"), rows)
+    print(f"matrix rate {rate / 1e9:.2f} TFLOP/s, {torch.get_num_threads()} threads, peak memory "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB (with the U-Net); 'calibration, log p' includes the flow")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Commands
 # ---------------------------------------------------------------------------------------------------------------------
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
@@ -661,8 +730,14 @@ def main(argv=None):
     p.add_argument("--model", help="a model.pt"), p.add_argument("--image", help="an image, or a folder of images")
     p.add_argument("--out", help="picture (with --image FILE) or folder of pictures (with --image FOLDER)")
     p.add_argument("--weights", metavar="FILE"), p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--benchmark", action="store_true", help="milliseconds per stage on this machine")
+    p.add_argument("--markdown", action="store_true", help="with --run: results.csv and compare.csv of that folder as Markdown tables")
     args = p.parse_args(argv)
     device = pick_device(args.device)
+    if args.benchmark:
+        return benchmark(device)
+    if args.run and args.markdown:
+        return print_markdown(Path(args.run))
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
     if args.model and args.image:

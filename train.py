@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ def learning_rate(step, recipe):
     s = step / recipe["steps"]
     if recipe["schedule"] == "step":
         return recipe["lr"] * (1.0 if s < 2 / 3 else 0.1)
-    return recipe["lr"] * (s / 0.1 if s < 0.1 else 0.5 * (1 + np.cos(np.pi * (s - 0.1) / 0.9)))
+    return recipe["lr"] * (s / 0.1 if s < 0.1 else 0.5 * (1 + math.cos(math.pi * (s - 0.1) / 0.9)))
 
 
 def train_field(detector, x_0, seed, show=lambda step, loss: None, state=None, save=lambda state: None):

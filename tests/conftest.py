@@ -1,16 +1,22 @@
 """Shared by all tests: the import path, hypothesis profiles, and a tiny data set in MVTec layout."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+torch.set_num_threads(1)                           # the same sums, in this process and in the subprocesses
 
 # derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N draws others.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None)
@@ -45,10 +51,23 @@ def make_mvtec(root, categories=("bolt",), train=6, good=3, bad=3):
     return root
 
 
-def run(command, *args, timeout=240, **env):
-    """A command of the project as a subprocess: its CompletedProcess."""
-    return subprocess.run([sys.executable, str(ROOT / command), *map(str, args)], capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdin=subprocess.DEVNULL)
+def run(command, *args):
+    """A command of the project, in this process: returncode, stdout and stderr as a shell would see them."""
+    import evaluate
+    import train
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            evaluate.exit_cleanly(lambda: {"train.py": train, "evaluate.py": evaluate}[command].main([str(a) for a in args]))
+        except SystemExit as e:
+            code = e.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def shell(*args):
+    """The same as a subprocess."""
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def fails(result, *words):
