@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -391,6 +392,9 @@ def write_spread(folder, seeds, runs):
 def load_state(path):
     """Checkpoint as a dict. Tensors and plain values only (weights_only); raises InputError for anything else."""
     try:
+        with zipfile.ZipFile(path) as archive:     # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                         # damaged archives raise a dozen types; none of them is ours
         raise InputError(f"{path}: not a WT-Flow model ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__}): train it again") from None
@@ -469,7 +473,7 @@ def draw_map(path, image, union, y, low, high, title):
     plt, fig, axes = figure(1, 3, figsize=(11, 3.9), layout="constrained")
     y = F.interpolate(y[None, None], image.size[::-1], mode="bilinear")[0, 0]
     for ax, name in zip(axes, ("image", "image and mask outline", "anomaly map, -log p")):
-        ax.imshow(image, aspect="auto" if max(image.size) > 4 * min(image.size) else "equal")
+        ax.imshow(np.asarray(image), aspect="auto" if max(image.size) > 4 * min(image.size) else "equal")
         ax.set_title(name, fontsize=11), ax.set_xticks([]), ax.set_yticks([])
     if union is not None and union.any():
         axes[1].contour(union, [0.5], colors="black", linewidths=3)
@@ -486,7 +490,7 @@ def draw_category(folder, category, maps, scores, sizes, which="worst"):
         return
     bad = np.array([i.kind != "good" for i in category.test])
     threshold = best_f1(scores, bad) if bad.any() else float(scores.max())
-    order, low, high = np.argsort(scores, kind="stable"), float(maps.flatten()[::97].median()), float(maps.max())
+    order, (low, high) = np.argsort(scores, kind="stable"), np.quantile(maps.flatten()[::97].numpy(), (0.5, 0.999))
     good, defective, named = [j for j in order if not bad[j]], [j for j in order if bad[j]], {}
     for kind, chosen in (("false_alarm", good[:-3:-1]), ("miss", defective[:min(3, len(defective) // 2)]),
                          ("hit", defective[:-min(3, len(defective) - len(defective) // 2) - 1:-1])):
@@ -667,8 +671,10 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"error: out of memory ({e}): give a smaller --image-size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        print("error: out of memory: give a smaller --image-size, or go on elsewhere with --resume", file=sys.stderr)
         sys.exit(2)
 
 

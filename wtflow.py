@@ -70,7 +70,6 @@ class EfficientNetLite(nn.Module):
     TABLE = {"efficientnet_lite0": (224, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
              "efficientnet_lite1": (240, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
              "efficientnet_lite2": (260, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))}
-
     HEAD = ("_conv_head", "_bn1", "_fc")            # the classifier, not built here
 
     def __init__(self, name="efficientnet_lite0"):
@@ -164,7 +163,8 @@ def extractor(backbone, weights=None):
             state = torch.load(weights or package_weights(backbone), map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}, assign=True)
     except OSError as e:
-        raise InputError(f"no weights for {backbone} ({e}): download {WIDE_RESNET_URL} and pass --weights FILE") from None
+        source = f"download {WIDE_RESNET_URL} and " if backbone == "wide_resnet50_2" else ""
+        raise InputError(f"no weights for {backbone} ({e}): {source}pass --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
         raise InputError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
     return net.eval().requires_grad_(False)

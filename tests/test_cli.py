@@ -185,15 +185,33 @@ def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch):
     assert not (tmp_path / "o.png").exists() and not (tmp_path / "evil-was-here").exists()
 
 
+def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
+    """At 100 offsets: refused with one InputError, or the very same values (the bit was padding)."""
+    import evaluate
+    blob, rng = (trained[0] / "bolt/model.pt").read_bytes(), np.random.default_rng(0)
+    whole = evaluate.load_state(trained[0] / "bolt/model.pt")
+    for offset in rng.integers(0, len(blob), 100):
+        bad = bytearray(blob)
+        bad[offset] ^= 1 << int(rng.integers(8))
+        (tmp_path / "x.pt").write_bytes(bytes(bad))
+        try:
+            state = evaluate.load_state(tmp_path / "x.pt")
+        except evaluate.InputError as e:
+            assert "x.pt" in str(e)
+            continue
+        assert all(torch.equal(state["field"][k], whole["field"][k]) for k in whole["field"]) and state["recipe"] == whole["recipe"]
+        assert all(torch.equal(a, b) for part in ("whitening", "calibration") for a, b in zip(state[part], whole[part]))
+
+
 # -------------------------------------------------------------------------------------------------- interruptions, locks
 def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
-    """A run killed at 25 moments, resumed each time, ends bit-identical to an uninterrupted one."""
+    """A run killed at 25 moments (or KILLS), resumed each time, ends bit-identical to an uninterrupted one."""
     args = ("--data", data, *map(str, TINY), "--steps", "30", "--maps", "none", "--resume")
     code = "import sys, train, evaluate; train.SAVE_SECONDS = 0; evaluate.exit_cleanly(train.main)"      # a state after every step
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     assert run("train.py", *args, "--out", tmp_path / "whole").returncode == 0
     rng = np.random.default_rng(0)
-    for k in range(25):
+    for k in range(int(os.environ.get("KILLS", 25))):
         p = subprocess.Popen([sys.executable, "-c", code, *map(str, args), "--out", str(tmp_path / "cut")], env=env,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(1.0, 4.0))
@@ -217,6 +235,27 @@ def test_resume_refuses_what_does_not_fit(data, trained, tmp_path):
     shutil.copytree(data, more)
     save(more / "bolt/train/good/999.png", picture(5)[0])
     fails(run("train.py", "--data", more, "--out", tmp_path, "--resume", *TINY), "images")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_full_disk(data, tmp_path):
+    (tmp_path / "small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path / "small")], capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        fails(run("train.py", "--data", data, "--out", tmp_path / "small", *TINY), "cannot be written", "--out")
+        assert not list((tmp_path / "small").rglob("results.csv")) and not list((tmp_path / "small").rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")])
+
+
+def test_a_machine_without_memory_left(data, tmp_path):
+    code = "import resource, sys, torch, train, evaluate, wtflow; wtflow.RECIPE['base'] = 1 << 15; m = 6 << 30; resource.setrlimit(resource.RLIMIT_AS, (m, m)); " \
+           "evaluate.exit_cleanly(train.main)"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code, "--data", str(data), "--out", str(tmp_path), *map(str, TINY)], capture_output=True, text=True, env=env)
+    fails(result, "out of memory")
+    assert not list(tmp_path.rglob("results.csv"))
 
 
 def test_two_runs_into_one_folder(data, tmp_path):
