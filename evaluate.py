@@ -478,7 +478,7 @@ def draw_map(path, image, union, y, low, high, title):
     if union is not None and union.any():
         axes[1].contour(union, [0.5], colors="black", linewidths=3)
         axes[1].contour(union, [0.5], colors="yellow", linewidths=1.4)
-    shown = axes[2].imshow(y, cmap="viridis", vmin=low, vmax=high, aspect=axes[2].get_aspect())
+    shown = axes[2].imshow(y.numpy(), cmap="viridis", vmin=low, vmax=high, aspect=axes[2].get_aspect())
     fig.colorbar(shown, ax=axes[2], fraction=0.046)
     fig.suptitle(title, fontsize=12)
     save_figure(plt, fig, path)

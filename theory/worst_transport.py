@@ -67,7 +67,7 @@ def gain(n, d, m2):
 # Estimators ---------------------------------------------------------------------------------------------------------
 def gaussian_coupling(x_0, generator=None, s=1.0, rho=1.0):
     """x_1 ~ N(0, I) at correlation -rho with x_0 ~ N(0, s^2 I), shape of x_0: what W2 is stated for."""
-    return -rho * x_0 / s + (1 - rho ** 2) ** 0.5 * wtflow.noise(x_0, generator)
+    return -rho * x_0 / s + (1 - rho ** 2) ** 0.5 * wtflow.independent(x_0, generator)
 
 
 minibatch_worst = partial(wtflow.optimal, sign=-1.0)

@@ -229,7 +229,7 @@ def final_field(final, d, s, seed):
 def plan_is_extreme(plan, sign, n, d, seed):
     """Against every permutation; and the plan only reorders the noise."""
     x_0 = torch.randn(n, d, generator=rng(seed), dtype=torch.float64)
-    x_1, z = plan(x_0, rng(seed + 1)), wtflow.noise(x_0, rng(seed + 1))
+    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
     assert torch.equal(x_1.sort(0).values, z.sort(0).values)
     costs = [(x_0 - z[list(p)]).square().sum().item() for p in itertools.permutations(range(n))]
     close((x_0 - x_1).square().sum().item(), min(costs) if sign > 0 else max(costs), 10 * (1 + max(costs)))
@@ -240,7 +240,7 @@ def plan_is_extreme(plan, sign, n, d, seed):
 def plan_on_images(plan, sign, b, h, d, seed):
     """(B, d, h, w) is one cloud of vectors in blocks of whole images; in one dimension the extreme plan is the (anti)sorted one."""
     x_0 = torch.randn(b, d, h, 4, generator=rng(seed), dtype=torch.float64)
-    x_1, z = plan(x_0, rng(seed + 1), block=4 * h), wtflow.noise(x_0, rng(seed + 1))
+    x_1, z = plan(x_0, rng(seed + 1), block=4 * h), wtflow.independent(x_0, rng(seed + 1))
     assert x_1.shape == x_0.shape
     for k in range(b):
         rows = lambda x: x[k].reshape(d, -1).T
@@ -254,7 +254,7 @@ def plan_on_images(plan, sign, b, h, d, seed):
 def blocks_are_large(plan, seed):
     """By default 256 vectors are matched together, in one dimension the sorted plan of them all."""
     x_0 = torch.randn(300, 1, generator=rng(seed), dtype=torch.float64)
-    x_1, z = plan(x_0, rng(seed + 1)), wtflow.noise(x_0, rng(seed + 1))
+    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
     for k in (slice(0, 256), slice(256, 300)):
         assert torch.equal(x_1[k][x_0[k, 0].argsort()], z[k].sort(0).values)
 

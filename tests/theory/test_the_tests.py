@@ -15,7 +15,7 @@ from theory import worst_transport as W
 
 
 def scaled_noise(x_0, generator=None):
-    return 1.05 * wtflow.noise(x_0, generator)
+    return 1.05 * wtflow.independent(x_0, generator)
 
 
 def best(x_0, generator=None, n=64):
@@ -32,7 +32,7 @@ def all_components(x_0, generator=None, n=64):
 
 def raw_projection(x_0, generator=None, n=64):
     """Forgets to normalise x_0 before removing the component along it."""
-    z, fixed = wtflow.noise(x_0, generator), wtflow.worst(x_0, generator, n)
+    z, fixed = wtflow.independent(x_0, generator), wtflow.worst(x_0, generator, n)
     e = torch.nn.functional.normalize(x_0)
     return z + (fixed * e).sum(1, keepdim=True) * e - (z * x_0).sum(1, keepdim=True) * e
 
