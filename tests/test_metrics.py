@@ -89,6 +89,12 @@ def test_saturated_overlap(tmp_path):
     assert pixel_metrics(maps, items, sizes, {255: (10 ** 6, False)}, 0.3)[2] == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
 
 
+def test_saturated_overlap_is_never_above_100(tmp_path):
+    _, items, sizes, masks = make_set(tmp_path, np.random.default_rng(8), regions=1)
+    perfect = torch.from_numpy(np.array(masks)).float()
+    assert pixel_metrics(perfect, items, sizes, {255: (0.5, True)}, 0.05)[2] == pytest.approx(100)
+
+
 def test_area_is_divided_by_the_limit_and_interpolated_at_it():
     assert area_to([1.0], [1.0], 0.3) == pytest.approx(0.15)
     assert area_to([0.0, 1.0], [1.0, 1.0], 0.3) == pytest.approx(1.0)

@@ -104,6 +104,33 @@ def test_whitening_gives_unit_covariance_and_survives_degenerate_sets():
         assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(bad, mean, W)).all()
 
 
+def test_cells_are_whitened_each_by_its_own_law_when_images_are_many():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3, 1, 2) * torch.tensor([1.0, 5.0]) + torch.tensor([2.0, -7.0])      # two cells, two laws
+    z = wtflow.whiten(x, *wtflow.fit_cells(x))
+    assert z.mean(0).abs().max() < 1e-4
+    S, (near, far) = z.var((0, 1)), (1.0, 25.0)
+    a, s2 = 3 / 4003, (near + far) / 2
+    for cell, v in enumerate((near, far)):
+        assert S[0, cell].item() == pytest.approx(v / ((1 - a) * v + a * s2), rel=0.05)      # standard error 0.013
+    few = wtflow.fit_cells(x[:2])[1]                           # two images: a = 3/5 keeps the matrices finite and bounded
+    assert torch.isfinite(few).all() and few.abs().max() < 5
+
+
+def test_calibration_measures_x1_hat_in_units_of_where_normal_features_land():
+    """With v = 0, x1_hat = x_0: after calibration the mean of -2 log p over the training features is their whitened size, near 1."""
+    detector = wtflow.Detector(dict(RECIPE, image_size=64))
+    detector.field = lambda x, t: torch.zeros_like(x)
+    x_0 = 3 * gaussian((3000, 4, 1, 2)) + 5
+    plain = -2 * detector.log_density(x_0).mean().item()
+    detector.calibrate(x_0)
+    assert plain == pytest.approx(34, rel=0.05)                # |x_0|^2 / d = 9 + 25; standard error 0.2
+    assert -2 * detector.log_density(x_0).mean().item() == pytest.approx(1, rel=0.02)      # standard error 0.009
+    detector.recipe["calibrate"], detector.calibration = False, ()
+    detector.calibrate(x_0)
+    assert detector.calibration == ()
+
+
 @pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 8), (16, 9)])
 @pytest.mark.parametrize("time", [True, False])
 def test_field_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time):
@@ -200,3 +227,7 @@ def test_blur_keeps_the_mean_and_matches_scipy():
     out = wtflow.gaussian_blur(y, 2.0, 1)
     assert np.allclose(out, gaussian_filter1d(y.numpy(), 2.0, axis=1, mode="nearest", truncate=3), atol=1e-5)
     assert torch.allclose(wtflow.gaussian_blur(torch.ones(1, 9, 9), 3.0, 2), torch.ones(1, 9, 9))
+    log_p = -gaussian((1, 6, 6)).square()
+    up = F.interpolate(-log_p[:, None], (48, 48), mode="bilinear")[:, 0]
+    smoothed, _ = wtflow.anomaly_map(log_p, (48, 48), smooth=0.5)          # half a cell is 4 pixels here
+    assert torch.allclose(smoothed, wtflow.gaussian_blur(wtflow.gaussian_blur(up, 4.0, 1), 4.0, 2), atol=1e-5)
