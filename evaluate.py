@@ -433,8 +433,8 @@ def load_detector(path, device="cpu", weights=None):
 
 
 def normalise_all(detector, x):
-    """x_0 of features x (n, d, h, w) float16, in the same memory."""
-    for part in x.split(64):
+    """x_0 of features x (n, d, h, w) float16, in the same memory; None stays None."""
+    for part in () if x is None else x.split(64):
         part.copy_(detector.normalise(part.to(detector.device).float()).clamp(-65504, 65504))
     return x
 
@@ -549,7 +549,7 @@ class Neighbour:
 
     def __init__(self, x_0, m=6000, seed=0):
         rows = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
-        self.memory = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:m]].float()
+        self.memory = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:m].to(rows.device)].float()
 
     def __call__(self, x_0):
         """log p = -(squared distance)/(2d), so that the flow's scorer applies unchanged."""
@@ -572,25 +572,26 @@ def compare(detector, category, x_0, t_0, sizes, seed):
     from train import train_field
     rows = []
 
-    def add(name, log_p, mib):
-        log_p(t_0[:8].float())                     # warm-up
+    def add(name, log_p, tensors):
+        score = lambda b: [v.cpu() for v in detector.read_map(log_p(b.to(detector.device).float()))]
+        score(t_0[:8])                             # warm-up
         began = time.perf_counter()
-        out = [detector.read_map(log_p(b.float())) for b in t_0.split(8)]
-        took = 1000 * (time.perf_counter() - began) / len(t_0)
-        maps, scores = torch.cat([m for m, _ in out]), torch.cat([s for _, s in out]).double().numpy()
+        maps, scores = map(torch.cat, zip(*map(score, t_0.split(8))))
+        took, scores = 1000 * (time.perf_counter() - began) / len(t_0), scores.double().numpy()
         row = measure(category, maps, scores, sizes)
-        rows.append({k: row[k] for k in ("category", "image_auroc", "pixel_auroc", "aupro")} | dict(method=name, ms_per_image=took, model_mib=mib))
+        row.update(method=name, ms_per_image=took, model_mib=sum(v.numel() for v in tensors) * 4 / 2 ** 20)
+        rows.append(row)
 
     coupling = detector.recipe["coupling"]
     for name, kind in (("WT-Flow", "worst"), ("rFM", "independent"), ("OT-CFM", "optimal")):
         detector.recipe["coupling"] = kind
         train_field(detector, x_0, seed)
         detector.calibrate(x_0)
-        add(name, detector.log_density, sum(p.numel() for p in detector.field.parameters()) * 4 / 2 ** 20)
+        add(name, detector.log_density, [*detector.whitening, *detector.calibration, *detector.field.parameters()])
     detector.recipe["coupling"] = coupling
     for name, make in (("nearest neighbour, 6000", Neighbour), ("Mahalanobis per patch", Mahalanobis)):
-        method = make(x_0)
-        add(name, method, method.memory.numel() * 4 / 2 ** 20)
+        method = make(x_0.to(detector.device))
+        add(name, method, [*detector.whitening, method.memory])
     return rows
 
 
@@ -695,10 +696,10 @@ def evaluate_run(args, device):
         began, detector, state = time.monotonic(), load_detector(model, device, args.weights), load_state(model)
         t_0, sizes = extract(detector, [i.path for i in category.test])
         normalise_all(detector, t_0)
-        if args.compare:
+        if args.compare and category.test:
             x_0 = normalise_all(detector, extract(detector, category.train)[0])
             rows += compare(detector, category, x_0, t_0, sizes, state["signature"]["seed"])
-        else:
+        elif not args.compare:
             rows.append(evaluate_category(detector, category, t_0, sizes, folder / category.name, args.maps, args.save_maps, args.euler_steps))
             rows[-1]["seconds"] = round(time.monotonic() - began, 1)
     if args.compare:

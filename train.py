@@ -144,7 +144,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     train_field(detector, x_0, seed, show, state, save)
     detector.calibrate(x_0)
-    t_0 = t_0 if t_0 is None else evaluate.normalise_all(detector, t_0)
+    evaluate.normalise_all(detector, t_0)
     row = evaluate.evaluate_category(detector, category, t_0, sizes, folder, args.maps, args.save_maps)
     row["seconds"] = round(time.monotonic() - began, 1)
     evaluate.write_whole(model, lambda to: torch.save(dict(evaluate.state_of(detector), signature=wanted, row=row), to))

@@ -101,6 +101,8 @@ def test_a_folder_of_good_images_trains_and_scores(data, tmp_path):
     result = run("train.py", "--data", data / "bolt/train/good", "--out", tmp_path, *TINY)
     assert result.returncode == 0 and rows(tmp_path / "train")[0]["image_auroc"] == "", result.stderr
     assert run("evaluate.py", "--model", tmp_path / "train/good/model.pt", "--image", data / "bolt/test/good").returncode == 0
+    for more in ((), ("--compare",)):
+        assert run("evaluate.py", "--run", tmp_path, "--data", data / "bolt/train/good", *more).returncode == 0
 
 
 @pytest.mark.parametrize("gone", ["test/good", "test/dent"])
