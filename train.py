@@ -22,7 +22,7 @@ import evaluate
 import wtflow
 from wtflow import InputError
 
-DEMO_STEPS = 400           # the demo's categories are small; everything else is the recipe of wtflow.RECIPE
+DEMO_STEPS = 300           # the demo's categories are small; everything else is the recipe of wtflow.RECIPE
 SAVE_SECONDS = 20          # a killed run loses at most this much training
 
 
