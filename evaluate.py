@@ -411,8 +411,9 @@ def state_of(detector):
 def load_detector(path, device="cpu", weights=None):
     """Detector of a checkpoint. Raises InputError if a shape or a value does not fit the recipe it carries."""
     state = load_state(path)
-    detector, recipe = wtflow.Detector(state["recipe"], weights, device), state["recipe"]
+    recipe = state["recipe"]
     try:
+        detector = wtflow.Detector(recipe, weights, device)
         d, cells = state["field"]["out.weight"].shape[0], (recipe["image_size"] // recipe["cell"]) ** 2
         shapes = [(d,), (d, d)] * (recipe["norm"] == "zca"), [(cells, d), (cells, d, d)] * recipe["calibrate"]
         if not all(torch.isfinite(v).all() for part in ("whitening", "calibration") for v in state[part]):

@@ -230,9 +230,12 @@ def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
 def test_resume_refuses_what_does_not_fit(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "tiny")
     base = ("--data", data, "--out", tmp_path, "--resume")
-    for args, word in [((*TINY, "--seed", 5), "seed"), ((*TINY, "--coupling", "optimal"), "coupling"), (("--steps", 4, "--image-size", 96), "image_size"),
-                       ((*TINY, "--backbone", "efficientnet_lite2"), "backbone")]:
+    for args, word in [((*TINY, "--seed", 5), "seed"), ((*TINY, "--coupling", "optimal"), "coupling"), (("--steps", 4, "--image-size", 96), "image_size")]:
         fails(run("train.py", *base, *args), word, "model.pt")
+    state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
+    state["signature"]["backbone"] = "efficientnet_lite2"
+    torch.save(state, tmp_path / "tiny/bolt/model.pt")
+    fails(run("train.py", *base, *TINY), "backbone efficientnet_lite2 there, efficientnet_lite0 here")
     more = tmp_path / "more/tiny"
     shutil.copytree(data, more)
     save(more / "bolt/train/good/999.png", picture(5)[0])
