@@ -428,7 +428,7 @@ def load_detector(path, device="cpu", weights=None):
             if detector.features(torch.zeros(1, 3, recipe["image_size"], recipe["image_size"], dtype=torch.uint8)).shape[1] != d:
                 raise ValueError(f"not a model of {recipe['backbone']}")
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e:
-        raise InputError(f"{path}: does not fit its own recipe ({str(e).splitlines()[0][:80]}): train it again") from None
+        raise InputError(f"{path}: does not fit its own recipe ({str(e).splitlines()[0][:200]}): mend that, or train it again") from None
     detector.field.eval()
     return detector
 
