@@ -144,6 +144,10 @@ def read_dataset(data, wanted=()):
     return (data.parent.name if one else data.name) or "data", found
 
 
+def first_line(e):
+    return (str(e) or type(e).__name__).splitlines()[0]
+
+
 def open_image(path):
     """PIL image, decoded. Raises InputError naming the file."""
     try:
@@ -154,7 +158,7 @@ def open_image(path):
         return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError,
             OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as e:
-        raise InputError(f"{path}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "
+        raise InputError(f"{path}: cannot be read as an image ({first_line(e)}): "
                          "replace or remove it") from None
 
 
@@ -184,6 +188,11 @@ def read_mask(path, size):
     if a.shape != tuple(size):
         raise InputError(f"{path}: mask is {a.shape[1]} x {a.shape[0]}, its image {size[1]} x {size[0]}: masks must have the image's size")
     return a
+
+
+def at_size(y, size):
+    """Anomaly map (N, N) resampled to an image's (H, W), float32 array."""
+    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
 
 
 def masks_of(item, size, saturation=None):
@@ -264,7 +273,7 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=0.3, bins=1 << 15):
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set, against the rate of false
     positives over all defect-free pixels of the set, integrated to `limit` and divided by it (Bergmann et al. 2021;
     with saturation: Bergmann et al. 2022). Scores are binned, half the edges at quantiles and half evenly spaced: memory
-    does not grow with the set, and the figures move by less than 1e-4 of their value (tests/test_metrics.py).
+    does not grow with the set, and the figures, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
     """
     values = maps.reshape(-1)[:: max(1, maps.numel() // 2_000_000)].numpy()
     edges = np.unique(np.r_[np.quantile(values, np.linspace(0, 1, bins // 2)), np.linspace(values.min(), values.max(), bins // 2)])
@@ -273,8 +282,7 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=0.3, bins=1 << 15):
     n_regions = 0
     for y, item, size in zip(maps, items, sizes):
         regions, union = masks_of(item, size, saturation)
-        y = F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
-        index = np.searchsorted(edges, y, side="right")
+        index = np.searchsorted(edges, at_size(y, size), side="right")
         count = np.bincount(index.ravel(), minlength=len(edges) + 1)
         inside = np.bincount(index[union], minlength=len(edges) + 1)
         positive += inside
@@ -301,7 +309,7 @@ def measure(category, maps, scores, sizes):
         row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
     if len(kinds) and not any(i.masks is None for i in category.test):
         row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(maps, category.test, sizes)
-        empty = [i.path.name for i, s in zip(category.test, sizes) if i.masks and not masks_of(i, s)[1].any()]
+        empty = [i.path.name for i, s in zip(category.test, sizes) if i.masks and not any(read_mask(p, s).any() for p in i.masks)]
         if empty:
             row["why"] += f"{len(empty)} defective images have an empty mask (defect-free in the pixel figures): {', '.join(empty[:4])}"
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
@@ -397,7 +405,7 @@ def load_state(path):
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                         # damaged archives raise a dozen types; none of them is ours
-        raise InputError(f"{path}: not a WT-Flow model ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__}): train it again") from None
+        raise InputError(f"{path}: not a WT-Flow model ({first_line(e)[:80]}): train it again") from None
     if not isinstance(state, dict) or set(state.get("recipe") or ()) != set(wtflow.RECIPE):
         raise InputError(f"{path}: not a WT-Flow model of this version: train it again")
     return state
@@ -428,7 +436,7 @@ def load_detector(path, device="cpu", weights=None):
             if detector.features(torch.zeros(1, 3, recipe["image_size"], recipe["image_size"], dtype=torch.uint8)).shape[1] != d:
                 raise ValueError(f"not a model of {recipe['backbone']}")
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e:
-        raise InputError(f"{path}: does not fit its own recipe ({str(e).splitlines()[0][:200]}): mend that, or train it again") from None
+        raise InputError(f"{path}: does not fit its own recipe ({first_line(e)[:200]}): mend that, or train it again") from None
     detector.field.eval()
     return detector
 
@@ -447,7 +455,7 @@ def score_all(detector, x_0, euler_steps=1, batch=16):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Pictures. cividis and viridis read the same to a colour-blind person.
+# 4. Pictures. viridis reads the same to a colour-blind person.
 # ---------------------------------------------------------------------------------------------------------------------
 def figure(*args, **kwargs):
     import matplotlib                              # here, because it takes longer to import than to score an image
@@ -472,14 +480,13 @@ def best_f1(scores, defective):
 def draw_map(path, image, union, y, low, high, title):
     """Picture of one image: itself, the outline of its mask, its anomaly map from `low` to `high` with a colour bar."""
     plt, fig, axes = figure(1, 3, figsize=(11, 3.9), layout="constrained")
-    y = F.interpolate(y[None, None], image.size[::-1], mode="bilinear")[0, 0]
     for ax, name in zip(axes, ("image", "image and mask outline", "anomaly map, -log p")):
         ax.imshow(np.asarray(image), aspect="auto" if max(image.size) > 4 * min(image.size) else "equal")
         ax.set_title(name, fontsize=11), ax.set_xticks([]), ax.set_yticks([])
     if union is not None and union.any():
         axes[1].contour(union, [0.5], colors="black", linewidths=3)
         axes[1].contour(union, [0.5], colors="yellow", linewidths=1.4)
-    shown = axes[2].imshow(y.numpy(), cmap="viridis", vmin=low, vmax=high, aspect=axes[2].get_aspect())
+    shown = axes[2].imshow(at_size(y, image.size[::-1]), cmap="viridis", vmin=low, vmax=high, aspect=axes[2].get_aspect())
     fig.colorbar(shown, ax=axes[2], fraction=0.046)
     fig.suptitle(title, fontsize=12)
     save_figure(plt, fig, path)
@@ -534,7 +541,7 @@ def evaluate_category(detector, category, x_0, sizes, folder, which="worst", tif
     draw_category(folder, category, maps, scores, sizes, which)
     if tiff:
         for y, item, size in zip(maps, category.test, sizes):
-            image = Image.fromarray(F.interpolate(y[None, None], size, mode="bilinear")[0, 0].numpy())
+            image = Image.fromarray(at_size(y, size))
             path = folder.parent / "anomaly_maps" / category.name / "test" / item.kind / f"{item.path.stem}.tiff"
             write_whole(path, lambda to: image.save(to, format="TIFF"))
     if row["why"]:
@@ -694,12 +701,12 @@ def evaluate_run(args, device):
     rows = []
     for category in categories:
         model = folder / category.name / "model.pt"
-        began, detector, state = time.monotonic(), load_detector(model, device, args.weights), load_state(model)
+        began, detector = time.monotonic(), load_detector(model, device, args.weights)
         t_0, sizes = extract(detector, [i.path for i in category.test])
         normalise_all(detector, t_0)
         if args.compare and category.test:
             x_0 = normalise_all(detector, extract(detector, category.train)[0])
-            rows += compare(detector, category, x_0, t_0, sizes, state["signature"]["seed"])
+            rows += compare(detector, category, x_0, t_0, sizes, load_state(model)["signature"]["seed"])
         elif not args.compare:
             rows.append(evaluate_category(detector, category, t_0, sizes, folder / category.name, args.maps, args.save_maps, args.euler_steps))
             rows[-1]["seconds"] = round(time.monotonic() - began, 1)
