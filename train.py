@@ -47,6 +47,8 @@ def train_field(detector, x_0, seed, show=lambda step, loss: None, state=None, s
     recipe, device = detector.recipe, detector.device
     torch.manual_seed(seed)                        # the field's initial weights
     field = detector.new_field(x_0.shape[1]).train()
+    if recipe["field"] == "point":                 # every location is a sample with its own t; a batch is drawn from all images [ours]
+        x_0 = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
     optimizer = torch.optim.AdamW(field.parameters(), recipe["lr"])
     generator = torch.Generator(device).manual_seed(seed)
     couple, start = wtflow.coupling(recipe["coupling"], recipe["candidates"]), 0

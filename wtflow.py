@@ -25,10 +25,10 @@ class InputError(ValueError):
 
 # Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
 RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
-              field="conv", base=384, time=False, coupling="worst", candidates=64, steps=1500, epochs=0, batch=8, lr=1e-3,
-              schedule="cycle", calibrate=True, score="max", smooth=0.6)
+              field="point", base=1024, time=False, coupling="worst", candidates=64, steps=500, epochs=0, batch=2048, lr=1e-3,
+              schedule="cycle", calibrate=True, score="max", smooth=0.4)
 PAPER = dict(RECIPE, backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer", field="unet", base=768, time=True,
-             steps=0, epochs=100, schedule="step", calibrate=False, score="released", smooth=0.0)
+             steps=0, epochs=100, batch=8, schedule="step", calibrate=False, score="released", smooth=0.0)
 
 
 # ---- 1. Extractor: a frozen ImageNet network, image -> features. -----------------------------------------------------
@@ -225,7 +225,7 @@ def whiten(x, mean, W):
     return y.permute(1, 2, 0).reshape(x.shape)
 
 
-# ---- 3. Vector field v_theta(x, t): a small U-Net on the feature map.
+# ---- 3. Vector field v_theta(x, t). ----------------------------------------------------------------------------------
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm and ReLU around a residual; time enters as x + Linear(sinusoid(1000 t))."""
 
@@ -281,18 +281,17 @@ class VectorField(nn.Module):
         return self.out(y)[..., :h, :w]
 
 
-class ConvField(nn.Module):
-    """v_theta of the default, not told t [ours]: 1x1 in, two 3x3, 1x1 out, BatchNorm and ReLU between, no skip."""
+class PointField(nn.Module):
+    """v_theta of the default [ours]: (N, d) or (B, d, h, w) -> the same, each location alone, as claims S1..W4; not told t."""
 
-    def __init__(self, d, base=384, time=False):
+    def __init__(self, d, base=1024, time=False):
         super().__init__()
-        self.inp, self.out = nn.Conv2d(d, base, 1, bias=False), nn.Conv2d(base, d, 1)
-        self.conv1, self.conv2 = (nn.Conv2d(base, base, 3, padding=1, bias=False) for _ in range(2))
-        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(base) for _ in range(3))
+        layer = lambda c_in: (nn.Linear(c_in, base, bias=False), nn.BatchNorm1d(base), nn.GELU())
+        self.hidden, self.out = nn.Sequential(*layer(d), *layer(base)), nn.Linear(base, d)
 
     def forward(self, x, t):
-        y = F.relu(self.bn1(self.conv1(F.relu(self.bn0(self.inp(x))))))
-        return self.out(F.relu(self.bn2(self.conv2(y))))
+        rows = x.movedim(1, -1)
+        return self.out(self.hidden(rows.reshape(-1, x.shape[1]))).view(rows.shape).movedim(-1, 1)
 
 
 # ---- 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1). -------------
@@ -415,7 +414,7 @@ class Detector:
 
     def new_field(self, d):
         """An untrained v_theta for d channels."""
-        kind = ConvField if self.recipe["field"] == "conv" else VectorField
+        kind = PointField if self.recipe["field"] == "point" else VectorField
         self.field = kind(d, self.recipe["base"], self.recipe["time"]).to(self.device)
         return self.field
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import wtflow
-from wtflow import InputError, RECIPE, VectorField
+from wtflow import InputError, PointField, RECIPE, VectorField
 
 # Recorded from the original implementations in float64: mean, population standard deviation of each output.
 LITE0 = {3: (-0.6397166871904888, 12.273338279716263), 4: (-1.399435967395532, 12.003240472558458), 10: (-0.2963033457524406, 6.313499158570445),
@@ -144,6 +144,21 @@ def test_field_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time
     x = torch.randn(1, 10, h, w)
     same = torch.equal(v(x, torch.zeros(1)), v(x, torch.ones(1)))
     assert same != time
+
+
+def test_point_field_sees_each_location_alone_and_not_t():
+    torch.manual_seed(0)
+    v, x = PointField(5, 16), gaussian((3, 5, 2, 4))
+    y = v(x, torch.rand(3))
+    rows = v(x.movedim(1, -1).reshape(-1, 5), torch.rand(24))
+    assert y.shape == x.shape and torch.equal(rows.view(3, 2, 4, 5).movedim(-1, 1), y)
+    y.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in v.parameters())
+    v.eval()
+    changed = x.clone()
+    changed[1, :, 0, 2] += 1
+    moved = (v(changed, torch.ones(3)) - v(x, torch.zeros(3))).abs().amax(1) > 1e-6
+    assert moved[1, 0, 2] and moved.sum() == 1
 
 
 def test_released_size_of_the_field():
