@@ -333,7 +333,7 @@ def mean_row(rows):
 
 
 def cell(value):
-    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    return "" if value is None or value != value else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def write_spread(folder, seeds, runs):
     """results.csv and metrics.csv of several seeds: means over the seeds; spread.csv: standard deviations. Prints mean +- spread."""
     means, spreads = [], []
     for rows in zip(*[r + [mean_row(r)] for r in runs]):
-        for out, f in ((means, np.mean), (spreads, lambda v: np.std(v, ddof=1))):
+        for out, f in ((means, np.mean), (spreads, lambda v: np.std(v, ddof=1) if len(v) > 1 else np.nan)):
             out.append({k: v if isinstance(v, (str, type(None))) else float(f([r[k] for r in rows])) for k, v in rows[0].items()})
     for name, columns, rows in (("results", COLUMNS, means), ("metrics", COLUMNS + MORE, means), ("spread", COLUMNS + MORE, spreads)):
         write_csv(folder / f"{name}.csv", columns, rows)
@@ -680,6 +680,11 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         sys.exit(130)
+    except OSError as e:                           # what reading and writing do not name themselves: a folder without permission
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename}: {e.strerror}: check the path and its permissions", file=sys.stderr)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise

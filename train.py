@@ -5,6 +5,7 @@
     torchrun --nproc-per-node N train.py ...     the categories shared out among N processes
 """
 import argparse
+import ast
 import contextlib
 import datetime
 import hashlib
@@ -24,6 +25,8 @@ from wtflow import InputError
 
 DEMO_STEPS = 300           # the demo's categories are small; everything else is the recipe of wtflow.RECIPE
 SAVE_SECONDS = 20          # a killed run loses at most this much training
+CHOICES = dict(norm=("zca", "layer"), field=("point", "unet"), coupling=("worst", "independent", "optimal"), schedule=("cycle", "step"),
+               score=("max", "released"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,16 +86,16 @@ def train_field(detector, x_0, seed, show=lambda step, loss: None, state=None, s
 # 2. One category, one run
 # ---------------------------------------------------------------------------------------------------------------------
 class Progress:
-    """One line that updates on a terminal; a plain line every ten seconds otherwise."""
+    """One line that updates on a terminal; a plain line every ten seconds otherwise. Seconds left count from the first call of each stage."""
 
     def __init__(self, prefix):
-        self.prefix, self.start, self.shown = prefix, time.monotonic(), 0.0
+        self.prefix, self.total, self.shown = prefix, None, 0.0
 
-    def __call__(self, text, done=0, total=0):
-        now, last = time.monotonic(), bool(total) and done == total
-        if done in (0, 1):
-            self.start = now
-        left = f", {(now - self.start) / done * (total - done):.0f} s left" if 1 < done < total else ""
+    def __call__(self, text, done, total):
+        now, last = time.monotonic(), done == total
+        if total != self.total or done <= self.first:
+            self.total, self.first, self.start = total, done, now
+        left = f", {(now - self.start) / (done - self.first) * (total - done):.0f} s left" if self.first < done < total else ""
         if sys.stderr.isatty():
             print(f"\r\x1b[K{self.prefix}: {text}{left}", end="\n" if last else "", file=sys.stderr, flush=True)
         elif last or now - self.shown > 10:
@@ -271,8 +274,9 @@ def parse(argv):
     p.add_argument("--weights", metavar="FILE", help="the backbone's state dict, where it is not in a package")
     p.add_argument("--image-size", type=int, metavar="N")
     p.add_argument("--steps", type=int, metavar="N")
-    p.add_argument("--coupling", choices=("worst", "independent", "optimal"))
+    p.add_argument("--coupling", choices=CHOICES["coupling"])
     p.add_argument("--candidates", type=int, metavar="N", help="n of local worst transport")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other default of wtflow.RECIPE, as in the README's ablation")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--seeds", type=int, nargs="+", help="several: mean and spread in the table, each run in OUT/seedN")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -287,14 +291,28 @@ def recipe_of(args):
     recipe = dict(wtflow.PAPER if args.paper else wtflow.RECIPE)
     if not args.paper and not args.data:
         recipe["steps"] = DEMO_STEPS
-    for key in ("backbone", "image_size", "steps", "coupling", "candidates"):
-        value = getattr(args, key)
-        if value is not None:
-            recipe[key] = value
-            if key in ("steps", "candidates") and value < 1:
-                raise InputError(f"--{key} {value}: give at least 1")
+    own = ("backbone", "image_size", "steps", "coupling", "candidates")
+    changes = {k: v for k in own if (v := getattr(args, k)) is not None}
+    for text in args.set:
+        key, _, value = text.partition("=")
+        if key not in recipe:
+            raise InputError(f"--set {text}: no such default: choose from {', '.join(recipe)}")
+        try:
+            default = recipe[key]
+            changes[key] = value if isinstance(default, str) else type(default)(ast.literal_eval(value))
+        except (ValueError, TypeError, SyntaxError):
+            raise InputError(f"--set {text}: give a value like {recipe[key]!r}") from None
+    for key, value in changes.items():
+        option = f"--{key.replace('_', '-')} {value}" if key in own else f"--set {key}={value}"
+        if value not in CHOICES.get(key, (value,)):
+            raise InputError(f"{option}: choose from {', '.join(CHOICES[key])}")
+        if key in ("steps", "candidates", "base", "batch", "cell") and value < 1 or key in ("lr", "shrinkage", "smooth") and not 0 <= value < 1e6:
+            raise InputError(f"{option}: give at least {int(key not in ('lr', 'shrinkage', 'smooth'))}")
+    recipe.update(changes)
     if recipe["image_size"] % recipe["cell"] or not 64 <= recipe["image_size"] <= 2048:
         raise InputError(f"--image-size {recipe['image_size']}: give a multiple of {recipe['cell']} from 64 to 2048")
+    if not recipe["strides"] or not {*recipe["strides"]} <= {4, 8, 16}:
+        raise InputError(f"--set strides={recipe['strides']}: choose from 4, 8, 16, like (8, 16)")
     return recipe
 
 

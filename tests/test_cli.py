@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def test_several_seeds_give_mean_and_spread(data, tmp_path):
     assert float(rows(tmp_path / "tiny", "spread.csv")[0]["aupro"]) == pytest.approx(np.std(each, ddof=1), abs=0.01)
 
 
+def test_one_seed_has_no_spread(data, tmp_path):
+    assert run("train.py", "--data", data / "bolt", "--out", tmp_path, *TINY, "--seeds", 3, "--maps", "none", "--set", "calibrate=False", "base=64").returncode == 0
+    assert rows(tmp_path / "tiny", "spread.csv")[0]["aupro"] == "" and rows(tmp_path / "tiny")[0]["aupro"]
+    state = torch.load(tmp_path / "seed3/tiny/bolt/model.pt", weights_only=True)
+    assert state["recipe"]["base"] == 64 and state["calibration"] == ()
+
+
 def test_processes_share_the_categories(data, trained, tmp_path):
     result = shell("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29611, ROOT / "train.py", "--data", data, "--out", tmp_path, *TINY)
     assert result.returncode == 0, result.stderr
@@ -135,7 +143,8 @@ def test_degenerate_training_sets_train(tmp_path, make):
 def test_bad_options(data, tmp_path):
     for args, words in [(("--steps", 0), ["--steps"]), (("--backbone", "vgg"), ["vgg", "efficientnet_lite0"]), (("--category", "screw"), ["screw", "bolt"]),
                         (("--device", "cuda"), ["--device cuda"]), (("--image-size", 65), ["--image-size"]), (("--coupling", "best"), ["worst"]),
-                        (("--backbone", "wide_resnet50_2", "--weights", data / "none.pth"), ["none.pth", "--weights"])]:
+                        (("--set", "width=3"), ["width", "base"]), (("--set", "base=wide"), ["base=wide"]), (("--set", "norm=none"), ["norm", "zca"]),
+                        (("--set", "strides=32,"), ["strides"]), (("--backbone", "wide_resnet50_2", "--weights", data / "none.pth"), ["none.pth", "--weights"])]:
         if args == ("--device", "cuda") and torch.cuda.is_available():
             continue
         fails(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY, *args), *words)
@@ -225,6 +234,64 @@ def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
     for name in ("bolt", "nut"):
         a, b = (torch.load(tmp_path / f / "tiny" / name / "model.pt", weights_only=True)["field"] for f in ("cut", "whole"))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("when, call", [("fsync", 1), ("replace", 1), ("fsync", 4), ("replace", 5), ("pixel_metrics", 1), ("draw_map", 1), ("replace", 9),
+                                        ("draw_contact_sheet", 1), ("write_csv", 1), ("write_csv", 2)])
+def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call):
+    """SIGKILL at the n-th flush, rename, metric, picture or table: what stands is whole, and the resumed run ends the same."""
+    code = "import os, signal, sys, train, evaluate; train.SAVE_SECONDS = 0\nwhen, call = sys.argv[1], int(sys.argv[2]); del sys.argv[1:3]; n = 0\n" \
+           "where = os if hasattr(os, when) else evaluate; f = getattr(where, when)\n" \
+           "def dying(*a, **k):\n    global n; n += 1\n    if n == call: os.kill(os.getpid(), signal.SIGKILL)\n    return f(*a, **k)\n" \
+           "setattr(where, when, dying); evaluate.exit_cleanly(train.main)"
+    args = [str(a) for a in ("--data", data, "--out", tmp_path, *TINY)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code, when, str(call), *args], env=env, capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    for path in tmp_path.rglob("*.pt"):
+        if not path.name.startswith("."):
+            torch.load(path, weights_only=True)
+    if when != "draw_contact_sheet" and (when, call) != ("write_csv", 2):          # the table comes before the sheet
+        assert not list(tmp_path.rglob("results.csv"))
+    result = run("train.py", *args, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
+    for name in ("bolt", "nut"):
+        a, b = (torch.load(f / name / "model.pt", weights_only=True)["field"] for f in (tmp_path / "tiny", trained[0]))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("state.pt"))
+
+
+def test_features_or_loss_that_are_not_finite_stop_the_run(data, tmp_path):
+    import train
+    import wtflow
+    weights = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
+    weights["_blocks.5._bn2.weight"] *= float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    fails(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY, "--weights", tmp_path / "nan.pth"), "features are not finite", ".png")
+    x_0 = torch.randn(4, 6, 2, 2)
+    x_0[1, 2, 0, 1] = float("inf")
+    with pytest.raises(wtflow.InputError, match="loss is not finite at step 0.*rate"):
+        train.train_field(wtflow.Detector(dict(wtflow.RECIPE, base=8)), x_0, 0)
+    assert not list(tmp_path.rglob("results.csv"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become a user without permission")
+@pytest.mark.parametrize("what", ["train/good/001.png", "ground_truth/dent/001_mask.png", "train/good", "test", "."])
+def test_without_permission(what):
+    import tempfile
+    root = Path(tempfile.mkdtemp())                # pytest's folders are closed to other users as a whole
+    try:
+        make_mvtec(root / "d")
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777)
+        (root / "d/bolt" / what).chmod(0)
+        os.seteuid(65534)
+        fails(run("train.py", "--data", root / "d/bolt", "--out", root / "o", *TINY), Path(what).name or "bolt")
+        assert not list((root / "o").rglob("results.csv")) if (root / "o").exists() else True
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(root)
 
 
 def test_resume_refuses_what_does_not_fit(data, trained, tmp_path):

@@ -1,6 +1,7 @@
 """Every layout on a tiny folder with known counts; every kind of image file."""
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -173,6 +174,64 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path, suffix, cut, flips)
         assert read_image(path).mode == "RGB"
     except InputError as e:
         assert str(path) in str(e) and "\n" not in str(e)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mode=st.sampled_from(["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"]), suffix=st.sampled_from(["png", "tif", "bmp", "txt"]),
+       fill=st.sampled_from([0, 1, 7, 255]), size=st.sampled_from([(12, 20), (20, 12), (1, 1), (12, 21)]), cut=st.sampled_from([None, None, 0, 30, 0.5, 0.95]))
+def test_hostile_masks_are_read_as_regions_or_refused_by_name(tmp_path, mode, suffix, fill, size, cut):
+    a = np.zeros(size, np.uint8)
+    a[: size[0] // 2] = fill
+    image = Image.fromarray(a)
+    path = tmp_path / f"mask.{suffix}"
+    try:
+        image = Image.fromarray(a.astype(np.uint16)) if mode == "I;16" else Image.fromarray(a, "P") if mode == "P" else image.convert(mode)
+        image.save(path, format={"txt": "PNG", "tif": "TIFF"}.get(suffix, suffix.upper()))
+    except OSError:                                # a format without this mode: a file of another kind under the name
+        path.write_text("mask")
+    blob = path.read_bytes()
+    path.write_bytes(blob[: cut if cut is None or cut in (0, 30) else int(cut * len(blob))])
+    try:
+        regions, union = evaluate.masks_of(evaluate.Item(path, "dent", (path,)), (12, 20))
+    except InputError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+    else:
+        assert size == (12, 20) and union.dtype == bool and len(regions) == bool(union.any())
+        if mode not in ("CMYK", "1"):
+            assert np.array_equal(union, a > 0)
+
+
+PIECES = ["train/good/0.png", "train/good/dir.png/", "train/good/link.png", "train/good/größe 部品.PNG", "train/good/.hidden.png", "train/good/a.txt", "train/good/" + "n" * 200 + ".png",
+          "train/", "test/good/0.png", "test/dent/0.png", "test/dent/", "ground_truth/dent/0_mask.png", "ground_truth/dent/0_mask.png/", "ground_truth/", "defects_config.json",
+          "test/logical_anomalies/0.png", "Data/Images/Normal/0.JPG", "../split_csv/1cls.csv", "train/good/rgb/0.png", "test/good/rgb/0.png", "0.png", "train/good/0.jpg"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.sets(st.sampled_from(PIECES), max_size=9), whole=st.booleans())
+def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
+    """Any mixture of layouts, links, empty files and folders with the names of images: categories, or one line that names a path."""
+    shutil.rmtree(tmp_path / "set", ignore_errors=True)
+    root = tmp_path / "set/part"
+    root.mkdir(parents=True)
+    for piece in sorted(pieces):
+        path = root / piece
+        if any(p.is_file() for p in path.parents) or path.exists():
+            continue
+        (path if piece.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if piece.endswith("link.png"):
+            path.symlink_to("nowhere.png")
+        elif not piece.endswith("/") and not path.exists():
+            path.write_bytes(b"")
+    try:
+        _, categories = read_dataset(root.parent if whole else root)
+        assert categories and all(c.train for c in categories)
+        for c in categories:
+            for p in [*c.train, *(i.path for i in c.test)]:
+                with pytest.raises(InputError, match="cannot be read") as e:      # every file is empty or a dangling link
+                    read_image(p)
+                assert str(p) in str(e.value)
+    except InputError as e:
+        assert str(tmp_path) in str(e) and "\n" not in str(e)
 
 
 def test_truncation_is_always_refused(tmp_path):
