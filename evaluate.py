@@ -35,9 +35,7 @@ COLUMNS = ("category", "image_auroc", "image_auroc_max", "pixel_auroc", "aupro",
 MORE = ("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural", "spro_logical", "spro_structural", "spro")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Data sets. A category is a name, training images and test items; the layout is read off the folders.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Data sets. A category is a name, training images and test items; the layout is read off the folders. ---------
 # kind: "good" or the defect's name. masks: paths, each a set of defective pixels; () = none, None = the set has no masks.
 Item = namedtuple("Item", "path kind masks")
 Category = namedtuple("Category", "name layout train test saturation")
@@ -237,9 +235,7 @@ def extract(detector, paths, show=lambda done: None, batch=16):
     return out, sizes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Metrics, in percent; None where they are not defined.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Metrics, in percent; None where they are not defined. --------------------------------------------------------
 def auroc_ap(positive, negative):
     """AUROC and average precision from histograms of scores, in rising order of score. Ties count one half (AUROC)."""
     P, N = positive.sum(), negative.sum()
@@ -336,9 +332,7 @@ def cell(value):
     return "" if value is None or value != value else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Files: whole or not at all.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Files: whole or not at all. ----------------------------------------------------------------------------------
 def write_whole(path, write):
     """write(temporary path beside `path`), flush to disk, rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -454,9 +448,7 @@ def score_all(detector, x_0, euler_steps=1, batch=16):
     return torch.cat([m.cpu() for m, _ in out]), torch.cat([s.cpu() for _, s in out]).double().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Pictures. viridis reads the same to a colour-blind person.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. Pictures. viridis reads the same to a colour-blind person. ---------------------------------------------------
 def figure(*args, **kwargs):
     import matplotlib                              # here, because it takes longer to import than to score an image
     matplotlib.use("Agg")
@@ -549,9 +541,7 @@ def evaluate_category(detector, category, x_0, sizes, folder, which="worst", tif
     return row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Side by side on the same features
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. Side by side on the same features ----------------------------------------------------------------------------
 class Neighbour:
     """Distance to the nearest of m normal features (PatchCore-like: Roth et al. 2022, random memory instead of a coreset)."""
 
@@ -603,9 +593,7 @@ def compare(detector, category, x_0, t_0, sizes, seed):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Benchmark
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. Benchmark ----------------------------------------------------------------------------------------------------
 def milliseconds(f, device, repeats=15):
     """Median and interquartile range of f() in ms, after three warm-up calls, the device synchronised."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -661,9 +649,7 @@ def benchmark(device):
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB (with the U-Net); 'calibration, log p' includes the flow")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. Commands -----------------------------------------------------------------------------------------------------
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")

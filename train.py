@@ -29,9 +29,7 @@ CHOICES = dict(norm=("zca", "layer"), field=("point", "unet"), coupling=("worst"
                score=("max", "released"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Training one field
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Training one field -------------------------------------------------------------------------------------------
 def learning_rate(step, recipe):
     """AdamW's rate at a step. "cycle": linear rise over the first tenth, cosine to zero [ours]; "step": a tenth after two
     thirds [released: StepLR; its constants are not known to us]."""
@@ -82,9 +80,7 @@ def train_field(detector, x_0, seed, show=lambda step, loss: None, state=None, s
     return detector
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. One category, one run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. One category, one run ----------------------------------------------------------------------------------------
 class Progress:
     """One line that updates on a terminal; a plain line every ten seconds otherwise. Seconds left count from the first call of each stage."""
 
@@ -198,9 +194,7 @@ def run(args, recipe, seed, out, data, device):
             return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The demo: two categories in MVTec layout
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. The demo: two categories in MVTec layout ---------------------------------------------------------------------
 def weave(rng, n):
     """An oriented texture: two crossing thread systems with random phase, uneven spacing and grain."""
     y, x = np.mgrid[:n, :n] / n
@@ -261,9 +255,7 @@ def make_demo(root, train=48, good=16, each=8, n=256):
     return root
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. The command --------------------------------------------------------------------------------------------------
 def parse(argv):
     p = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     p.add_argument("--data", help="data set root or one category's folder; without it, a demo data set is made")

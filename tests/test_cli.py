@@ -42,6 +42,15 @@ def test_train_writes_models_maps_and_the_table(trained):
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
 
 
+def test_the_released_recipe_at_a_small_width(data, tmp_path):
+    """--paper as it runs on a GPU, with the backbone that is in a package: the U-Net on images, epochs, released score."""
+    result = run("train.py", "--data", data / "bolt", "--out", tmp_path, "--paper", "--backbone", "efficientnet_lite0", "--image-size", 96, "--set", "base=8", "epochs=2")
+    assert result.returncode == 0 and "step 2/2" in result.stderr, result.stderr
+    state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
+    assert state["whitening"] == () and state["recipe"]["score"] == "released" and any("time" in k for k in state["field"])
+    assert run("evaluate.py", "--run", tmp_path, "--data", data / "bolt").returncode == 0
+
+
 def test_same_seed_same_result_and_other_seed_another(data, trained, tmp_path):
     for seed, same in ((0, True), (1, False)):
         assert run("train.py", "--data", data / "bolt", "--out", tmp_path, *TINY, "--seed", seed).returncode == 0
