@@ -334,6 +334,10 @@ def cell(value):
 
 
 # ---- 3. Files: whole or not at all. ----------------------------------------------------------------------------------
+def no_memory(e):
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+
+
 def write_whole(path, write):
     """write(temporary path beside `path`), flush to disk, rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -345,6 +349,8 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:           # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
+        if no_memory(e):
+            raise
         raise InputError(f"{path}: cannot be written ({e}): free some space or give another --out") from None
 
 
@@ -683,7 +689,7 @@ def exit_cleanly(main):
         print(f"error: {e.filename}: {e.strerror}: check the path and its permissions", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+        if not no_memory(e):
             raise
         print("error: out of memory: give a smaller --image-size, or go on elsewhere with --resume", file=sys.stderr)
         sys.exit(2)

@@ -100,9 +100,10 @@ class Progress:
 
 
 def signature(category, recipe, seed):
-    """What a saved state must share with this run to be continued: recipe, seed, and the training files (names and sizes)."""
-    files = [f"{p.name}:{p.stat().st_size}" for p in category.train]
-    return dict(recipe, seed=seed, images=len(files), files=hashlib.sha256("\n".join(files).encode()).hexdigest()[:16])
+    """What a saved state must share with this run to be continued: recipe, seed, and the files (folders, names and sizes)."""
+    paths = [*category.train, *(p for item in category.test for p in (item.path, *(item.masks or ())))]
+    files = [f"{p.parent.name}/{p.name}:{p.stat().st_size}" for p in paths]
+    return dict(recipe, seed=seed, images=len(category.train), test_images=len(category.test), files=hashlib.sha256("\n".join(files).encode()).hexdigest()[:16])
 
 
 def check_fits(path, state, wanted):
