@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 # Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
 RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
-              field="point", base=1024, time=False, coupling="worst", candidates=64, steps=500, epochs=0, batch=2048, lr=1e-3,
+              field="point", base=768, time=False, coupling="worst", candidates=64, steps=750, epochs=0, batch=2048, lr=1e-3,
               schedule="cycle", calibrate=True, score="max", smooth=0.4)
 PAPER = dict(RECIPE, backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer", field="unet", base=768, time=True,
              steps=0, epochs=100, batch=8, schedule="step", calibrate=False, score="released", smooth=0.0)
@@ -284,7 +284,7 @@ class VectorField(nn.Module):
 class PointField(nn.Module):
     """v_theta of the default [ours]: (N, d) or (B, d, h, w) -> the same, each location alone, as claims S1..W4; not told t."""
 
-    def __init__(self, d, base=1024, time=False):
+    def __init__(self, d, base=768, time=False):
         super().__init__()
         layer = lambda c_in: (nn.Linear(c_in, base, bias=False), nn.BatchNorm1d(base), nn.GELU())
         self.hidden, self.out = nn.Sequential(*layer(d), *layer(base)), nn.Linear(base, d)
