@@ -620,6 +620,7 @@ def benchmark(device):
     import resource                                # here: not on every platform
     from torch.utils.flop_counter import FlopCounterMode
     size, rows = wtflow.RECIPE["image_size"], []
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20            # GiB
     a = torch.randn(2048, 2048, device=device)
     with torch.inference_mode(), wtflow.autocast(device):
         rate = 2 * 2048 ** 3 / milliseconds(lambda: a @ a, device)[0]                      # FLOPs per ms
@@ -640,20 +641,22 @@ def benchmark(device):
                 if batch == 1:
                     detector.fit_normalisation(x), detector.new_field(x.shape[1]).eval(), detector.calibrate(torch.randn_like(x))
                 x_0, log_p = detector.normalise(x), detector.log_density(x)
-                stages = [("image to map, end to end", lambda: detector.read_map(detector.log_density(detector.normalise(detector.features(images)))), 0)]
+                stages = [("image to map, end to end", lambda: detector.read_map(detector.log_density(detector.normalise(detector.features(images)))),
+                           count(detector.net) + count(detector.field))]
                 if n == size:
                     stages += [("  extractor", lambda: detector.features(images), count(detector.net)), ("  normalisation", lambda: detector.normalise(x), 0),
                                ("  flow, one step", lambda: detector.transport(x_0), count(detector.field)),
                                ("  calibration, log p", lambda: detector.log_density(x_0), 0), ("  map and score", lambda: detector.read_map(log_p), 0)]
                 for name, f, parameters in stages:
                     add(f"{name}, {n} px" if not name[0] == " " else name, f, parameters, batch)
+        ours = peak()
         unet = wtflow.VectorField(1024, wtflow.PAPER["base"]).to(device).eval()
         for batch in (1, 16):
             x_0 = torch.randn(batch, 1024, 8, 8, device=device)
             add("flow of the released U-Net", lambda: wtflow.euler(unet, x_0), count(unet), batch)
     print_table(("stage", "batch", "ms", "spread", "images_per_s", "parameters_M", "x_bound"), rows)
-    print(f"matrix rate {rate / 1e9:.2f} TFLOP/s, {torch.get_num_threads()} threads, peak memory "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB (with the U-Net); 'calibration, log p' includes the flow")
+    print(f"matrix rate {rate / 1e9:.2f} TFLOP/s, {torch.get_num_threads()} threads, peak memory {ours:.1f} GiB ({peak():.1f} GiB with the U-Net); "
+          "'calibration, log p' includes the flow")
 
 
 # ---- 7. Commands -----------------------------------------------------------------------------------------------------
