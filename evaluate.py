@@ -449,9 +449,9 @@ def normalise_all(detector, x):
     return x
 
 
-def score_all(detector, x_0, euler_steps=1, batch=16):
-    """Maps (n, N, N) and image scores (n,) of x_0 (n, d, h, w), on the CPU."""
-    out = [detector.read_map(detector.log_density(b.to(detector.device).float(), euler_steps)) for b in x_0.split(batch)]
+def score_all(detector, log_p, x_0, batch=16):
+    """Maps (n, N, N) and image scores (n,) of x_0 (n, d, h, w), on the CPU; log_p: (B, d, h, w) -> (B, h, w), a method's normality."""
+    out = [detector.read_map(log_p(b.to(detector.device).float())) for b in x_0.split(batch)]
     return torch.cat([m.cpu() for m, _ in out]), torch.cat([s.cpu() for _, s in out]).double().numpy()
 
 
@@ -535,7 +535,7 @@ def evaluate_category(detector, category, x_0, sizes, folder, which="worst", tif
     """Score the normalised test features x_0 of a category, measure, draw; its row."""
     if not category.test:
         return measure(category, torch.zeros(0, 1, 1), np.zeros(0), [])
-    maps, scores = score_all(detector, x_0, euler_steps)
+    maps, scores = score_all(detector, lambda b: detector.log_density(b, euler_steps), x_0)
     row = measure(category, maps, scores, sizes)
     draw_category(folder, category, maps, scores, sizes, which)
     if tiff:
@@ -578,11 +578,10 @@ def compare(detector, category, x_0, t_0, sizes, seed):
     rows = []
 
     def add(name, log_p, tensors):
-        score = lambda b: [v.cpu() for v in detector.read_map(log_p(b.to(detector.device).float()))]
-        score(t_0[:8])                             # warm-up
+        score_all(detector, log_p, t_0[:8], 8)     # warm-up
         began = time.perf_counter()
-        maps, scores = map(torch.cat, zip(*map(score, t_0.split(8))))
-        took, scores = 1000 * (time.perf_counter() - began) / len(t_0), scores.double().numpy()
+        maps, scores = score_all(detector, log_p, t_0, 8)
+        took = 1000 * (time.perf_counter() - began) / len(t_0)
         row = measure(category, maps, scores, sizes)
         row.update(method=name, ms_per_image=took, model_mib=sum(v.numel() for v in tensors) * 4 / 2 ** 20)
         rows.append(row)
@@ -641,14 +640,14 @@ def benchmark(device):
                 if batch == 1:
                     detector.fit_normalisation(x), detector.new_field(x.shape[1]).eval(), detector.calibrate(torch.randn_like(x))
                 x_0, log_p = detector.normalise(x), detector.log_density(x)
-                stages = [("image to map, end to end", lambda: detector.read_map(detector.log_density(detector.normalise(detector.features(images)))),
+                stages = [(f"image to map, end to end, {n} px", lambda: detector.read_map(detector.log_density(detector.normalise(detector.features(images)))),
                            count(detector.net) + count(detector.field))]
                 if n == size:
                     stages += [("  extractor", lambda: detector.features(images), count(detector.net)), ("  normalisation", lambda: detector.normalise(x), 0),
                                ("  flow, one step", lambda: detector.transport(x_0), count(detector.field)),
                                ("  calibration, log p", lambda: detector.log_density(x_0), 0), ("  map and score", lambda: detector.read_map(log_p), 0)]
                 for name, f, parameters in stages:
-                    add(f"{name}, {n} px" if not name[0] == " " else name, f, parameters, batch)
+                    add(name, f, parameters, batch)
         ours = peak()
         unet = wtflow.VectorField(1024, wtflow.PAPER["base"]).to(device).eval()
         for batch in (1, 16):
@@ -736,7 +735,7 @@ def score_images(args, device):
     if not paths:
         raise InputError(f"{path}: no images in this folder")
     x, _ = extract(detector, paths)
-    maps, scores = score_all(detector, normalise_all(detector, x), args.euler_steps)
+    maps, scores = score_all(detector, lambda b: detector.log_density(b, args.euler_steps), normalise_all(detector, x))
     for p, y, s in zip(paths, maps, scores):
         out = Path(args.out or f"{p.stem}_map.png") if not path.is_dir() else Path(args.out) / f"{p.stem}_map.png" if args.out else None
         print(f"{p.name}  score {s:.4f}" + (f"  {out}" if out else ""))
