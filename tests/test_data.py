@@ -1,4 +1,5 @@
 """Every layout on a tiny folder with known counts; every kind of image file."""
+
 import json
 import os
 import shutil
@@ -43,18 +44,21 @@ def test_mvtec_without_masks_has_none(tmp_path):
 def test_visa(tmp_path):
     root, rows = tmp_path / "VisA", ["object,split,label,image,mask"]
     for k in range(5):
-        save(root / f"candle/Data/Images/Normal/{k:04d}.JPG", picture(k)[0])
-        rows.append(f"candle,{'train' if k < 3 else 'test'},normal,candle/Data/Images/Normal/{k:04d}.JPG,")
+        name, part = f"candle/Data/Images/Normal/{k:04d}.JPG", "train" if k < 3 else "test"
+        save(root / name, picture(k)[0])
+        rows.append(f"candle,{part},normal,{name},")
     for k in range(2):
         image, mask = picture(9 + k, defect=True)
-        save(root / f"candle/Data/Images/Anomaly/{k:03d}.JPG", image)
-        save(root / f"candle/Data/Masks/Anomaly/{k:03d}.png", mask * (k + 1))
-        rows.append(f"candle,test,anomaly,candle/Data/Images/Anomaly/{k:03d}.JPG,candle/Data/Masks/Anomaly/{k:03d}.png")
+        name, truth = f"candle/Data/Images/Anomaly/{k}.JPG", f"candle/Data/Masks/Anomaly/{k}.png"
+        save(root / name, image)
+        save(root / truth, mask * (k + 1))
+        rows.append(f"candle,test,anomaly,{name},{truth}")
     save(root / "split_csv/unused.png", picture(0)[0])
     (root / "split_csv/1cls.csv").write_text("\n".join(rows))
     name, (c,) = read_dataset(root)
     assert name == "VisA" and counts(c) == ("VisA", 3, {"good": 2, "anomaly": 2})
-    assert evaluate.masks_of(c.test[-1], (40, 48))[1].sum() == 12 * 14         # masks hold 1 and 2, not 255
+    _, union = evaluate.masks_of(c.test[-1], (40, 48))
+    assert union.sum() == 12 * 14  # masks hold 1 and 2, not 255
     (root / "split_csv/1cls.csv").unlink()
     with pytest.raises(InputError, match="1cls.csv"):
         read_dataset(root)
@@ -76,23 +80,29 @@ def test_loco(tmp_path):
     save(root / "validation/good/000.png", picture(1)[0])
     with pytest.raises(InputError, match="defects_config.json"):
         read_dataset(tmp_path / "loco")
-    (root / "defects_config.json").write_text(json.dumps(
-        [{"defect_name": f"d{v}", "pixel_value": v, "saturation_threshold": t, "relative_saturation": r} for v, t, r in ((255, 0.5, True), (254, 20, False))]))
+    keys = ("defect_name", "pixel_value", "saturation_threshold", "relative_saturation")
+    defects = [("d255", 255, 0.5, True), ("d254", 254, 20, False)]
+    config = json.dumps([dict(zip(keys, defect, strict=True)) for defect in defects])
+    (root / "defects_config.json").write_text(config)
     (c,) = read_dataset(tmp_path / "loco")[1]
-    assert counts(c) == ("MVTec LOCO AD", 6, {"good": 3, "logical_anomalies": 2, "structural_anomalies": 1})
-    assert [s for _, s in evaluate.masks_of(c.test[-1], (40, 48), c.saturation)[0]] == [84, 20]
+    kinds = {"good": 3, "logical_anomalies": 2, "structural_anomalies": 1}
+    assert counts(c) == ("MVTec LOCO AD", 6, kinds)
+    regions, _ = evaluate.masks_of(c.test[-1], (40, 48), c.saturation)
+    assert [saturates_at for _, saturates_at in regions] == [84, 20]
 
 
 def test_mvtec_3d(tmp_path):
     root = tmp_path / "3d/bagel"
-    for part, label, n in (("train", "good", 4), ("validation", "good", 2), ("test", "good", 2), ("test", "hole", 3)):
+    images = {"train/good": 4, "validation/good": 2, "test/good": 2, "test/hole": 3}
+    for part, n in images.items():
         for k in range(n):
-            image, mask = picture(k, defect=label == "hole")
-            save(root / part / label / f"rgb/{k:03d}.png", image)
-            save(root / part / label / f"gt/{k:03d}.png", mask * 255)
-            (root / part / label / "xyz").mkdir(exist_ok=True)
+            image, mask = picture(k, defect=part == "test/hole")
+            save(root / part / f"rgb/{k:03d}.png", image)
+            save(root / part / f"gt/{k:03d}.png", mask * 255)
+            (root / part / "xyz").mkdir(exist_ok=True)
     (c,) = read_dataset(tmp_path / "3d")[1]
-    assert counts(c) == ("MVTec 3D-AD", 4, {"good": 2, "hole": 3}) and all(i.masks for i in c.test if i.kind == "hole")
+    assert counts(c) == ("MVTec 3D-AD", 4, {"good": 2, "hole": 3})
+    assert all(i.masks for i in c.test if i.kind == "hole")
 
 
 def test_folder_of_good_images(tmp_path):
@@ -102,25 +112,32 @@ def test_folder_of_good_images(tmp_path):
     assert (name, c.name) == ("parts", "mine") and counts(c) == ("folder of good images", 3, {})
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda p: p / "absent", "no such folder"),
-    (lambda p: p, "looked for train/good"),
-    (lambda p: (p / "x/train/good").mkdir(parents=True) or p, "no training images")])
-def test_folders_that_fit_no_layout(tmp_path, make, words):
-    with pytest.raises(InputError, match=words):
-        read_dataset(make(tmp_path))
+def test_folders_that_fit_no_layout(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        read_dataset(tmp_path / "absent")
+    with pytest.raises(InputError, match="looked for train/good"):
+        read_dataset(tmp_path)
+    (tmp_path / "x/train/good").mkdir(parents=True)
+    with pytest.raises(InputError, match="no training images"):
+        read_dataset(tmp_path)
 
 
 RGB = picture(0, size=(12, 20), defect=False)[0].astype(np.uint8)
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("RGB", "bmp"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("CMYK", "tif"), ("L", "tiff")])
-def test_colour_modes_become_rgb(tmp_path, mode, suffix):
-    Image.fromarray(RGB).convert(mode).save(tmp_path / f"a.{suffix}")
-    image = read_image(tmp_path / f"a.{suffix}")
+MODES = "L.png RGB.bmp RGBA.png LA.png P.png 1.png CMYK.jpg CMYK.tif L.tiff"
+
+
+@pytest.mark.parametrize("name", MODES.split())
+def test_colour_modes_become_rgb(tmp_path, name):
+    mode = name.split(".")[0]
+    converted = Image.fromarray(RGB).convert(mode)
+    converted.save(tmp_path / name)
+    image = read_image(tmp_path / name)
     assert image.mode == "RGB" and image.size == (20, 12)
     if mode not in ("1", "CMYK"):
-        assert np.abs(np.asarray(image, int) - np.asarray(Image.fromarray(RGB).convert(mode).convert("RGB"), int)).max() <= 1
+        expected = np.asarray(converted.convert("RGB"), int)
+        assert np.abs(np.asarray(image, int) - expected).max() <= 1
 
 
 def test_alpha_is_dropped_not_blended(tmp_path):
@@ -129,9 +146,10 @@ def test_alpha_is_dropped_not_blended(tmp_path):
 
 
 def test_16_bit_and_float_images_are_scaled(tmp_path):
-    deep = np.minimum(RGB[..., 0], 254).astype(np.uint16) * 257 + 40                # 40 of 65535 is below rounding, but not modulo 256
+    grey = np.minimum(RGB[..., 0], 254)
+    deep = grey.astype(np.uint16) * 257 + 40  # 40 of 65535 is below rounding, not modulo 256
     Image.fromarray(deep).save(tmp_path / "a.png")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], np.minimum(RGB[..., 0], 254))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], grey)
     for name, scale in (("b.tiff", 1.0), ("c.tiff", 255.0)):
         Image.fromarray((RGB[..., 0] / scale).astype(np.float32)).save(tmp_path / name)
         assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 0], RGB[..., 0])
@@ -139,7 +157,7 @@ def test_16_bit_and_float_images_are_scaled(tmp_path):
 
 def test_exif_orientation_is_applied_to_the_image(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                               # stored lying, shown upright: the mask is drawn on what is shown
+    exif[0x0112] = 6  # stored lying, shown upright: the mask is drawn on what is shown
     Image.fromarray(RGB).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == (12, 20)
 
@@ -161,9 +179,13 @@ def test_masks_of_three_channels_and_odd_values(tmp_path):
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(suffix=st.sampled_from(["png", "jpg", "bmp", "tif"]), cut=st.floats(0, 1), flips=st.lists(st.floats(0, 1), max_size=4))
+@given(
+    suffix=st.sampled_from(["png", "jpg", "bmp", "tif"]),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.floats(0, 1), max_size=4),
+)
 def test_damaged_files_are_read_or_refused_by_name(tmp_path, suffix, cut, flips):
-    """Truncated at any offset and with flipped bytes: an RGB image, or one InputError that names the file."""
+    """Truncated at any offset, flipped bytes: an RGB image, or one InputError with the name."""
     path = tmp_path / f"x.{suffix}"
     save(path, RGB)
     blob = bytearray(path.read_bytes())
@@ -177,20 +199,32 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path, suffix, cut, flips)
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mode=st.sampled_from(["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"]), suffix=st.sampled_from(["png", "tif", "bmp", "txt"]),
-       fill=st.sampled_from([0, 1, 7, 255]), size=st.sampled_from([(12, 20), (20, 12), (1, 1), (12, 21)]), cut=st.sampled_from([None, None, 0, 30, 0.5, 0.95]))
-def test_hostile_masks_are_read_as_regions_or_refused_by_name(tmp_path, mode, suffix, fill, size, cut):
+@given(
+    mode=st.sampled_from(["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"]),
+    suffix=st.sampled_from(["png", "tif", "bmp", "txt"]),
+    fill=st.sampled_from([0, 1, 7, 255]),
+    size=st.sampled_from([(12, 20), (20, 12), (1, 1), (12, 21)]),
+    cut=st.sampled_from([None, None, 0, 30, 0.5, 0.95]),
+)
+def test_hostile_masks_are_read_as_regions_or_refused_by_name(
+    tmp_path, mode, suffix, fill, size, cut
+):
     a = np.zeros(size, np.uint8)
     a[: size[0] // 2] = fill
-    image = Image.fromarray(a)
     path = tmp_path / f"mask.{suffix}"
     try:
-        image = Image.fromarray(a.astype(np.uint16)) if mode == "I;16" else Image.fromarray(a, "P") if mode == "P" else image.convert(mode)
+        if mode == "I;16":
+            image = Image.fromarray(a.astype(np.uint16))
+        elif mode == "P":
+            image = Image.fromarray(a, "P")
+        else:
+            image = Image.fromarray(a).convert(mode)
         image.save(path, format={"txt": "PNG", "tif": "TIFF"}.get(suffix, suffix.upper()))
-    except OSError:                                # a format without this mode: a file of another kind under the name
+    except OSError:  # a format without this mode: a file of another kind under the name
         path.write_text("mask")
     blob = path.read_bytes()
-    path.write_bytes(blob[: cut if cut is None or cut in (0, 30) else int(cut * len(blob))])
+    kept = int(cut * len(blob)) if isinstance(cut, float) else cut
+    path.write_bytes(blob[:kept])
     try:
         regions, union = evaluate.masks_of(evaluate.Item(path, "dent", (path,)), (12, 20))
     except InputError as e:
@@ -201,15 +235,39 @@ def test_hostile_masks_are_read_as_regions_or_refused_by_name(tmp_path, mode, su
             assert np.array_equal(union, a > 0)
 
 
-PIECES = ["train/good/0.png", "train/good/dir.png/", "train/good/link.png", "train/good/größe 部品.PNG", "train/good/.hidden.png", "train/good/a.txt", "train/good/" + "n" * 200 + ".png",
-          "train/", "test/good/0.png", "test/dent/0.png", "test/dent/", "ground_truth/dent/0_mask.png", "ground_truth/dent/0_mask.png/", "ground_truth/", "defects_config.json",
-          "test/logical_anomalies/0.png", "Data/Images/Normal/0.JPG", "../split_csv/1cls.csv", "train/good/rgb/0.png", "test/good/rgb/0.png", "0.png", "train/good/0.jpg"]
+PIECES = [
+    "train/good/0.png",
+    "train/good/dir.png/",
+    "train/good/link.png",
+    "train/good/größe 部品.PNG",
+    "train/good/.hidden.png",
+    "train/good/a.txt",
+    "train/good/" + "n" * 200 + ".png",
+    "train/",
+    "test/good/0.png",
+    "test/dent/0.png",
+    "test/dent/",
+    "ground_truth/dent/0_mask.png",
+    "ground_truth/dent/0_mask.png/",
+    "ground_truth/",
+    "defects_config.json",
+    "test/logical_anomalies/0.png",
+    "Data/Images/Normal/0.JPG",
+    "../split_csv/1cls.csv",
+    "train/good/rgb/0.png",
+    "test/good/rgb/0.png",
+    "0.png",
+    "train/good/0.jpg",
+]
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.sets(st.sampled_from(PIECES), max_size=9), whole=st.booleans())
 def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
-    """Any mixture of layouts, links, empty files and folders with the names of images: categories, or one line that names a path."""
+    """Any mixture of layouts, links, empty files and folders with the names of images.
+
+    Categories, or one line that names a path.
+    """
     shutil.rmtree(tmp_path / "set", ignore_errors=True)
     root = tmp_path / "set/part"
     root.mkdir(parents=True)
@@ -217,17 +275,18 @@ def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
         path = root / piece
         if any(p.is_file() for p in path.parents) or path.exists():
             continue
-        (path if piece.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        folder = path if piece.endswith("/") else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
         if piece.endswith("link.png"):
             path.symlink_to("nowhere.png")
-        elif not piece.endswith("/") and not path.exists():
+        elif folder != path:
             path.write_bytes(b"")
     try:
         _, categories = read_dataset(root.parent if whole else root)
         assert categories and all(c.train for c in categories)
         for c in categories:
-            for p in [*c.train, *(i.path for i in c.test)]:
-                with pytest.raises(InputError, match="cannot be read") as e:      # every file is empty or a dangling link
+            for p in [*c.train, *(i.path for i in c.test)]:  # all are empty or dangling links
+                with pytest.raises(InputError, match="cannot be read") as e:
                     read_image(p)
                 assert str(p) in str(e.value)
     except InputError as e:
@@ -259,7 +318,7 @@ def test_links_folders_and_names(tmp_path):
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     save(tmp_path / "x.png", RGB)
-    for limit in (200, 100):                       # Pillow warns above its limit and raises above twice the limit
+    for limit in (200, 100):  # Pillow warns above its limit and raises above twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(InputError, match="x.png"):
             read_image(tmp_path / "x.png")
@@ -267,6 +326,7 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 def test_extreme_shapes_reach_the_network_size(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
+
     save(tmp_path / "a.png", np.zeros((1, 1, 3)))
     save(tmp_path / "b.png", np.zeros((1, 20000, 3)))
     with ThreadPoolExecutor(2) as pool:

@@ -1,4 +1,5 @@
 """Metrics against brute force, and the known traps."""
+
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import label
 
 import evaluate
 from evaluate import Item, area_to, image_metrics, pixel_metrics
@@ -34,8 +36,8 @@ def test_image_auroc_is_the_share_of_ordered_pairs(rows):
 
 
 def test_average_precision_beside_scikit_learn():
-    # scikit-learn 1.9.1, roc_auc_score and average_precision_score on these six scores (ties included); 3 x 400 tied random
-    # scores agreed to 1e-13 when compared by hand.
+    # scikit-learn 1.9.1, roc_auc_score and average_precision_score on these six scores, ties
+    # included; 3 x 400 tied random scores agreed to 1e-13 when compared by hand.
     s, d = np.array([0.1, 0.4, 0.4, 0.8, 0.35, 0.9]), np.array([0, 0, 1, 1, 0, 1], bool)
     assert image_metrics(s, d) == (pytest.approx(94.44444444), pytest.approx(91.66666667))
 
@@ -47,7 +49,7 @@ def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
         mask = np.zeros(size, bool)
         for _ in range(regions if k else 0):
             y, x = rng.integers(0, size[0] - 6), rng.integers(0, size[1] - 8)
-            mask[y:y + rng.integers(2, 6), x:x + rng.integers(2, 8)] = True
+            mask[y : y + rng.integers(2, 6), x : x + rng.integers(2, 8)] = True
         path = tmp_path / f"{k}.png"
         Image.fromarray(np.uint8(mask) * 255).save(path)
         masks.append(mask)
@@ -58,20 +60,19 @@ def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
 
 def brute_pro(maps, masks, limit, saturate=lambda area: area):
     """Every threshold, every region, straight from the definition."""
-    from scipy.ndimage import label
-    good = np.concatenate([y[~m] for y, m in zip(maps, masks)])
-    regions = []
-    for y, m in zip(maps, masks):
+    good, regions = [], []
+    for y, m in zip(maps, masks, strict=True):
         labels, n = label(m, np.ones((3, 3)))
         regions += [y[labels == k] for k in range(1, n + 1)]
+        good.append(y[~m])
+    good = np.concatenate(good)
     x, o = [0.0], [0.0]
     for h in np.unique(maps)[::-1]:
         x.append((good >= h).mean())
         o.append(np.mean([min((r >= h).sum() / saturate(len(r)), 1) for r in regions]))
-    inside = [i for i in range(len(x)) if x[i] <= limit]
-    k = inside[-1]
-    x, o = x[:k + 1] + [limit], o[:k + 1] + [o[k] + (o[k + 1] - o[k]) * (limit - x[k]) / (x[k + 1] - x[k])]
-    return 100 * np.trapezoid(o, x) / limit
+    k = max(i for i in range(len(x)) if x[i] <= limit)
+    at_limit = o[k] + (o[k + 1] - o[k]) * (limit - x[k]) / (x[k + 1] - x[k])
+    return 100 * np.trapezoid(o[: k + 1] + [at_limit], x[: k + 1] + [limit]) / limit
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -80,14 +81,18 @@ def test_binned_figures_agree_with_exact_ones_to_1e_4(tmp_path, seed):
     auroc, ap, aupro = pixel_metrics(maps, items, sizes)
     y, m = maps.numpy(), np.array(masks)
     exact_auroc, exact_ap = image_metrics(y.ravel().astype(float), m.ravel())
-    assert abs(auroc - exact_auroc) < 0.01 and abs(ap - exact_ap) < 0.01 and abs(aupro - brute_pro(y, masks, 0.3)) < 0.01
+    assert abs(auroc - exact_auroc) < 0.01
+    assert abs(ap - exact_ap) < 0.01
+    assert abs(aupro - brute_pro(y, masks, 0.3)) < 0.01
 
 
 def test_saturated_overlap(tmp_path):
     maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(7), regions=1)
-    spro = pixel_metrics(maps, items, sizes, {255: (0.5, True)}, 0.05)[2]
-    assert spro == pytest.approx(brute_pro(maps.numpy(), masks, 0.05, lambda a: int(0.5 * a)), abs=0.01)
-    assert pixel_metrics(maps, items, sizes, {255: (10 ** 6, False)}, 0.3)[2] == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
+    half = pixel_metrics(maps, items, sizes, {255: (0.5, True)}, 0.05)[2]
+    exact = brute_pro(maps.numpy(), masks, 0.05, lambda area: int(0.5 * area))
+    assert half == pytest.approx(exact, abs=0.01)
+    never = pixel_metrics(maps, items, sizes, {255: (10**6, False)}, 0.3)[2]
+    assert never == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
 
 
 def test_saturated_overlap_is_never_above_100(tmp_path):
@@ -118,14 +123,18 @@ def test_regions_touching_at_a_corner_are_one(tmp_path):
     mask = np.zeros((8, 8), bool)
     mask[1, 1] = mask[2, 2] = True
     Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
-    regions, union = evaluate.masks_of(Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",)), (8, 8))
+    regions, union = evaluate.masks_of(
+        Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",)), (8, 8)
+    )
     assert len(regions) == 1 and regions[0][1] == 2 and union.sum() == 2
 
 
 def test_false_positive_rate_is_of_the_whole_set_not_per_image(tmp_path):
     maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(3))
-    maps[0] += 10                                  # one image reads high everywhere: min-max per image would hide it
-    assert pixel_metrics(maps, items, sizes)[2] == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
+    maps[0] += 10  # one image reads high everywhere: min-max per image would hide it
+    assert pixel_metrics(maps, items, sizes)[2] == pytest.approx(
+        brute_pro(maps.numpy(), masks, 0.3), abs=0.01
+    )
 
 
 def test_empty_masks_of_defective_images_count_as_defect_free(tmp_path):
@@ -136,7 +145,7 @@ def test_empty_masks_of_defective_images_count_as_defect_free(tmp_path):
 
 def test_maps_are_resampled_to_the_mask_and_masks_never(tmp_path):
     mask = np.zeros((200, 100), bool)
-    mask[77, 33] = True                            # one pixel: any resizing of the mask would lose or spread it
+    mask[77, 33] = True  # one pixel: any resizing of the mask would lose or spread it
     Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
     item = Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",))
     y = torch.zeros(1, 20, 10)

@@ -1,52 +1,421 @@
-"""The method: backbones against recorded outputs, the field, couplings, loss, scorer."""
+"""wtflow.py: recipe, loss, couplings, whitening, scorer, fields, detector, training, backbones."""
+
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
+from scipy.stats import ks_2samp, kstest
+from torch import nn
 
 import wtflow
-from wtflow import InputError, PointField, RECIPE, VectorField
+from wtflow import PAPER, Detector, InputError, PointField, Recipe, UNetField
 
-# Recorded from the original implementations in float64: mean, population standard deviation of each output.
-LITE0 = {3: (-0.6397166871904888, 12.273338279716263), 4: (-1.399435967395532, 12.003240472558458), 10: (-0.2963033457524406, 6.313499158570445),
-         15: (0.02329468677585999, 2.345086640552387)}
-WIDE = {4: (0.7189124466396698, 0.8413680279831285), 8: (1.6350482906882018, 1.944722968928098), 16: (3.9649682403631163, 4.895756651621443)}
-WIDE_FIRST = {4: (1.1820854901593623, 1.7910680043940983), 16: (8.091662645361714, 6.913593869673142)}
+
+def gaussian(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny(**changes):
+    """A recipe of 64 px, 4 x 4 cells and a narrow field."""
+    return Recipe(**{"image_size": 64, "base": 8, "steps": 4, "batch": 32, **changes})
+
+
+# ---- recipe ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "setting, remedy",
+    [
+        (dict(backbone="vgg"), "efficientnet_lite0"),
+        (dict(norm="none"), "zca"),
+        (dict(coupling="best"), "worst"),
+        (dict(image_size=65), "multiple of 16"),
+        (dict(image_size=32), "from 64 to 2048"),
+        (dict(strides=(32,)), "4, 8, 16"),
+        (dict(strides=()), "4, 8, 16"),
+        (dict(steps=0), "at least 1"),
+        (dict(base=0), "at least 1"),
+        (dict(candidates=0), "at least 1"),
+        (dict(smooth=-1.0), "at least 0"),
+        (dict(lr=float("nan")), "at least 0"),
+    ],
+)
+def test_a_recipe_refuses_what_is_not_valid(setting, remedy):
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=f"^{name}=.*{remedy}"):
+        Recipe(**setting)
+    assert str(value) in str(pytest.raises(InputError, Recipe, **setting).value)
+
+
+def test_the_first_screen_counts_the_departures_from_the_release():
+    default, paper = dataclasses.asdict(Recipe()), dataclasses.asdict(PAPER)
+    departures = [name for name in default if default[name] != paper[name]]
+    assert f"in {len(departures)} of {len(default)} settings" in wtflow.__doc__
+    for name in departures:
+        assert name in wtflow.__doc__, name
+
+
+def test_epochs_give_the_number_of_steps():
+    assert wtflow.steps_for(PAPER, 209).steps == 100 * 27
+    assert wtflow.steps_for(Recipe(), 209).steps == Recipe().steps
+
+
+# ---- loss and transport ------------------------------------------------------------------------
+def test_loss_is_the_velocity_error():
+    x_0, generator = gaussian((6, 4, 2, 2)), torch.Generator()
+    x_1 = wtflow.independent(x_0, generator.manual_seed(5))
+    t = torch.rand(6)
+    seen = {}
+
+    def still(x, t):
+        seen.update(x=x, t=t)
+        return torch.zeros_like(x)
+
+    def exact(x, t):
+        return x_1 - x_0
+
+    def loss(v_theta):
+        couple = wtflow.independent
+        return wtflow.flow_matching_loss(v_theta, x_0, couple, generator.manual_seed(5), t)
+
+    assert torch.allclose(loss(still), (x_1 - x_0).square().mean((1, 2, 3)))
+    s = t.view(-1, 1, 1, 1)
+    assert torch.allclose(seen["x"], (1 - s) * x_0 + s * x_1)
+    assert torch.equal(seen["t"], t)
+    assert loss(exact).abs().max() == 0
+
+
+def test_one_step_and_two_by_hand():
+    x_0 = torch.tensor([[3.0, 4.0]])
+
+    def v_theta(x, t):
+        return -x * (1 + t[:, None])
+
+    assert torch.equal(wtflow.euler(v_theta, x_0), torch.zeros(1, 2))
+    assert torch.allclose(wtflow.euler(v_theta, x_0, 2), x_0 * 0.5 * (1 - 0.75))
+    assert wtflow.log_density(x_0).item() == pytest.approx(-25 / 4)
+
+
+# ---- couplings ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("couple", [wtflow.independent, wtflow.optimal, wtflow.worst])
+@pytest.mark.parametrize("shape", [(50, 7), (3, 7, 4, 5)])
+def test_couplings_keep_shape_and_follow_their_generator(couple, shape):
+    x_0 = gaussian(shape)
+    one, again, other = (couple(x_0, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert one.shape == x_0.shape
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_optimal_beats_every_permutation_and_worst_plan_loses_to_every_one():
+    x_0, generator = gaussian((5, 3)), torch.Generator()
+    for sign in (1, -1):
+        x_1 = wtflow.optimal(x_0, generator.manual_seed(3), sign)
+        orders = itertools.permutations(range(5))
+        costs = [sign * (x_0 - x_1[list(p)]).square().sum() for p in orders]
+        assert costs[0] <= min(costs) + 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 4, 64])
+def test_worst_has_the_law_of_the_worst_of_n_candidates(n):
+    """Beside literal candidates: Kolmogorov-Smirnov, false alarm 1e-6; across it stays N(0, 1)."""
+    N, d = 20000, 3
+    x_0 = gaussian((N, d), 1)
+    e = F.normalize(x_0, dim=1)
+    z = torch.randn(N, n, d, generator=torch.Generator().manual_seed(2))
+    literal = z[torch.arange(N), (z @ x_0[..., None])[..., 0].argmin(1)]
+    drawn = wtflow.worst(x_0, torch.Generator().manual_seed(3), n)
+    assert ks_2samp((literal * e).sum(1), (drawn * e).sum(1)).pvalue > 1e-6
+    axis = torch.tensor([[1.0, 0, 0]]).expand(N, 3)
+    across = F.normalize(torch.linalg.cross(e, axis), dim=1)
+    assert kstest((drawn * across).sum(1).numpy(), "norm").pvalue > 1e-6
+
+
+def test_worst_of_a_zero_vector_is_noise():
+    assert torch.isfinite(wtflow.worst(torch.zeros(4, 3), n=64)).all()
+
+
+# ---- whitening and calibration -----------------------------------------------------------------
+def test_whitening_gives_unit_covariance():
+    torch.manual_seed(0)
+    x = torch.einsum("ij,njhw->nihw", torch.randn(6, 6), torch.randn(400, 6, 2, 2)) + 3
+    z = wtflow.whiten(x, *wtflow.fit_zca(x, 0.0)).movedim(1, -1).reshape(-1, 6)
+    assert torch.allclose(z.T @ z / len(z), torch.eye(6), atol=1e-3)
+    assert z.mean(0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["constant", "one", "copies", "zero"])
+def test_whitening_survives_degenerate_sets(kind):
+    x = {
+        "constant": torch.ones(3, 6, 2, 2),
+        "one": gaussian((1, 6, 1, 1)),
+        "copies": gaussian((2, 6, 1, 1)).repeat(3, 1, 1, 1),
+        "zero": torch.zeros(1, 6, 1, 1),
+    }[kind]
+    mean, W = wtflow.fit_zca(x, 0.01)
+    assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(x, mean, W)).all()
+
+
+def test_cells_are_whitened_each_by_its_own_law_when_images_are_many():
+    torch.manual_seed(0)
+    scale, shift = torch.tensor([1.0, 5.0]), torch.tensor([2.0, -7.0])  # two cells, two laws
+    x = torch.randn(4000, 3, 1, 2) * scale + shift
+    z = wtflow.whiten(x, *wtflow.fit_cells(x))
+    assert z.mean(0).abs().max() < 1e-4
+    variance, mean_variance, shrinkage = z.var((0, 1)), (1.0 + 25.0) / 2, 3 / 4003
+    for cell, own in enumerate((1.0, 25.0)):
+        predicted = own / ((1 - shrinkage) * own + shrinkage * mean_variance)
+        assert variance[0, cell].item() == pytest.approx(predicted, rel=0.05)  # std. error 0.013
+    _, few = wtflow.fit_cells(x[:2])  # two images: shrinkage 3/5 keeps the matrices bounded
+    assert torch.isfinite(few).all() and few.abs().max() < 5
+
+
+class Still(nn.Module):
+    """v = 0, so that x1_hat = x_0."""
+
+    def forward(self, x, t):
+        return torch.zeros_like(x)
+
+
+def test_calibration_measures_x1_hat_in_units_of_where_normal_features_land():
+    """With v = 0 the mean of -2 log p over the training features is their whitened size, near 1."""
+    x_0 = 3 * gaussian((3000, 4, 1, 2)) + 5
+    plain, calibrated = (Detector(tiny(calibrate=c)) for c in (False, True))
+    means = []
+    for detector in (plain, calibrated):
+        detector.field = Still()
+        detector.calibrate(x_0)
+        means.append(-2 * detector.log_p(x_0).mean().item())
+    assert means[0] == pytest.approx(34, rel=0.05)  # |x_0|^2 / d = 9 + 25; standard error 0.2
+    assert means[1] == pytest.approx(1, rel=0.02)  # standard error 0.009
+    assert "landing_mean" not in plain.state_dict()
+
+
+# ---- map and score -----------------------------------------------------------------------------
+def test_map_and_score_by_hand():
+    log_p = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]])
+    y, s = wtflow.anomaly_map(log_p, (2, 2))
+    assert torch.equal(y, -log_p) and s.item() == 4
+    y, s = wtflow.anomaly_map(log_p, (2, 2), score="released")
+    p = np.exp([[-1.0, -2], [-3, -4]])
+    assert np.allclose(y[0], p.max() - p) and s.item() == pytest.approx(p.max() - p.min())
+    ramp = torch.arange(200.0).view(1, 10, 20)
+    assert wtflow.image_score(ramp, 0.03).item() == pytest.approx(np.mean(range(194, 200)))
+
+
+def test_blur_matches_scipy_and_keeps_a_constant():
+    y = gaussian((2, 30, 40))
+    by_scipy = gaussian_filter1d(y.numpy(), 2.0, axis=1, mode="nearest", truncate=3)
+    assert np.allclose(wtflow.gaussian_blur(y, 2.0, 1), by_scipy, atol=1e-5)
+    flat = torch.ones(1, 9, 9)
+    assert torch.allclose(wtflow.gaussian_blur(flat, 3.0, 2), flat)
+
+
+def test_smoothing_is_counted_in_cells():
+    log_p = -gaussian((1, 6, 6)).square()
+    up = F.interpolate(-log_p[:, None], (48, 48), mode="bilinear")[:, 0]
+    smoothed, _ = wtflow.anomaly_map(log_p, (48, 48), smooth=0.5)  # half a cell is 4 pixels here
+    by_hand = wtflow.gaussian_blur(wtflow.gaussian_blur(up, 4.0, 1), 4.0, 2)
+    assert torch.allclose(smoothed, by_hand, atol=1e-5)
+
+
+# ---- fields ------------------------------------------------------------------------------------
+def every_parameter_learns(field, y):
+    y.square().sum().backward()
+    return all(p.grad is not None and torch.isfinite(p.grad).all() for p in field.parameters())
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 8), (16, 9)])
+@pytest.mark.parametrize("told_t", [True, False])
+def test_unet_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, told_t):
+    torch.manual_seed(0)
+    v_theta = UNetField(10, 8, told_t)
+    y = v_theta(torch.randn(3, 10, h, w), torch.rand(3))
+    assert y.shape == (3, 10, h, w) and every_parameter_learns(v_theta, y)
+    v_theta.eval()
+    x = torch.randn(1, 10, h, w)
+    same = torch.equal(v_theta(x, torch.zeros(1)), v_theta(x, torch.ones(1)))
+    assert same != told_t
+
+
+def test_point_field_sees_each_location_alone_and_not_t():
+    torch.manual_seed(0)
+    v_theta, x = PointField(5, 16), gaussian((3, 5, 2, 4))
+    y = v_theta(x, torch.rand(3))
+    rows = v_theta(x.movedim(1, -1).reshape(-1, 5), torch.rand(24))
+    assert y.shape == x.shape and torch.equal(rows.view(3, 2, 4, 5).movedim(-1, 1), y)
+    assert every_parameter_learns(v_theta, y)
+    v_theta.eval()
+    changed = x.clone()
+    changed[1, :, 0, 2] += 1
+    moved = v_theta(changed, torch.ones(3)) - v_theta(x, torch.zeros(3))
+    moved = moved.abs().amax(1) > 1e-6
+    assert moved[1, 0, 2] and moved.sum() == 1
+
+
+@pytest.mark.parametrize("base, low, high", [(768, 760, 766), (128, 21, 22)])
+def test_released_size_of_the_field_in_millions(base, low, high):
+    with torch.device("meta"):
+        parameters = UNetField(1024, base, True).parameters()
+    assert low < sum(p.numel() for p in parameters) / 1e6 < high
+
+
+# ---- detector ----------------------------------------------------------------------------------
+def fitted(recipe, seed=0):
+    """A detector of a recipe fitted to random images, and those images."""
+    size = recipe.image_size
+    generator = torch.Generator().manual_seed(seed)
+    shape = (6, 3, size, size)
+    images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
+    detector = Detector(recipe)
+    features = detector.features(images)
+    detector.fit_whitening(features)
+    x_0 = detector.normalise(features)
+    wtflow.train_field(detector, x_0, seed)
+    detector.calibrate(x_0)
+    return detector, images
+
+
+def test_a_detector_refuses_to_score_before_it_is_fitted():
+    detector = Detector(tiny())
+    with pytest.raises(RuntimeError, match="not fitted"):
+        detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("recipe", [tiny(), tiny(norm="layer", field="unet", calibrate=False)])
+def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
+    detector, images = fitted(recipe)
+    state = detector.state_dict()
+    assert not any(name.startswith("extractor.") for name in state)
+    copy = Detector(recipe)
+    copy.load_state_dict(state)
+    for one, other in zip(detector(images), copy(images), strict=True):
+        assert torch.equal(one, other)
+    for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "fitted": torch.zeros(2)}):
+        with pytest.raises(RuntimeError):
+            copy.load_state_dict(wrong)
+
+
+def test_whole_images_and_stored_features_score_alike():
+    detector, images = fitted(tiny())
+    x_0 = detector.normalise(detector.features(images))
+    for whole, parts in zip(detector(images), detector.score(x_0), strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-5)
+
+
+def test_normalising_into_the_features_is_the_same():
+    detector, images = fitted(tiny())
+    features = detector.features(images).half()
+    x_0 = detector.normalise(features)
+    assert x_0.dtype == torch.float16 and not torch.equal(x_0, features)
+    assert torch.equal(detector.normalise(features, out=features), x_0)
+    assert torch.equal(features, x_0)
+
+
+# ---- training ----------------------------------------------------------------------------------
+def test_the_rate_of_each_schedule():
+    cycle, step = Recipe(steps=100), Recipe(steps=100, schedule="step")
+    rates = [wtflow.learning_rate(k, cycle) / cycle.lr for k in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    rates = [wtflow.learning_rate(k, step) / step.lr for k in (0, 66, 67, 99)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+
+
+def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
+    monkeypatch.setattr(wtflow, "SAVE_SECONDS", 0)
+    x_0 = gaussian((4, 152, 4, 4))
+    states, steps, detector = [], [], Detector(tiny())
+
+    def save(state):
+        states.append({k: v if k == "step" else clone(v) for k, v in state.items()})
+
+    wtflow.train_field(detector, x_0, 3, lambda step, loss: steps.append(step), save)
+    whole = detector.field.state_dict()
+    assert [state["step"] for state in states] == [1, 2, 3, 4] and steps == [1, 4]
+    for state in states:
+        wtflow.train_field(detector, x_0, 3, state=state)
+        assert all(torch.equal(v, whole[k]) for k, v in detector.field.state_dict().items())
+
+
+def clone(value):
+    """A deep copy of tensors in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: clone(v) for k, v in value.items()}
+    return value
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    x_0 = gaussian((4, 6, 2, 2))
+    x_0[1, 2, 0, 1] = float("inf")
+    with pytest.raises(InputError, match="loss is not finite at step 0.*rate"):
+        wtflow.train_field(Detector(Recipe(base=8)), x_0, 0)
+
+
+# ---- backbones ---------------------------------------------------------------------------------
+# Recorded from the original implementations in float64: {block or stride: mean, population
+# standard deviation of its output}, and the first entry and another of two layers.
+LITE0 = {
+    3: (-0.6397166871904888, 12.273338279716263),
+    4: (-1.399435967395532, 12.003240472558458),
+    10: (-0.2963033457524406, 6.313499158570445),
+    15: (0.02329468677585999, 2.345086640552387),
+}
+LITE0_SHAPES = {2: (16, 64), 4: (24, 32), 8: (40, 16), 16: (112, 8), 32: (320, 4)}  # C, side
+WIDE = {
+    4: (0.7189124466396698, 0.8413680279831285),
+    8: (1.6350482906882018, 1.944722968928098),
+    16: (3.9649682403631163, 4.895756651621443),
+}
+WIDE_FIRST = {4: 1.1820854901593623, 16: 8.091662645361714}
 
 
 def wave(n):
     return torch.cos(0.01 * torch.arange(3 * n * n, dtype=torch.float64)).view(1, 3, n, n)
 
 
-def close(a, b):
-    assert abs(float(a) - b) <= 1e-6 * abs(b), (float(a), b)
+def close(measured, recorded):
+    assert abs(float(measured) - recorded) <= 1e-6 * abs(recorded), (float(measured), recorded)
 
 
 @torch.no_grad()
 def test_efficientnet_lite0_agrees_with_its_reference():
     net = wtflow.EfficientNetLite("efficientnet_lite0").double().eval()
     state = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
-    net.load_state_dict({k: v for k, v in state.items() if not k.startswith(("_conv_head", "_bn1", "_fc"))})
-    y = F.relu6(net._bn0(net._conv_stem(wave(128))))               # the recorded input is already preprocessed
+    net.load_state_dict({k: v for k, v in state.items() if not k.startswith(net.HEAD)})
+    y = F.relu6(net._bn0(net._conv_stem(wave(128))))  # the recorded input is preprocessed already
     for k, block in enumerate(net._blocks):
         y = block(y)
         if k in LITE0:
-            close(y.mean(), LITE0[k][0]), close(y.std(unbiased=False), LITE0[k][1])
+            close(y.mean(), LITE0[k][0])
+            close(y.std(unbiased=False), LITE0[k][1])
     levels = net(wave(128) * 128 + 127)
-    assert {s: tuple(v.shape[1:]) for s, v in levels.items()} == {2: (16, 64, 64), 4: (24, 32, 32), 8: (40, 16, 16), 16: (112, 8, 8), 32: (320, 4, 4)}
-    close(levels[16].mean(), LITE0[10][0]), close(levels[32].std(unbiased=False), LITE0[15][1])
+    assert {s: tuple(v.shape[1:]) for s, v in levels.items()} == {
+        stride: (c, side, side) for stride, (c, side) in LITE0_SHAPES.items()
+    }
+    assert net.channels == {stride: c for stride, (c, _) in LITE0_SHAPES.items()}
+    close(levels[16].mean(), LITE0[10][0])
+    close(levels[32].std(unbiased=False), LITE0[15][1])
 
 
 def fill(state):
     """The recorded rule for weights: cosines of the position of the key and of the entry."""
-    for i, k in enumerate(sorted(state)):
-        v = state[k]
+    for i, key in enumerate(sorted(state)):
+        v = state[key]
         if not v.is_floating_point():
             v.zero_()
             continue
         c = torch.cos(0.7 * torch.arange(v.numel(), dtype=torch.float64) + i).view(v.shape)
-        v.copy_(c * (2 / v[0].numel()) ** 0.5 if v.ndim >= 2 else 1 + 0.1 * c.abs() if k.endswith("running_var") else
-                1 + 0.1 * c if k.endswith("weight") else 0.1 * c)
+        if v.ndim >= 2:
+            v.copy_(c * (2 / v[0].numel()) ** 0.5)
+        elif key.endswith("running_var"):
+            v.copy_(1 + 0.1 * c.abs())
+        elif key.endswith("weight"):
+            v.copy_(1 + 0.1 * c)
+        else:
+            v.copy_(0.1 * c)
 
 
 @torch.no_grad()
@@ -55,194 +424,47 @@ def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
         net = wtflow.WideResNet50()
     net = net.to_empty(device="cpu").double().eval()
     state = net.state_dict()
-    assert len(state) == 320 and state["layer4.2.conv3.weight"].shape == (2048, 1024, 1, 1) and state["layer1.0.downsample.1.running_var"].shape == (256,)
+    assert len(state) == 320
+    assert state["layer4.2.conv3.weight"].shape == (2048, 1024, 1, 1)
+    assert state["layer1.0.downsample.1.running_var"].shape == (256,)
     fill(state)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (net.MEAN, net.STD))
-    for s, y in net((wave(64) * std + mean) * 255).items():                  # the recorded input is already preprocessed
-        close(y.mean(), WIDE[s][0]), close(y.std(unbiased=False), WIDE[s][1])
-        if s in WIDE_FIRST:
-            close(y.flatten()[0], WIDE_FIRST[s][0])
-    torch.save(net.float().state_dict(), tmp_path / "wide.pth")    # --weights FILE
-    folded = wtflow.extractor("wide_resnet50_2", tmp_path / "wide.pth")
+    levels = net((wave(64) * std + mean) * 255)  # the recorded input is preprocessed already
+    for stride, y in levels.items():
+        close(y.mean(), WIDE[stride][0])
+        close(y.std(unbiased=False), WIDE[stride][1])
+        assert y.shape[1] == net.channels[stride]
+    for stride, first in WIDE_FIRST.items():
+        close(levels[stride].flatten()[0], first)
+    torch.save(net.float().state_dict(), tmp_path / "wide.pth")  # --weights FILE
+    loaded = wtflow.load_extractor("wide_resnet50_2", tmp_path / "wide.pth")
     x = torch.rand(1, 3, 64, 64) * 255
-    assert torch.allclose(folded(x, (16,))[16], net(x, (16,))[16], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(loaded(x, (16,))[16], net(x, (16,))[16], rtol=1e-3, atol=1e-3)
 
 
 def test_weights_that_are_absent_or_foreign_say_so(tmp_path, monkeypatch):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pth")
-    for backbone in wtflow.BACKBONES:
+    for backbone in wtflow.CHOICES["backbone"]:
         with pytest.raises(InputError, match="x.pth"):
-            wtflow.extractor(backbone, tmp_path / "x.pth")
+            wtflow.load_extractor(backbone, tmp_path / "x.pth")
     with pytest.raises(InputError, match="choose from"):
-        wtflow.extractor("resnet18")
+        wtflow.load_extractor("resnet18")
 
-    def offline(*args, **kwargs):
-        assert args[0].endswith("wide_resnet50_2-95faca4d.pth") and kwargs["check_hash"] and kwargs["weights_only"]
+    def offline(url, **options):
+        assert url.endswith("wide_resnet50_2-95faca4d.pth")
+        assert options["check_hash"] and options["weights_only"]
         raise OSError("no network")
+
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(InputError, match="--weights FILE"):
-        wtflow.extractor("wide_resnet50_2")
+        wtflow.load_extractor("wide_resnet50_2")
 
 
 @pytest.mark.parametrize("n", [64, 96, 128])
-def test_features_are_one_grid_of_concatenated_levels(n):
-    net = wtflow.extractor("efficientnet_lite0")
+def test_features_are_one_grid_of_joined_levels(n):
+    net = wtflow.load_extractor("efficientnet_lite0")
     x = torch.rand(2, 3, n, n) * 255
-    y = wtflow.features(net, x, RECIPE)
+    levels = net(x)
+    y = wtflow.join_levels(levels, Recipe(), (n, n))
     assert y.shape == (2, 152, n // 16, n // 16) and not y.requires_grad
-    own = F.avg_pool2d(net(x)[16], 3, 1, 1)
-    assert torch.allclose(y[:, 40:], own, atol=1e-5)
-
-
-def test_whitening_gives_unit_covariance_and_survives_degenerate_sets():
-    torch.manual_seed(0)
-    x = torch.einsum("ij,njhw->nihw", torch.randn(6, 6), torch.randn(400, 6, 2, 2)) + 3
-    z = wtflow.whiten(x, *wtflow.fit_zca(x, 0.0)).movedim(1, -1).reshape(-1, 6)
-    assert torch.allclose(z.T @ z / len(z), torch.eye(6), atol=1e-3) and z.mean(0).abs().max() < 1e-4
-    for bad in (torch.ones(3, 6, 2, 2), torch.randn(1, 6, 1, 1), torch.randn(2, 6, 1, 1).repeat(3, 1, 1, 1), torch.zeros(1, 6, 1, 1)):
-        mean, W = wtflow.fit_zca(bad, 0.01)
-        assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(bad, mean, W)).all()
-
-
-def test_cells_are_whitened_each_by_its_own_law_when_images_are_many():
-    torch.manual_seed(0)
-    x = torch.randn(4000, 3, 1, 2) * torch.tensor([1.0, 5.0]) + torch.tensor([2.0, -7.0])      # two cells, two laws
-    z = wtflow.whiten(x, *wtflow.fit_cells(x))
-    assert z.mean(0).abs().max() < 1e-4
-    S, (near, far) = z.var((0, 1)), (1.0, 25.0)
-    a, s2 = 3 / 4003, (near + far) / 2
-    for cell, v in enumerate((near, far)):
-        assert S[0, cell].item() == pytest.approx(v / ((1 - a) * v + a * s2), rel=0.05)      # standard error 0.013
-    few = wtflow.fit_cells(x[:2])[1]                           # two images: a = 3/5 keeps the matrices finite and bounded
-    assert torch.isfinite(few).all() and few.abs().max() < 5
-
-
-def test_calibration_measures_x1_hat_in_units_of_where_normal_features_land():
-    """With v = 0, x1_hat = x_0: after calibration the mean of -2 log p over the training features is their whitened size, near 1."""
-    detector = wtflow.Detector(dict(RECIPE, image_size=64))
-    detector.field = lambda x, t: torch.zeros_like(x)
-    x_0 = 3 * gaussian((3000, 4, 1, 2)) + 5
-    plain = -2 * detector.log_density(x_0).mean().item()
-    detector.calibrate(x_0)
-    assert plain == pytest.approx(34, rel=0.05)                # |x_0|^2 / d = 9 + 25; standard error 0.2
-    assert -2 * detector.log_density(x_0).mean().item() == pytest.approx(1, rel=0.02)      # standard error 0.009
-    detector.recipe["calibrate"], detector.calibration = False, ()
-    detector.calibrate(x_0)
-    assert detector.calibration == ()
-
-
-@pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 8), (16, 9)])
-@pytest.mark.parametrize("time", [True, False])
-def test_field_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time):
-    torch.manual_seed(0)
-    v = VectorField(10, 8, time)
-    y = v(torch.randn(3, 10, h, w), torch.rand(3))
-    assert y.shape == (3, 10, h, w)
-    y.square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in v.parameters())
-    v.eval()
-    x = torch.randn(1, 10, h, w)
-    same = torch.equal(v(x, torch.zeros(1)), v(x, torch.ones(1)))
-    assert same != time
-
-
-def test_point_field_sees_each_location_alone_and_not_t():
-    torch.manual_seed(0)
-    v, x = PointField(5, 16), gaussian((3, 5, 2, 4))
-    y = v(x, torch.rand(3))
-    rows = v(x.movedim(1, -1).reshape(-1, 5), torch.rand(24))
-    assert y.shape == x.shape and torch.equal(rows.view(3, 2, 4, 5).movedim(-1, 1), y)
-    y.square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in v.parameters())
-    v.eval()
-    changed = x.clone()
-    changed[1, :, 0, 2] += 1
-    moved = (v(changed, torch.ones(3)) - v(x, torch.zeros(3))).abs().amax(1) > 1e-6
-    assert moved[1, 0, 2] and moved.sum() == 1
-
-
-def test_released_size_of_the_field():
-    def count(base):
-        with torch.device("meta"):
-            return sum(p.numel() for p in VectorField(1024, base, True).parameters()) / 1e6
-    assert 760 < count(768) < 766 and 21 < count(128) < 22
-
-
-def gaussian(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("couple", [wtflow.independent, wtflow.optimal, wtflow.worst])
-@pytest.mark.parametrize("shape", [(50, 7), (3, 7, 4, 5)])
-def test_couplings_keep_shape_and_follow_their_generator(couple, shape):
-    x_0 = gaussian(shape)
-    draw = lambda seed: couple(x_0, torch.Generator().manual_seed(seed))
-    assert draw(1).shape == x_0.shape and torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-
-
-def test_optimal_beats_every_permutation_and_worst_plan_loses_to_every_one():
-    from itertools import permutations
-    x_0, g = gaussian((5, 3)), torch.Generator()
-    for sign in (1, -1):
-        x_1 = wtflow.optimal(x_0, g.manual_seed(3), sign)
-        costs = [sign * (x_0 - x_1[list(p)]).square().sum() for p in permutations(range(5))]
-        assert costs[0] <= min(costs) + 1e-5
-
-
-def test_worst_has_the_law_of_the_worst_of_n_candidates():
-    """Against literal candidates: two-sample Kolmogorov-Smirnov, false alarm 1e-6; orthogonal part stays standard normal."""
-    from scipy.stats import ks_2samp, kstest
-    N, d = 20000, 3
-    x_0 = gaussian((N, d), 1)
-    e = F.normalize(x_0, dim=1)
-    for n in (1, 4, 64):
-        z = torch.randn(N, n, d, generator=torch.Generator().manual_seed(2))
-        literal = z[torch.arange(N), (z @ x_0[..., None])[..., 0].argmin(1)]
-        drawn = wtflow.worst(x_0, torch.Generator().manual_seed(3), n)
-        assert ks_2samp((literal * e).sum(1), (drawn * e).sum(1)).pvalue > 1e-6
-        other = F.normalize(torch.linalg.cross(e, torch.tensor([[1.0, 0, 0]]).expand(N, 3)), dim=1)
-        assert kstest((drawn * other).sum(1).numpy(), "norm").pvalue > 1e-6
-    assert torch.isfinite(wtflow.worst(torch.zeros(4, d), n=64)).all()
-
-
-def test_loss_is_the_velocity_error():
-    x_0, g = gaussian((6, 4, 2, 2)), torch.Generator()
-    x_1 = wtflow.independent(x_0, g.manual_seed(5))
-    t = torch.rand(6)
-    seen = {}
-
-    def v(x, s):
-        seen.update(x=x, t=s)
-        return torch.zeros_like(x)
-    loss = wtflow.flow_matching_loss(v, x_0, wtflow.independent, g.manual_seed(5), t)
-    assert torch.allclose(loss, (x_1 - x_0).square().mean((1, 2, 3)))
-    assert torch.allclose(seen["x"], (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * x_1) and torch.equal(seen["t"], t)
-    exact = lambda x, s: x_1 - x_0
-    assert wtflow.flow_matching_loss(exact, x_0, wtflow.independent, g.manual_seed(5), t).abs().max() == 0
-
-
-def test_scorer_against_a_hand_computed_case():
-    x_0 = torch.tensor([[3.0, 4.0]])
-    v = lambda x, t: -x * (1 + t[:, None])
-    assert torch.equal(wtflow.euler(v, x_0), torch.zeros(1, 2))
-    assert torch.allclose(wtflow.euler(v, x_0, 2), x_0 * 0.5 * (1 - 0.75))
-    assert wtflow.log_density(x_0).item() == pytest.approx(-25 / 4)
-    log_p = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]])
-    y, s = wtflow.anomaly_map(log_p, (2, 2))
-    assert torch.equal(y, -log_p) and s.item() == 4
-    y, s = wtflow.anomaly_map(log_p, (2, 2), score="released")
-    p = np.exp([[-1.0, -2], [-3, -4]])
-    assert np.allclose(y[0], p.max() - p) and s.item() == pytest.approx(p.max() - p.min())
-    assert wtflow.image_score(torch.arange(200.0).view(1, 10, 20), 0.03).item() == pytest.approx(np.mean(range(194, 200)))
-
-
-def test_blur_keeps_the_mean_and_matches_scipy():
-    from scipy.ndimage import gaussian_filter1d
-    y = gaussian((2, 30, 40))
-    out = wtflow.gaussian_blur(y, 2.0, 1)
-    assert np.allclose(out, gaussian_filter1d(y.numpy(), 2.0, axis=1, mode="nearest", truncate=3), atol=1e-5)
-    assert torch.allclose(wtflow.gaussian_blur(torch.ones(1, 9, 9), 3.0, 2), torch.ones(1, 9, 9))
-    log_p = -gaussian((1, 6, 6)).square()
-    up = F.interpolate(-log_p[:, None], (48, 48), mode="bilinear")[:, 0]
-    smoothed, _ = wtflow.anomaly_map(log_p, (48, 48), smooth=0.5)          # half a cell is 4 pixels here
-    assert torch.allclose(smoothed, wtflow.gaussian_blur(wtflow.gaussian_blur(up, 4.0, 1), 4.0, 2), atol=1e-5)
+    assert torch.allclose(y[:, 40:], F.avg_pool2d(levels[16], 3, 1, 1), atol=1e-5)

@@ -1,0 +1,339 @@
+"""Nothing lost, nothing trusted: broken files, foreign checkpoints, kills, full disks, locks."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, fails, make_mvtec, picture, run, save, succeeds
+from PIL import Image
+from test_cli import TINY, model_of, same_tensors, without_seconds
+
+import evaluate
+import wtflow
+
+ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
+# train.py in a process of its own, with a state saved after every step.
+SAVING = "import sys, train, evaluate, wtflow; wtflow.SAVE_SECONDS = 0; "
+TRAIN = "evaluate.exit_cleanly(train.main)"
+
+
+def process(code, *args):
+    """Arguments of subprocess for a line of Python and the options of train.py."""
+    return dict(args=[sys.executable, "-c", code, *map(str, args)], env=ENVIRONMENT)
+
+
+def no_table(folder):
+    return not list(folder.rglob("results.csv"))
+
+
+# ---- broken input --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "where",
+    [
+        "train/good/001.png",
+        "test/good/007.png",
+        "test/dent/001.png",
+        "ground_truth/dent/001_mask.png",
+    ],
+)
+@pytest.mark.parametrize("blob", [b"", b"not an image", None])
+def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
+    path = make_mvtec(tmp_path / "d") / "bolt" / where
+    path.write_bytes(path.read_bytes()[:50] if blob is None else blob)
+    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY), path.name)
+    assert no_table(tmp_path / "d")
+
+
+def test_mask_of_another_size(tmp_path):
+    data = make_mvtec(tmp_path / "d")
+    save(data / "bolt/ground_truth/dent/001_mask.png", np.ones((5, 5)))
+    result = run("train.py", "--data", data, "--out", tmp_path / "o", *TINY)
+    fails(result, "001_mask.png", "5 x 5")
+
+
+def test_features_that_are_not_finite_stop_the_run(data, tmp_path):
+    weights = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
+    weights["_blocks.5._bn2.weight"] *= float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    options = (*TINY, "--weights", tmp_path / "nan.pth")
+    result = run("train.py", "--data", data, "--out", tmp_path / "o", *options)
+    fails(result, "features are not finite", ".png")
+    assert no_table(tmp_path)
+
+
+@pytest.mark.skipif(not ROOT_USER, reason="only root can become a user without permission")
+@pytest.mark.parametrize(
+    "what",
+    ["train/good/001.png", "ground_truth/dent/001_mask.png", "train/good", "test", "."],
+)
+def test_without_permission(what):
+    Image.init()  # the other user may not read the environment either: read all of it before
+    root = Path(tempfile.mkdtemp())  # pytest's folders are closed to other users as a whole
+    try:
+        make_mvtec(root / "d")
+        shutil.copy(wtflow.package_weights("efficientnet_lite0"), root / "weights.pth")
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777)
+        (root / "d/bolt" / what).chmod(0)
+        os.seteuid(65534)
+        options = (*TINY, "--weights", root / "weights.pth")
+        result = run("train.py", "--data", root / "d/bolt", "--out", root / "o", *options)
+        fails(result, Path(what).name or "bolt")
+        assert no_table(root)
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(root)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+def changed_model(state, **changes):
+    return {**state, "model": {**state["model"], **changes}}
+
+
+# name: a function of a good checkpoint's state
+FOREIGN = {
+    "foreign": lambda s: {"a": torch.ones(2)},
+    "list": lambda s: [1],
+    "older": lambda s: {"recipe": s["recipe"], "field": s["model"]},
+    "newer": lambda s: {**s, "format": evaluate.FORMAT + 1},
+    "setting": lambda s: {**s, "recipe": {**s["recipe"], "width": 3}},
+    "value": lambda s: {**s, "recipe": {**s["recipe"], "norm": "none"}},
+    "shape": lambda s: changed_model(s, feature_mean=torch.ones(3)),
+    "missing": lambda s: {k: v for k, v in s.items() if k != "model"},
+    "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
+    "type": lambda s: changed_model(s, feature_mean="x"),
+    "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
+    "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
+}
+
+
+@pytest.mark.parametrize("name", ["truncated", "empty", "evil", *FOREIGN])
+def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path, good = tmp_path / f"{name}.pt", trained[0] / "bolt/model.pt"
+    blob = good.read_bytes()
+    if name in FOREIGN:
+        torch.save(FOREIGN[name](torch.load(good, weights_only=True)), path)
+    else:
+        kinds = {"truncated": blob[: len(blob) // 2], "empty": b"", "evil": pickle.dumps(Evil())}
+        path.write_bytes(kinds[name])
+    image = ("--image", data / "bolt/test/good/006.png", "--out", tmp_path / "o.png")
+    fails(run("evaluate.py", "--model", path, *image), f"{name}.pt")
+    assert not (tmp_path / "o.png").exists() and not (tmp_path / "evil-was-here").exists()
+
+
+def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
+    """At 100 offsets: refused with one InputError, or the very same values (padding)."""
+    good, bad = trained[0] / "bolt/model.pt", tmp_path / "x.pt"
+    blob, rng = good.read_bytes(), np.random.default_rng(0)
+    whole = evaluate.load_checkpoint(good)
+    for offset in rng.integers(0, len(blob), 100):
+        flipped = bytearray(blob)
+        flipped[offset] ^= 1 << int(rng.integers(8))
+        bad.write_bytes(bytes(flipped))
+        try:
+            state = evaluate.load_checkpoint(bad)
+        except evaluate.InputError as e:
+            assert "x.pt" in str(e)
+            continue
+        assert state["recipe"] == whole["recipe"]
+        assert same_tensors(state["model"], whole["model"])
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ((*TINY, "--seed", 5), "seed"),
+        ((*TINY, "--coupling", "optimal"), "coupling"),
+        (("--steps", 4, "--image-size", 96), "image_size"),
+    ],
+)
+def test_resume_refuses_other_settings(data, trained, tmp_path, options, word):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    result = run("train.py", "--data", data, "--out", tmp_path, "--resume", *options)
+    fails(result, word, "model.pt")
+
+
+def test_resume_refuses_another_backbone_and_other_images(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    more = tmp_path / "more/tiny"
+    shutil.copytree(data, more)
+    save(more / "bolt/train/good/999.png", picture(5)[0])
+    fails(run("train.py", "--data", more, "--out", tmp_path, "--resume", *TINY), "images")
+    state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
+    state["signature"]["backbone"] = "efficientnet_lite2"
+    torch.save(state, tmp_path / "tiny/bolt/model.pt")
+    result = run("train.py", "--data", data, "--out", tmp_path, "--resume", *TINY)
+    fails(result, "backbone efficientnet_lite2 there, efficientnet_lite0 here")
+
+
+def test_two_runs_into_one_folder(data, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "tiny").mkdir()
+    with open(tmp_path / "tiny/.lock", "w") as lock:
+        lock.write("4242")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails(run("train.py", "--data", data, "--out", tmp_path, *TINY), "4242", "--out")
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+def resumed_is_whole(folder, whole):
+    """The table and both models are those of an uninterrupted run, and nothing is left over."""
+    assert without_seconds(folder) == without_seconds(whole)
+    for name in ("bolt", "nut"):
+        assert same_tensors(model_of(folder, name), model_of(whole, name))
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
+
+
+def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
+    """Killed at 25 moments (or KILLS), resumed each time: bit-identical to an uninterrupted run."""
+    options = ("--data", data, *TINY, "--steps", 30, "--maps", "none", "--resume")
+    succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    rng, kills, finished = np.random.default_rng(0), 0, 0
+    while kills < int(os.environ.get("KILLS", 25)):
+        p = subprocess.Popen(
+            **process(SAVING + TRAIN, *options, "--out", cut),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            p.wait(timeout=rng.uniform(1.5, 4.0))
+        except subprocess.TimeoutExpired:
+            p.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[kills % 3])
+            kills += 1
+        error = p.communicate(timeout=60)[1].decode()
+        # a signal may fall into the imports
+        assert "Traceback" not in error or "KeyboardInterrupt" in error, error
+        if p.returncode == 0:  # done before the kill: compared, and begun again
+            resumed_is_whole(cut / "tiny", tmp_path / "whole/tiny")
+            shutil.rmtree(cut)
+            finished += 1
+    succeeds(run("train.py", *options, "--out", cut))
+    resumed_is_whole(cut / "tiny", tmp_path / "whole/tiny")
+    print(f"{kills} kills, {finished + 1} runs finished")
+
+
+# The n-th call of a function of os or evaluate kills the process.
+DYING = """
+when, call = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+import os, signal
+where, n = os if hasattr(os, when) else evaluate, 0
+f = getattr(where, when)
+def dying(*args, **options):
+    global n
+    n += 1
+    if n == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f(*args, **options)
+setattr(where, when, dying)
+"""
+
+
+@pytest.mark.parametrize(
+    "when, call",
+    [
+        ("fsync", 1),
+        ("replace", 1),
+        ("fsync", 4),
+        ("replace", 5),
+        ("pixel_metrics", 1),
+        ("draw_map", 1),
+        ("replace", 9),
+        ("draw_contact_sheet", 1),
+        ("write_csv", 1),
+        ("write_csv", 2),
+    ],
+)
+def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call):
+    """SIGKILL at the n-th flush, rename, metric, picture or table: what stands is whole."""
+    options = ("--data", data, "--out", tmp_path, *TINY)
+    code = SAVING + DYING + TRAIN
+    result = subprocess.run(**process(code, when, call, *options), capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    for path in tmp_path.rglob("*.pt"):
+        if not path.name.startswith("."):
+            torch.load(path, weights_only=True)
+    table_was_next = when == "draw_contact_sheet" or (when, call) == ("write_csv", 2)
+    assert table_was_next or no_table(tmp_path)
+    succeeds(run("train.py", *options, "--resume"))
+    resumed_is_whole(tmp_path / "tiny", trained[0])
+
+
+# ---- no space, no memory -------------------------------------------------------------------------
+@pytest.mark.skipif(not ROOT_USER, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("share", [0.0004, 0.5, 0.98, 1.2, 1.47, 1.7])
+def test_full_disk(data, trained, tmp_path, share):
+    """Full at the first byte, a state, a picture, a model, the second category's picture, model.
+
+    share: of what a finished run holds; a state is as large as two models and beside them.
+    """
+    held = sum(p.stat().st_size for p in trained[0].rglob("*") if p.is_file())
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(share * held)}", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        result = run("train.py", "--data", data, "--out", small, *TINY)
+        fails(result, "cannot be written", "--out")
+        assert no_table(small) and not list(small.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(small)])
+
+
+def test_a_machine_without_memory_left(data, tmp_path):
+    limit = "import resource; m = 6 << 30; resource.setrlimit(resource.RLIMIT_AS, (m, m)); "
+    options = ("--data", data, "--out", tmp_path, *TINY, "--set", f"base={1 << 15}")
+    command = process(SAVING + limit + TRAIN, *options)
+    result = subprocess.run(**command, capture_output=True, text=True)
+    fails(result, "out of memory")
+    assert no_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "module, name, call",
+    [
+        (wtflow, "join_levels", 3),
+        (wtflow, "flow_matching_loss", 6),
+        (wtflow, "fit_cells", 2),
+        (torch, "save", 3),
+        (evaluate, "pixel_metrics", 2),
+        (evaluate, "draw_map", 6),
+    ],
+)
+def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, module, name, call):
+    """The allocator fails for the second category; --resume ends the same.
+
+    While extracting, training, calibrating, saving, measuring or drawing.
+    """
+    f, calls = getattr(module, name), []
+
+    def greedy(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            torch.empty(1 << 50)
+        return f(*args, **options)
+
+    options = ("--data", data, "--out", tmp_path, *TINY)
+    monkeypatch.setattr(module, name, greedy)
+    fails(run("train.py", *options), "out of memory", "--resume")
+    monkeypatch.undo()
+    assert no_table(tmp_path) and not list(tmp_path.rglob("*.tmp"))
+    succeeds(run("train.py", *options, "--resume"))
+    assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
