@@ -61,8 +61,10 @@ def run(command, *args):
     """A command of the project in this process: returncode, stdout, stderr as a shell sees them."""
     import evaluate
     import train
+    from tests import benchmark
 
-    main = {"train.py": train, "evaluate.py": evaluate}[command].main
+    commands = {"train.py": train, "evaluate.py": evaluate, "benchmark.py": benchmark}
+    main = commands[command].main
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
