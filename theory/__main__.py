@@ -1,32 +1,68 @@
-"""python -m theory [--out DIR]: one table of every claim, predicted beside measured, and one PNG per claim family."""
+"""python -m theory [--out DIR]: a table of all claims, predicted beside measured; the figures."""
+
 import argparse
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from theory import concentration, learned_field, singularity, worst_transport
+from theory import concentration, draw, learned_field, singularity, worst_transport
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m theory", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--out", type=Path, default=Path("theory-figures"), help="folder for the PNG files [%(default)s]")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)                                # matrices this small run slower on more
-    learnt = learned_field.run()
-    print(f"{'claim':5} {'what':66} {'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}")
-    for module, given in ((singularity, ()), (concentration, ()), (worst_transport, ()), (learned_field, learnt)):
-        for row in module.table(*given):
-            relative = abs(row.measured / row.predicted - 1) if row.predicted else float("nan")
-            print(f"{row.claim:5} {row.what:66} {row.predicted:11.5g} {row.measured:11.5g} {relative:10.1e} {row.se:10.1e}".replace("nan", "  -"))
-    figures = {"singularity": singularity.figure(), "concentration": concentration.figure(), "worst_transport": worst_transport.figure(),
-               "fields": worst_transport.figure_fields(), "learned_field": learned_field.figure(*learnt)}
+def line(row):
+    """A Row as a line of the table; the relative error of a predicted 0 is a dash."""
+    numbers = f"{row.predicted:11.5g} {row.measured:11.5g}"
+    relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if row.predicted else f"{'-':>10}"
+    return f"{row.claim:5} {row.what:66} {numbers} {relative} {row.se:10.1e}"
+
+
+def print_table(errors, results):
+    """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
+    head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
+    print(f"{'claim':5} {'what':66} {head}")
+    for module in (singularity, concentration, worst_transport):
+        for row in module.table():
+            print(line(row))
+    for row in learned_field.table(errors, results):
+        print(line(row))
+
+
+def save_figures(out, errors, results):
+    """Draw every figure into the folder `out`; their paths, in the order of the claims."""
+    figures = {
+        "singularity": draw.singularity_figure(),
+        "concentration": draw.concentration_figure(),
+        "worst_transport": draw.worst_transport_figure(),
+        "fields": draw.fields_figure(),
+        "learned_field": draw.learned_field_figure(errors, results),
+    }
+    paths = []
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=80)
-        with Image.open(out / f"{name}.png") as image:      # 64 colours are enough for lines and a third of the bytes
-            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(out / f"{name}.png", optimize=True)
-    print(f"figures: {', '.join(f'{out / name}.png' for name in figures)}")
+        path = out / f"{name}.png"
+        figure.savefig(path, dpi=80)
+        with Image.open(path) as image:  # 64 colours are enough for lines, at a third of the bytes
+            small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
+        paths.append(path)
+    return paths
+
+
+def main(arguments=None):
+    """The command line; arguments: a list of words, by default those of the process."""
+    parser = argparse.ArgumentParser(prog="python -m theory", description=__doc__.split(": ", 1)[1])
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("theory-figures"),
+        help="folder for the PNG files [%(default)s]",
+    )
+    out = parser.parse_args(arguments).out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # matrices this small run slower on more
+    errors, results = learned_field.run()
+    print_table(errors, results)
+    paths = save_figures(out, errors, results)
+    print(f"figures: {', '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def worst_on_images(couple, n, d, seed):
 
 def initial_is_gradient(field, n, d, seed):
     x = torch.randn(5, d, generator=rng(seed), dtype=torch.float64, requires_grad=True)
-    potential = x.square().sum() / 2 + worst_transport.a(n) * x.norm(dim=1).sum()
+    potential = x.square().sum() / 2 + worst_transport.a_n(n) * x.norm(dim=1).sum()
     close(field(x.detach().numpy(), n), -torch.autograd.grad(potential, x)[0].numpy(), 10 * (1 + x.abs().max().item()))
 
 
@@ -360,8 +360,8 @@ def one_step(density, n, d, seed):
     x = torch.randn(50, d, generator=rng(seed), dtype=torch.float64)
     assume(x.norm(dim=1).min() > 1e-3)
     hat = wtflow.euler(lambda y, t: torch.as_tensor(worst_transport.initial_field(y.numpy(), n)), x)
-    close(hat.norm(dim=1), worst_transport.a(n), 10 * (1 + x.abs().max().item()))
-    close(density(hat), -worst_transport.a(n) ** 2 / (2 * d), 100 * (1 + x.abs().max().item()))
+    close(hat.norm(dim=1), worst_transport.a_n(n), 10 * (1 + x.abs().max().item()))
+    close(density(hat), -worst_transport.a_n(n) ** 2 / (2 * d), 100 * (1 + x.abs().max().item()))
     y = torch.randn(2, d, 3, 3, generator=rng(seed), dtype=torch.float64)
     close(density(y), -(y ** 2).sum(1) / (2 * d), 100)
 
@@ -430,7 +430,7 @@ PROPERTIES = {
     "W2 variance": (variance_of_pairs, (singularity.variance,), dict(d=dims, t=times, s=scales, rho=rhos, seed=seeds), 15),
     "W2 slope": (slope_of_pairs, (singularity.slope,), dict(d=dims, t=times, s=scales, rho=rhos, seed=seeds), 15),
     "W3 minimum": (minimum_law, (worst_transport.minimum_cdf,), dict(n=few, seed=seeds), 12),
-    "W3 a_n": (moments, (worst_transport.a, worst_transport.minimum_variance), dict(n=few), 15),
+    "W3 a_n": (moments, (worst_transport.a_n, worst_transport.minimum_variance), dict(n=few), 15),
     "W3 local worst": (worst_is_local, (wtflow.worst,), dict(n_dims, scale=st.floats(0.01, 100)), 15),
     "W3 by draws": (worst_is_local, (worst_transport.worst_of,), dict(n=st.integers(1, 20), d=dims, scale=st.floats(0.01, 100), seed=seeds), 6),
     "W3 images": (worst_on_images, (wtflow.worst,), n_dims, 8),

@@ -7,7 +7,7 @@ from properties import PROPERTIES, Z, within
 
 import theory
 import wtflow
-from theory import concentration, learned_field, singularity, worst_transport
+from theory import concentration, draw, learned_field, singularity, worst_transport
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
@@ -30,7 +30,7 @@ def test_table(module):
 
 
 def test_figures():
-    for figure in (singularity.figure(), concentration.figure(), worst_transport.figure(), worst_transport.figure_fields()):
+    for figure in (draw.singularity_figure(), draw.concentration_figure(), draw.worst_transport_figure(), draw.fields_figure()):
         assert all(axis.has_data() for axis in figure.axes)
 
 

@@ -1,0 +1,505 @@
+"""The figures of README.md: one function of matplotlib each, no window system, no file written.
+
+A figure is built of panels, functions that fill one axis. What is drawn is computed by the claim
+files; nothing is claimed here. Dots are estimates, lines closed forms, unless a title says other.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import wtflow
+from theory import exponent, normal
+from theory.concentration import (
+    cosine_law,
+    inward_probability,
+    kinetic_energy,
+    radial_velocity,
+    shell,
+    turning,
+)
+from theory.learned_field import EDGES, OFFSETS, D, auroc, initial_radius
+from theory.singularity import (
+    ATOM_AXIS,
+    ATOM_RADIUS,
+    ATOMS,
+    MIDWAY,
+    OFF,
+    POWER_LAW_TIMES,
+    amplification,
+    autograd_slope,
+    fitted_slope,
+    grown,
+    pairs,
+    peak,
+    slope,
+    slope_between_atoms,
+    variance,
+)
+from theory.worst_transport import (
+    a_n,
+    along_direction,
+    gaussian_coupling,
+    kernel_field,
+    minibatch_worst,
+    minimum_pdf,
+)
+
+# Okabe & Ito's palette: told apart with any colour vision, and in this order also in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+BLUE, RED = COLOURS[0], COLOURS[3]
+
+
+def panels(rows, columns, width=4.2, height=3.4):
+    """A figure of panels, width x height inches each, and their axes in reading order."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def coloured(items, colours=COLOURS):
+    """(item, colour) for each item, in the order of `colours`; no more items than colours."""
+    return zip(items, colours, strict=False)
+
+
+def dots(axis, x, y, colour, label=None, size=4):
+    """Estimates y at x as dots of `size` points."""
+    axis.plot(x, y, "o", ms=size, color=colour, label=label)
+
+
+def legend(axis, **options):
+    """The legend of an axis, small and without a frame."""
+    axis.legend(frameon=False, fontsize=8, **options)
+
+
+def slopes(x_0, couple, times, generator):
+    """Slope of u on x_t at each of `times`, from wtflow pairs."""
+    return [fitted_slope(*pairs(x_0, couple, t, generator))[0] for t in times]
+
+
+# ---- S: singularity.py ------------------------------------------------------------------------
+def singularity_figure(seed=0):
+    """Slope over t by width s; exponents at a finite training set; growth of an error over t_0."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, (left, middle, right) = panels(1, 3, 4.6)
+    slope_over_time(left, normal(generator, 20_000, 8), generator)
+    slope_at_two_atoms(middle)
+    growth_of_an_error(right)
+    return figure
+
+
+def slope_over_time(axis, z, generator):
+    """S2 for N(0, s^2 I), s z being its points, beside the 1/t of S1."""
+    t = np.geomspace(1e-3, 1, 400)
+    times = np.geomspace(1e-3, 1, 13)
+    for s, colour in coloured((1.0, 0.1, 0.01)):
+        axis.plot(t, slope(t, s), color=colour)
+        measured = slopes(s * z, wtflow.independent, times, generator)
+        dots(axis, times, measured, colour, f"$s={s:g}$")
+        if s < 1:
+            axis.annotate(
+                f"$(1+s^2)/2s={peak(s)[1]:.3g}$",
+                peak(s),
+                (0, 8),
+                textcoords="offset points",
+                color=colour,
+                ha="center",
+                fontsize=8,
+            )
+    axis.plot(t, 1 / t, ":", color="0.5", label="$1/t$ (conditional field)")
+    axis.set(
+        xscale="log",
+        yscale="symlog",
+        ylim=(-2, 1000),
+        xlabel="$t$",
+        ylabel="slope $a(t)$ of $u_t(x)=a(t)\\,x$",
+        title="S2: $q=N(0,s^2I)$; dots: wtflow pairs",
+    )
+    legend(axis, loc="upper right")
+
+
+def slope_at_two_atoms(axis):
+    """S2 for a training set of two points: 1/t off it, t^-3 midway."""
+    t = np.geomspace(1e-4, 0.3, 25)
+    off = np.array([autograd_slope(k, ATOMS, 0.0, OFF, ATOM_AXIS) for k in t])
+    between = np.array([-autograd_slope(k, ATOMS, 0.0, MIDWAY, ATOM_AXIS) for k in t])
+    in_range = t <= POWER_LAW_TIMES[-1]
+    for name, y, power, colour in (("off", off, -1, BLUE), ("midway", between, -3, RED)):
+        fitted, _ = exponent(t[in_range], y[in_range])
+        dots(axis, t, y, colour, f"{name}: fitted {fitted:.3f}, predicted {power}")
+    axis.plot(t, 1 / t, color=BLUE)
+    axis.plot(t, -slope_between_atoms(t, ATOM_RADIUS), color=RED)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1, 1e17),
+        xlabel="$t$",
+        ylabel="|slope| of $u_t$",
+        title="S2: two atoms $\\pm e$; lines: closed form",
+    )
+    legend(axis, loc="upper right")
+
+
+def growth_of_an_error(axis):
+    """S3: two solutions of the flow that start a little apart."""
+    t = np.geomspace(1e-3, 1, 400)
+    times = np.geomspace(1e-3, 0.9, 10)
+    delta, centre = np.array([1e-3, 0.0]), np.zeros((1, 2))
+    for s, colour in coloured((1.0, 0.1, 0.01, 0.0)):
+        axis.plot(t, amplification(t, s), color=colour)
+        measured = [grown(delta, t_0, centre, s) for t_0 in times]
+        dots(axis, times, measured, colour, f"$s={s:g}$" if s else "point mass: $1/t_0$")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="$t_0$, when the error is made",
+        ylabel="error at $t=1$ / error at $t_0$",
+        title="S3: dots: two ODE solutions; lines: $1/\\sigma_{t_0}$",
+    )
+    axis.legend(frameon=False)
+
+
+# ---- C: concentration.py ----------------------------------------------------------------------
+def concentration_figure(seed=0):
+    """Concentration of |x_t| over t; law of the cosine; sign of <x_t, u>; dip below the OT path."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, (paths, cosines, signs, dip) = panels(2, 2, 5.2, 3.6)
+    for d, colour in coloured((2, 16, 256, 4096)):
+        norms_over_time(paths, d, colour, generator)
+        inward_share(signs, d, colour, generator)
+        if d < 4096:  # its density would be too high for the axis
+            cosine_density(cosines, d, colour, generator)
+    t = np.linspace(0, 1, 101)
+    paths.plot(t, np.sqrt((1 - t) ** 2 + t**2), "k--", label="$\\sqrt{E|x_t|^2/d}$")
+    turn, least = turning(1, 1)
+    paths.plot(turn, least**0.5, "kv", label="$t^*=1/2$")
+    paths.set(
+        xlabel="$t$",
+        ylabel="$|x_t|/\\sqrt{d}$",
+        ylim=(0, 2),
+        title="C1, C3: 25 paths each, from and to the shell of radius $\\sqrt{d}$",
+    )
+    cosines.set(
+        xlabel="cosine of $x_1$ with a fixed direction",
+        ylabel="density",
+        ylim=(0, 8),
+        title="C1: bars: wtflow noise; lines: Beta law",
+    )
+    signs.axvline(0.5, color="k", ls=":", lw=1)
+    signs.set(
+        xlabel="$t$",
+        ylabel="$P(\\langle x_t,u\\rangle<0)$",
+        title="C3: inward before $t^*=1/2$; lines: exact",
+    )
+    dip_below_straight_line(dip, generator)
+    for axis in (paths, cosines, signs):
+        legend(axis)
+    legend(dip, title="kinetic energy$/d$, rFM against OT")
+    return figure
+
+
+def norms_over_time(axis, d, colour, generator):
+    """C1, C3: |x_t| / sqrt(d) along 25 paths."""
+    t = np.linspace(0, 1, 101)
+    x_0 = shell(25, d, generator)
+    x_1 = wtflow.independent(x_0, generator)
+    points = [wtflow.path(x_0, x_1, torch.full((len(x_0),), k)) for k in t]
+    norms = np.stack([x_t.norm(dim=1) / d**0.5 for x_t in points])
+    axis.plot(t, norms, color=colour, lw=0.5, alpha=0.5)
+    axis.plot([], [], color=colour, label=f"$d={d}$")
+
+
+def inward_share(axis, d, colour, generator):
+    """C3: share of the samples that move inwards at t."""
+    t = np.linspace(0, 1, 101)[1:-1]
+    axis.plot(t, inward_probability(t, d, d), color=colour)
+    times = np.linspace(0.05, 0.95, 13)
+    x_0 = shell(1000, d, generator)
+    shares = [(radial_velocity(x_0, k, generator) < 0).double().mean() for k in times]
+    dots(axis, times, shares, colour, f"$d={d}$")
+
+
+def cosine_density(axis, d, colour, generator):
+    """C1: the cosine of wtflow's noise with the first axis."""
+    x_1 = wtflow.independent(torch.zeros(20_000, d, dtype=torch.float64), generator)
+    cosine = (x_1[:, 0] / x_1.norm(dim=1)).numpy()
+    axis.hist(cosine, 60, density=True, color=colour, alpha=0.35)
+    c = np.linspace(-1, 1, 401)
+    label = f"$d={d}$, $1/\\sqrt{{d}}={d**-0.5:.2g}$"
+    axis.plot(c, cosine_law(d).pdf(c), color=colour, label=label)
+
+
+def dip_below_straight_line(axis, generator):
+    """C4: sigma_t of rFM, and of OT, which is straight."""
+    t = np.linspace(0, 1, 101)
+    for s, colour in coloured((1.0, 0.3, 0.05)):
+        x_0 = s * normal(generator, 4000, 16)
+        label = f"$s={s:g}$: {kinetic_energy(s):.2f} against {(1 - s) ** 2:.2f}"
+        axis.plot(t, variance(t, s) ** 0.5, color=colour, label=label)
+        axis.plot(t, (1 - t) * s + t, "--", color=colour)
+        points = [pairs(x_0, wtflow.independent, k, generator)[0] for k in t[::10]]
+        dots(axis, t[::10], [x_t.square().mean() ** 0.5 for x_t in points], colour)
+    axis.set(
+        xlabel="$t$",
+        ylabel="$\\sigma_t$",
+        title="C4: rFM (solid, dots: wtflow pairs) below OT (dashed)",
+    )
+
+
+# ---- W: worst_transport.py --------------------------------------------------------------------
+def worst_transport_figure(seed=0):
+    """W2: the slope moves and its peak grows; W3: the worst candidate, a_n, the potential."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, (slope_axis, law_axis, pull_axis, potential_axis) = panels(2, 2, 5.2, 3.6)
+    slope_by_correlation(slope_axis, generator)
+    law_of_the_minimum(law_axis, (1, 4, 64, 1024), generator)
+    pull_by_candidates(pull_axis)
+    potential_by_candidates(potential_axis, (1, 4, 64, 1024))
+    for axis in figure.axes:
+        legend(axis)
+    return figure
+
+
+def slope_by_correlation(axis, generator):
+    """W2 for N(0, 0.3^2 I)."""
+    s, t = 0.3, np.linspace(0, 1, 501)
+    x_0 = s * normal(generator, 4000, 16)
+    for rho, colour in coloured((0.0, 0.5, 0.9, 0.99)):
+        label = f"$\\rho={rho:g}$: peak {peak(s, rho)[1]:.2f}"
+        axis.plot(t, slope(t, s, rho), color=colour, label=label)
+        couple = partial(gaussian_coupling, s=s, rho=rho)
+        dots(axis, t[::25], slopes(x_0, couple, t[::25], generator), colour, size=3)
+        axis.plot(*peak(s, rho), "v", color="k", ms=5)
+    axis.set(
+        xlabel="$t$",
+        ylabel="slope $a(t)$",
+        title="W2: $q=N(0,0.3^2I)$; steeper at 0 and at the peak",
+    )
+
+
+def law_of_the_minimum(axis, candidates, generator):
+    """W3: the component of wtflow.worst along x_0."""
+    m = np.linspace(-5.5, 4, 400)
+    x_0 = normal(generator, 20_000, 16)
+    for n, colour in coloured(candidates):
+        along = along_direction(wtflow.worst(x_0, generator, n), x_0)
+        axis.hist(along.numpy(), 60, density=True, color=colour, alpha=0.35)
+        axis.plot(m, minimum_pdf(m, n), color=colour, label=f"$n={n}$, $a_n={a_n(n):.2f}$")
+    axis.set(
+        xlabel="$\\langle x_1, x_0\\rangle/|x_0|$",
+        ylabel="density",
+        title="W3: bars: wtflow.worst; lines: closed form",
+    )
+
+
+def pull_by_candidates(axis):
+    """W3: a_n, its bound, and what the antipode would need."""
+    n = np.unique(np.geomspace(1, 1e6, 25).astype(int))
+    axis.plot(n, [a_n(k) for k in n], color=COLOURS[0], label="$a_n$")
+    bound = np.sqrt(2 * np.log(n[1:]))
+    axis.plot(n[1:], bound, "--", color=COLOURS[1], label="$\\sqrt{2\\ln n}$")
+    for d in (16, 152):
+        axis.axhline(d**0.5, color="0.5", ls=":")
+        axis.annotate(f"antipode, $\\sqrt{{d}}$, $d={d}$", (1.2, d**0.5 + 0.2), color="0.3")
+    axis.set(
+        xscale="log",
+        ylim=(0, 14),
+        xlabel="candidates $n$",
+        ylabel="pull towards the origin",
+        title="W3: moderate $n$ stays far from the antipode",
+    )
+
+
+def potential_by_candidates(axis, candidates):
+    """W3: the potential whose negative gradient is u_0."""
+    x = np.linspace(-4, 4, 401)
+    for n, colour in coloured(candidates):
+        axis.plot(x, x**2 / 2 + a_n(n) * abs(x), color=colour, label=f"$n={n}$")
+    axis.set(
+        xlabel="$x$ along a line through the origin",
+        ylabel="potential",
+        title="W3: $|x|^2/2+a_n|x|$: the CPF, then a cusp",
+    )
+
+
+def fields_figure(seed=0):
+    """rFM, OT and WT in the plane: u_t near t = 0 (top), trajectories under u_t (bottom)."""
+    generator = torch.Generator().manual_seed(seed)
+    x_0 = arc(4096, generator)
+    couplings = {
+        "rFM (independent)": wtflow.independent,
+        "OT (minibatch)": wtflow.optimal,
+        "local WT, $n=16$": partial(wtflow.worst, n=16),
+        "WT (minibatch worst)": minibatch_worst,
+    }
+    figure, axes = panels(2, 4, 3.3, 3.4)
+    top, bottom = axes[:4], axes[4:]
+    for k, (name, couple) in enumerate(couplings.items()):
+        x_1 = couple(x_0, generator)
+        smoothed_field(top[k], x_0, x_1)
+        top[k].set(title=name)
+        coloured_by_time = smoothed_trajectories(bottom[k], x_0, x_1)
+    for axis in axes:
+        shell_outline(axis)
+    top[0].set(ylabel="$u_t$ at $t=0.15$\ncoordinate 2")
+    bottom[0].set(ylabel="trajectories\ncoordinate 2")
+    figure.colorbar(coloured_by_time, ax=bottom, label="$t$", shrink=0.8)
+    figure.suptitle(
+        "Data on an arc (grey: $x_t$); dotted: the shell $\\sqrt{d}$; "
+        "arrows only where the loss has seen points",
+        fontsize=10,
+    )
+    return figure
+
+
+def arc(n, generator):
+    """n points (n, 2) about an arc of radius 1.6."""
+    angle = 4 * torch.rand(n, generator=generator, dtype=torch.float64) - 0.4
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    return 1.6 * circle + 0.08 * normal(generator, n, 2)
+
+
+def smoothed_velocity(x, x_0, x_1, t):
+    """E[u | x_t = x] (N, 2) and log kernel mass (N,), seen through the pairs (x_0, x_1)."""
+    bandwidth = 0.12
+    x_t = wtflow.path(x_0, x_1, torch.full((len(x_0),), t, dtype=x_0.dtype))
+    return kernel_field(x, x_t.numpy(), (x_1 - x_0).numpy(), bandwidth)
+
+
+def smoothed_field(axis, x_0, x_1):
+    """Arrows of u_t at t = 0.15 over the points x_t that the loss sees then."""
+    t = 0.15
+    ticks = np.linspace(-2.8, 2.8, 23)
+    grid = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
+    field, log_mass = smoothed_velocity(grid, x_0, x_1, t)
+    seen = log_mass > np.log(4)  # elsewhere v_theta extrapolates
+    x_t = wtflow.path(x_0, x_1, torch.full((len(x_0),), t, dtype=x_0.dtype))
+    axis.scatter(*x_t[::8].T.numpy(), s=3, color="0.8")
+    arrows = {"angles": "xy", "scale": 45, "width": 0.005}
+    axis.quiver(*grid[seen].T, *field[seen].T, color=BLUE, **arrows)
+
+
+def smoothed_trajectories(axis, x_0, x_1):
+    """Euler steps of 60 points under the smoothed field; the dots, coloured by t."""
+    times = np.append(np.linspace(0.02, 0.98, 33), 1.0)
+    trajectory = [x_0[:60].numpy()]
+    for t, step in zip(times[:-1], np.diff(times), strict=True):
+        x = trajectory[-1]
+        trajectory.append(x + step * smoothed_velocity(x, x_0, x_1, t)[0])
+    trajectory = np.stack(trajectory)
+    axis.plot(*np.moveaxis(trajectory, -1, 0), color="0.6", lw=0.6, zorder=1)
+    points = trajectory[::4].reshape(-1, 2)
+    colours = np.repeat(times[::4], 60)
+    return axis.scatter(*points.T, c=colours, s=5, cmap="viridis", zorder=2)
+
+
+def shell_outline(axis):
+    """The shell of radius sqrt(d), d = 2, and the origin; the frame of a panel of fields_figure."""
+    turn = np.linspace(0, 2 * np.pi, 200)
+    axis.plot(2**0.5 * np.cos(turn), 2**0.5 * np.sin(turn), ":", color=RED, lw=1.5)
+    axis.plot(0, 0, "+", color="k")
+    limits = (-2.8, 2.8)
+    axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="coordinate 1")
+
+
+# ---- learned_field.py -------------------------------------------------------------------------
+def learned_field_figure(errors, results):
+    """(a) error by t; (b) v_theta(x, 0) beside the exact field; (c) landing radius and AUROC.
+
+    errors, results: what learned_field.run returns.
+    """
+    told, not_told = results[True], results[False]
+    figure, axes = panels(2, 3, 4.4, 3.6)
+    error_over_time(axes[0], errors)
+    inward_by_candidates(axes[1], told)
+    landing_by_distance(axes[2], told)
+    auroc_by_distance(axes[3], {n: fit.radius for n, fit in told.items()})
+    for (n, fit), colour in coloured(not_told.items(), (BLUE, RED)):
+        label = f"$n={n}$, not told $t$"
+        axes[3].plot(OFFSETS, aurocs(fit.radius), "s:", color=colour, label=label)
+    axes[3].set(title="(c) by $|\\hat x_1|$")
+    auroc_by_distance(axes[4], {n: fit.residual for n, fit in told.items()})
+    axes[4].set(title="(c) by $|v_\\theta(x,0)-u_0(x)|$")
+    auroc_by_candidates(axes[5], told)
+    for axis in axes:
+        legend(axis)
+    return figure
+
+
+def error_over_time(axis, errors):
+    """(a) Error of a learnt rFM field in each bin of t, with two standard errors."""
+    bins = range(len(EDGES) - 1)
+    for (name, values), colour in coloured(errors.items(), (RED, BLUE)):
+        mean, se = values.T
+        axis.errorbar(bins, mean, 2 * se, marker="o", capsize=2, color=colour, label=name)
+    names = [f"{EDGES[k]:g}-{EDGES[k + 1]:g}" for k in bins]
+    axis.set_xticks(bins, names, rotation=45)
+    axis.set(
+        yscale="log",
+        xlabel="$t$",
+        ylabel="$E|v_\\theta-u_t|^2/d$",
+        title="(a) error of the learnt rFM field",
+    )
+
+
+def inward_by_candidates(axis, told):
+    """(b) Inward part of v_theta(x, 0) and where it lands; told: {n: OneStep}."""
+    n = list(told)
+    exact_inward = [initial_radius() + a_n(k) for k in n]
+    axis.plot(n, exact_inward, "k--", label="exact: $|x|+a_n$")
+    inward = [fit.inward.mean() for fit in told.values()]
+    axis.plot(n, inward, "o", color=BLUE, label="learnt, inward part of $v_\\theta(x,0)$")
+    axis.plot(n, [a_n(k) for k in n], "k:", label="exact: $|\\hat x_1|=a_n$")
+    radius = [fit.radius[0.0].mean() for fit in told.values()]
+    axis.plot(n, radius, "s", color=RED, label="learnt, $|\\hat x_1|$, normal points")
+    axis.set(
+        xscale="log",
+        ylim=(0, 11),
+        xlabel="candidates $n$ (1: rFM)",
+        title="(b) at $t=0$, thick circle",
+    )
+
+
+def landing_by_distance(axis, told):
+    """(c) Mean landing radius by distance off the circle; told: {n: OneStep}."""
+    for (n, fit), colour in coloured(told.items()):
+        means = [values.mean() for values in fit.radius.values()]
+        axis.plot(list(fit.radius), means, "o-", color=colour, label=f"$n={n}$")
+    axis.axhline(D**0.5, color="0.5", ls=":")
+    axis.set(
+        ylim=(1, 6),
+        xlabel="distance off the thick circle (0: normal)",
+        ylabel="mean $|\\hat x_1|$",
+        title="(c) landing radius; dotted: shell $\\sqrt{d}$",
+    )
+
+
+def aurocs(scores):
+    """AUROC of points at each of OFFSETS against normal ones; scores: {distance: values (N,)}."""
+    return [auroc(scores[0.0], scores[off]) for off in OFFSETS]
+
+
+def auroc_by_distance(axis, scores_by_n):
+    """(c) AUROC over distance, a line for each n; scores_by_n: {n: {distance: values (N,)}}."""
+    for (n, scores), colour in coloured(scores_by_n.items()):
+        axis.plot(OFFSETS, aurocs(scores), "o-", color=colour, label=f"$n={n}$")
+    axis.set(ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC")
+
+
+def auroc_by_candidates(axis, told):
+    """(c) AUROC at distance 0.8 by both scores; told: {n: OneStep}."""
+    by_radius = [auroc(fit.radius[0.0], fit.radius[0.8]) for fit in told.values()]
+    by_residual = [auroc(fit.residual[0.0], fit.residual[0.8]) for fit in told.values()]
+    axis.plot(list(told), by_radius, "o-", color=RED, label="$|\\hat x_1|$")
+    axis.plot(list(told), by_residual, "o-", color=BLUE, label="$|v_\\theta(x,0)-u_0(x)|$")
+    axis.set(
+        xscale="log",
+        ylim=(0.7, 1),
+        xlabel="candidates $n$ (1: rFM)",
+        ylabel="AUROC",
+        title="(c) at distance 0.8",
+    )
