@@ -1,0 +1,245 @@
+"""C1-C5: theory/concentration.py, and the noise of wtflow. How to read: claims.py."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from claims import (
+    P,
+    check_rows,
+    claim,
+    close,
+    dims,
+    dims_from_2,
+    draw,
+    kinds,
+    point_and_means,
+    rejects,
+    rhos,
+    rng,
+    scales,
+    scales_or_0,
+    seeds,
+    times,
+    within,
+)
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.stats import binomtest, chi, kstest
+
+import wtflow
+from theory import concentration, mean_se, normal, singularity, worst_transport
+
+
+# ---- C1 ---------------------------------------------------------------------------------------
+@claim(concentration.radius_std, examples=30, d=st.integers(1, 2000))
+def test_C1_radius(radius_std, d):
+    """The standard deviation of chi_d / sqrt(d), and its limit 1 / sqrt(2d)."""
+    close(radius_std(d), chi(d).std() / d**0.5, 100 * d)
+    assert d < 50 or abs(radius_std(d) * (2 * d) ** 0.5 - 1) < 1 / d
+
+
+test_C1_radius_rejects = rejects(
+    test_C1_radius, radius_std={"the limit for the value": lambda d: (1 / (2 * d)) ** 0.5}
+)
+
+
+@claim(concentration.cosine_law, wtflow.independent, examples=10, d=dims_from_2, seed=seeds)
+def test_C1_cosine(law, noise, d, seed):
+    """wtflow's noise has the law of the cosine, and the radius of chi_d."""
+    x_1 = noise(torch.zeros(3000, d, dtype=torch.float64), rng(seed))
+    radius = x_1.norm(dim=1)
+    assert kstest((x_1[:, 0] / radius).numpy(), law(d).cdf).pvalue > P
+    assert kstest(radius.numpy(), chi(d).cdf).pvalue > P
+    close(law(d).var(), 1 / d, 10)
+
+
+test_C1_cosine_rejects = rejects(
+    test_C1_cosine,
+    law={"degrees of freedom off by one": lambda d: concentration.cosine_law(d + 1)},
+    noise={"noise 5 % too long": lambda x_0, generator: 1.05 * wtflow.independent(x_0, generator)},
+)
+
+
+# ---- C2 ---------------------------------------------------------------------------------------
+@claim(lambda x: -x, examples=20, kind=kinds, d=dims, s=scales, seed=seeds)
+def test_C2_centripetal(initial, kind, d, s, seed):
+    """u_0(x) = -x, of a mixture in closed form and of every q by wtflow pairs."""
+    x, mu = point_and_means(d, seed)
+    field = singularity.marginal_field(x[None], 0.0, mu, s)[0]
+    close(field, initial(x), 1 + np.abs(x).max())
+    x_0 = draw(kind, 3000, max(d, 2), s, seed)
+    x_t, u = singularity.pairs(x_0, wtflow.independent, 0.0, rng(seed + 2))
+    within(singularity.fitted_slope(x_t, u), initial(np.ones(1))[0])
+
+
+test_C2_centripetal_rejects = rejects(
+    test_C2_centripetal,
+    initial={"centrifugal": lambda x: x, "factor": lambda x: -2 * x},
+)
+
+
+# ---- C3 ---------------------------------------------------------------------------------------
+@claim(concentration.inward, examples=20, kind=kinds, d=dims, t=times, s=scales, seed=seeds)
+def test_C3_radial(inward, kind, d, t, s, seed):
+    """E<x_t, u> by wtflow pairs of every q, conditional on the sample's own m2."""
+    d = max(d, 2)
+    x_0 = draw(kind, 4000, d, s, seed)
+    squared = x_0.square().sum(1)
+    m2 = squared.mean().item()
+    radial = concentration.radial_velocity(x_0, t, rng(seed + 2)) + (1 - t) * (squared - m2)
+    within(mean_se(radial), inward(t, m2, d))
+
+
+test_C3_radial_rejects = rejects(
+    test_C3_radial,
+    inward={
+        "sign": lambda t, m2, d: t * d + (1 - t) * m2,
+        "swapped time": lambda t, m2, d: (1 - t) * d - t * m2,
+        "missing d": lambda t, m2, d: t - (1 - t) * m2,
+    },
+)
+
+
+@claim(concentration.turning, examples=30, m2=st.floats(0.01, 100), d=st.integers(1, 500))
+def test_C3_dip(turning, m2, d):
+    """E|x_t|^2 = (1-t)^2 m2 + t^2 d is smallest at t*, where E<x_t, u> changes sign."""
+
+    def energy(t):
+        return (1 - t) ** 2 * m2 + t**2 * d
+
+    time, least = turning(m2, d)
+    close(energy(time), least, m2 + d)
+    assert (energy(np.linspace(0, 1, 101)) >= least * (1 - 1e-12)).all()
+    close(concentration.inward(time, m2, d), 0, m2 + d)
+
+
+test_C3_dip_rejects = rejects(
+    test_C3_dip,
+    turning={"t* of noise": lambda m2, d: (d / (m2 + d), m2 * d / (m2 + d))},
+)
+
+
+@claim(
+    concentration.inward_probability,
+    examples=15,
+    d=dims,
+    t=times,
+    m2=st.floats(0.1, 40),
+    seed=seeds,
+)
+def test_C3_sign(probability, d, t, m2, seed):
+    """The number of 3000 samples that move inwards is binomial with it."""
+    x_0 = concentration.shell(3000, d, rng(seed)) * (m2 / d) ** 0.5
+    inside = int((concentration.radial_velocity(x_0, t, rng(seed + 1)) < 0).sum())
+    share = float(np.clip(probability(t, m2, d), 1e-12, 1 - 1e-12))
+    assert binomtest(inside, 3000, share).pvalue > P
+
+
+def outward_probability(t, m2, d):
+    return 1 - concentration.inward_probability(t, m2, d)
+
+
+def probability_in_next_dimension(t, m2, d):
+    return concentration.inward_probability(t, m2, d + 1)
+
+
+test_C3_sign_rejects = rejects(
+    test_C3_sign,
+    probability={
+        "outward for inward": outward_probability,
+        "degrees of freedom off by one": probability_in_next_dimension,
+    },
+)
+
+
+# ---- C4 ---------------------------------------------------------------------------------------
+@claim(concentration.kinetic_energy, examples=30, s=scales, rho=rhos)
+def test_C4_energy(energy, s, rho):
+    """The integral of a^2 sigma^2, at least W2^2; sigma_t is at most that of the straight path."""
+
+    def power(t):
+        return singularity.slope(t, s, rho) ** 2 * singularity.variance(t, s, rho)
+
+    steepest = np.clip(singularity.peak(s, rho)[0], 0, 1)
+    exact, _ = quad(power, 0, 1, points=[steepest], epsabs=1e-11)
+    assert abs(energy(s, rho) - exact) < 1e-8
+    assert energy(s, rho) >= (1 - s) ** 2 - 1e-12
+    t = np.linspace(0, 1, 21)
+    straight = (1 - t) * s + t
+    assert (singularity.variance(t, s, rho) ** 0.5 <= straight + 1e-12).all()
+    assert (singularity.variance(t, s)[1:-1] < straight[1:-1] ** 2).all()
+
+
+def coupling_cost(s, rho):
+    """E|u|^2 / d, u not averaged given x_t."""
+    return 1 + s**2 + 2 * rho * s
+
+
+def energy_of_right_angle(s, rho):
+    return coupling_cost(s, rho) - s * (1 - rho**2) ** 0.5 * np.pi / 2
+
+
+test_C4_energy_rejects = rejects(
+    test_C4_energy,
+    energy={
+        "OT for WT": lambda s, rho: concentration.kinetic_energy(s, -rho),
+        "arccos(0) for arccos(-rho)": energy_of_right_angle,
+    },
+)
+
+
+@claim(concentration.kinetic_energy, examples=6, s=scales, rho=rhos, seed=seeds)
+def test_C4_pairs(energy, s, rho, seed):
+    """By regression of u on x_t in wtflow pairs."""
+    x_0 = s * normal(rng(seed), 2000, 4)
+    couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
+    within(concentration.energy_from_pairs(x_0, couple, rng(seed + 1)), energy(s, rho))
+
+
+test_C4_pairs_rejects = rejects(
+    test_C4_pairs, energy={"coupling cost for the energy of u_t": coupling_cost}
+)
+
+
+def test_C4_standard_error():
+    """That of the energy is its spread over repetitions, to 30 %, 5 standard errors at 120."""
+    energies = []
+    for seed in range(120):
+        generator = rng(seed)
+        x_0 = 0.7 * normal(generator, 300, 4)
+        pair = concentration.energy_from_pairs(x_0, wtflow.independent, generator, nodes=1)
+        energies.append(pair)
+    values, errors = np.transpose(energies)
+    assert 0.7 < values.std() / errors.mean() < 1.3
+
+
+# ---- C5 ---------------------------------------------------------------------------------------
+@claim(lambda x, mean: x - mean, examples=25, d=dims, s=scales_or_0, seed=seeds)
+def test_C5_final(final, d, s, seed):
+    """u_1(x) = x - E x_0."""
+    x, mu = point_and_means(d, seed)
+    condition = 20 * (1 + np.abs(x).max() ** 2 + np.abs(mu).max() ** 2) * (1 + d)
+    field = singularity.marginal_field(x[None], 1.0, mu, s)[0]
+    close(field, final(x, mu.mean(0)), condition)
+
+
+test_C5_final_rejects = rejects(
+    test_C5_final,
+    final={
+        "sign": lambda x, mean: x + mean,
+        "FM's field for rFM's": lambda x, mean: mean - x,
+    },
+)
+
+
+# ---- The printed table ------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rows():
+    return list(concentration.table(seed=1))
+
+
+@pytest.mark.parametrize("name", ["C1", "C2", "C3", "C4", "C5"])
+def test_table(rows, name):
+    check_rows(rows, name)

@@ -1,0 +1,158 @@
+"""The helpers of theory/__init__.py, `python -m theory`, and the mechanism of claims.py."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from claims import claim, rejects, rng
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+import theory
+from theory import Row, __main__, concentration, draw, learned_field, singularity, worst_transport
+
+
+def test_mean_and_its_standard_error():
+    values = np.array([1.0, 2.0, 4.0])
+    expected = (7 / 3, values.std(ddof=1) / 3**0.5)
+    assert theory.mean_se(values) == pytest.approx(expected)
+
+
+def test_standard_deviation_and_its_standard_error():
+    """The spread over repetitions to 20 %, 5 of its own standard errors at 400."""
+    pairs = [theory.std_se(3 * theory.normal(rng(seed), 50)) for seed in range(400)]
+    stds, errors = np.transpose(pairs)
+    assert abs(stds.mean() - 3) < 0.1
+    assert 0.8 < stds.std() / errors.mean() < 1.2
+
+
+def test_exponent():
+    """Exact for a power law; the standard error is the spread over repetitions, to 20 %."""
+    x = np.arange(1, 30.0)
+    assert theory.exponent(x, 5 * x**-3) == pytest.approx((-3, 0))
+    assert theory.exponent([1, 2], [1, 16]) == pytest.approx((4, 0))
+    noise = 0.1 * np.random.default_rng(0).normal(size=(400, 29))
+    slopes, errors = np.transpose([theory.exponent(x, x * np.exp(z)) for z in noise])
+    assert 0.8 < slopes.std() / errors.mean() < 1.2
+
+
+def test_exponent_of_three_points():
+    """No slope in (0, 1, 0) on (-1, 0, 1): residuals of 2/3 by one degree of freedom, over 2."""
+    fit = theory.exponent(np.exp([-1, 0, 1]), np.exp([0, 1, 0]))
+    assert fit == pytest.approx((0, (2 / 3 / 2) ** 0.5))
+
+
+@pytest.mark.parametrize("x, y", [([1, -1], [1, 1]), ([1, 2], [1, 0]), ([0, 2], [1, 1])])
+def test_exponent_of_no_power_law(x, y):
+    with pytest.raises(ValueError, match="positive"):
+        theory.exponent(x, y)
+
+
+def test_normal():
+    values = theory.normal(rng(0), 3, 2)
+    assert values.shape == (3, 2) and values.dtype == torch.float64
+
+
+SEEDED = [
+    singularity.table,
+    concentration.table,
+    worst_transport.table,
+    learned_field.experiment,
+    learned_field.run,
+    draw.singularity_figure,
+    draw.concentration_figure,
+    draw.worst_transport_figure,
+    draw.fields_figure,
+]
+
+
+@pytest.mark.parametrize("function", SEEDED)
+def test_seed_0_by_default(function):
+    """The one behind the numbers of README.md."""
+    assert inspect.signature(function).parameters["seed"].default == 0
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (Row("S1", "constant", 100, 101), ["S1", "constant", "100", "101", "1.0e-02", "0.0e+00"]),
+        (Row("W4", "radius", 0, 1.5, 0.2), ["W4", "radius", "0", "1.5", "-", "2.0e-01"]),
+    ],
+)
+def test_line_of_the_table(row, expected):
+    assert __main__.line(row).split() == expected
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    """`python -m theory --out DIR` prints every row of every module and writes the five figures."""
+    learnt = ({"errors": 1}, {"results": 2})
+    monkeypatch.setattr(learned_field, "run", lambda: learnt)
+    for module in (singularity, concentration, worst_transport, learned_field):
+        name = module.__name__.split(".")[-1]
+        given = learnt if module is learned_field else ()
+        monkeypatch.setattr(module, "table", rows_if_given(name, given))
+        monkeypatch.setattr(draw, f"{name}_figure", figure_if_given(given))
+    monkeypatch.setattr(draw, "fields_figure", figure_if_given(()))
+    out = tmp_path / "new" / "folder"
+    __main__.main(["--out", str(out)])
+    head, *lines, last = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["claim", "what", "predicted"]
+    tables = ["singularity", "concentration", "worst_transport", "learned_field"]
+    assert [line.split()[1] for line in lines] == tables
+    names = ["singularity", "concentration", "worst_transport", "fields", "learned_field"]
+    paths = [out / f"{name}.png" for name in names]
+    assert last == "figures: " + ", ".join(map(str, paths))
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.size == (80, 160) and image.mode == "P"
+
+
+def rows_if_given(name, expected):
+    def table(*given):
+        assert given == expected
+        yield Row("S1", name, 1, 1)
+
+    return table
+
+
+def figure_if_given(expected):
+    def figure(*given):
+        assert given == expected
+        return Figure(figsize=(1, 2))
+
+    return figure
+
+
+# ---- The mechanism ----------------------------------------------------------------------------
+@claim(abs, lambda x: x * x, examples=20, x=st.integers(-5, 5))
+def test_claim(size, square, x):
+    assert size(x) * size(x) == square(x)
+
+
+test_claim_rejects = rejects(
+    test_claim,
+    size={"no size": lambda x: x + 1},
+    square={"a cube": lambda x: x**3},
+)
+
+
+def test_rejects_passes_only_if_the_claim_fails():
+    """A right formula is reported, and so is one that crashes or has no place in the claim."""
+    test_rejects = rejects(test_claim)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_rejects("size", abs)
+    with pytest.raises(ZeroDivisionError):
+        test_rejects("size", lambda x: 1 // 0)
+    with pytest.raises(AssertionError):
+        test_rejects("x", abs)
+
+
+def test_claim_fails_with_a_wrong_formula():
+    @claim(lambda x: x + 1, examples=20, x=st.integers(-5, 5))
+    def identity(same, x):
+        assert same(x) == x
+
+    with pytest.raises(AssertionError):
+        identity()

@@ -1,0 +1,487 @@
+"""W1-W4: theory/worst_transport.py, and the couplings of wtflow. How to read: claims.py."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from claims import (
+    P,
+    candidates,
+    check_rows,
+    claim,
+    close,
+    dims,
+    dims_from_2,
+    rejects,
+    rhos,
+    rng,
+    scales,
+    seeds,
+    times,
+    within,
+)
+from hypothesis import assume
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.special import ndtr
+from scipy.stats import chi, kstest
+from torch.nn.functional import normalize
+
+import wtflow
+from theory import mean_se, normal, singularity, worst_transport
+from theory.worst_transport import a_n
+
+
+# ---- W1 ---------------------------------------------------------------------------------------
+def reordered_noise(plan, n, d, seed):
+    """x_0 and noise z (n, d), and the cost of `plan`, which may only reorder z."""
+    x_0 = normal(rng(seed), n, d)
+    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
+    assert torch.equal(x_1.sort(0).values, z.sort(0).values)
+    return x_0, z, (x_0 - x_1).square().sum().item()
+
+
+def costs_of_all_plans(x_0, z):
+    plans = itertools.permutations(range(len(z)))
+    return [(x_0 - z[list(plan)]).square().sum().item() for plan in plans]
+
+
+@claim(worst_transport.minibatch_worst, examples=15, n=st.integers(1, 6), d=dims, seed=seeds)
+def test_W1_worst_plan(plan, n, d, seed):
+    """No permutation of the noise costs more."""
+    x_0, z, cost = reordered_noise(plan, n, d, seed)
+    largest = max(costs_of_all_plans(x_0, z))
+    close(cost, largest, 10 * (1 + largest))
+    close(worst_transport.largest_cost(x_0.numpy(), z.numpy()), largest, 10 * (1 + largest))
+
+
+test_W1_worst_plan_rejects = rejects(
+    test_W1_worst_plan,
+    plan={"OT for WT": wtflow.optimal, "no plan at all": wtflow.independent},
+)
+
+
+@claim(wtflow.optimal, examples=15, n=st.integers(1, 6), d=dims, seed=seeds)
+def test_W1_optimal_plan(plan, n, d, seed):
+    """No permutation of the noise costs less."""
+    x_0, z, cost = reordered_noise(plan, n, d, seed)
+    costs = costs_of_all_plans(x_0, z)
+    close(cost, min(costs), 10 * (1 + max(costs)))
+
+
+test_W1_optimal_plan_rejects = rejects(
+    test_W1_optimal_plan, plan={"WT for OT": worst_transport.minibatch_worst}
+)
+
+
+image_shapes = {"b": st.integers(1, 3), "h": st.integers(1, 4), "d": st.integers(1, 3)}
+
+
+def check_plan_on_images(plan, sign, b, h, d, seed):
+    """(B, d, h, w) is one cloud of vectors, in blocks of whole images here.
+
+    sign: 1 for the optimal plan, -1 for the worst; in one dimension it is the (anti)sorted one.
+    """
+    x_0 = normal(rng(seed), b, d, h, 4)
+    x_1, z = plan(x_0, rng(seed + 1), block=4 * h), wtflow.independent(x_0, rng(seed + 1))
+    assert x_1.shape == x_0.shape
+    for image in range(b):
+        data, planned, noise = (x[image].reshape(d, -1).T for x in (x_0, x_1, z))
+        assert sorted(map(tuple, planned.tolist())) == sorted(map(tuple, noise.tolist()))
+        cost, cost_of_noise = ((data - x).square().sum() for x in (planned, noise))
+        assert sign * cost <= sign * cost_of_noise + 1e-9
+        if d == 1:
+            by_data = planned[data.argsort(0)[:, 0]]
+            assert torch.equal(by_data, noise.sort(0, descending=sign < 0).values)
+
+
+@claim(worst_transport.minibatch_worst, examples=15, **image_shapes, seed=seeds)
+def test_W1_images_worst(plan, b, h, d, seed):
+    """The worst plan of each image."""
+    check_plan_on_images(plan, -1, b, h, d, seed)
+
+
+test_W1_images_worst_rejects = rejects(
+    test_W1_images_worst, plan={"OT for WT, on images": wtflow.optimal}
+)
+
+
+@claim(wtflow.optimal, examples=15, **image_shapes, seed=seeds)
+def test_W1_images_optimal(plan, b, h, d, seed):
+    """The optimal plan of each image."""
+    check_plan_on_images(plan, 1, b, h, d, seed)
+
+
+test_W1_images_optimal_rejects = rejects(
+    test_W1_images_optimal, plan={"WT for OT, on images": worst_transport.minibatch_worst}
+)
+
+
+@claim(wtflow.optimal, examples=3, seed=seeds)
+def test_W1_blocks(plan, seed):
+    """By default 256 vectors are matched together: in one dimension the sorted plan of them all."""
+    x_0 = normal(rng(seed), 300, 1)
+    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
+    for block in (slice(0, 256), slice(256, 300)):
+        by_data = x_1[block][x_0[block, 0].argsort()]
+        assert torch.equal(by_data, z[block].sort(0).values)
+
+
+test_W1_blocks_rejects = rejects(
+    test_W1_blocks, plan={"half the block": partial(wtflow.optimal, block=128)}
+)
+
+
+# ---- W2 ---------------------------------------------------------------------------------------
+def cost_of_worst_map(variances):
+    """E|x_1 - x_0|^2 of x_1 = -S^(-1/2) x_0: sum (1 + sqrt(variance))^2, `variances` those of S."""
+    return ((1 + variances**0.5) ** 2).sum()
+
+
+@claim(cost_of_worst_map, examples=15, d=dims, seed=seeds)
+def test_W2_worst_map(cost, d, seed):
+    """No coupling with covariance C = S^(1/2) K, |K| <= 1, costs more than x_1 = -S^(-1/2) x_0."""
+    random = np.random.default_rng(seed)
+    B = random.normal(size=(d, d))
+    variances, Q = np.linalg.eigh(B @ B.T + 0.1 * np.eye(d))
+    root = (Q * variances**0.5) @ Q.T
+    predicted = cost(variances)
+    marginals = variances.sum() + d
+    close(marginals + 2 * np.trace(root), predicted, 10 * d * (1 + variances.sum()))
+    for _ in range(20):
+        U, _, V = np.linalg.svd(random.normal(size=(d, d)))
+        K = (U * random.uniform(0, 1, d)) @ V
+        assert marginals - 2 * np.trace(root @ K) <= predicted + 1e-9
+    worst_map = -(Q * variances**-0.5) @ Q.T
+    image = worst_map @ root @ root @ worst_map.T
+    close(image, np.eye(d), 10 * d * variances.max() / variances.min())
+
+
+test_W2_worst_map_rejects = rejects(
+    test_W2_worst_map,
+    cost={
+        "independent cost": lambda variances: variances.sum() + len(variances),
+        "S for S^(1/2)": lambda variances: ((1 + variances) ** 2).sum(),
+    },
+)
+
+
+@claim(singularity.variance, examples=15, d=dims, t=times, s=scales, rho=rhos, seed=seeds)
+def test_W2_variance(variance, d, t, s, rho, seed):
+    """Var x_t by pairs of the Gaussian coupling."""
+    couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
+    x_t, _ = singularity.pairs(s * normal(rng(seed), 4000, d), couple, t, rng(seed + 1))
+    within(mean_se(x_t.square().mean(1)), variance(t, s, rho))
+
+
+test_W2_variance_rejects = rejects(
+    test_W2_variance,
+    variance={
+        "sign of the correlation": lambda t, s, rho: singularity.variance(t, s, -rho),
+    },
+)
+
+
+@claim(singularity.slope, examples=15, d=dims, t=times, s=scales, rho=rhos, seed=seeds)
+def test_W2_slope(slope, d, t, s, rho, seed):
+    """The slope by pairs of the Gaussian coupling, at t = 0 too."""
+    couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
+    x_0 = s * normal(rng(seed), 4000, d)
+    for time in (0.0, t):
+        x_t, u = singularity.pairs(x_0, couple, time, rng(seed + 1))
+        within(singularity.fitted_slope(x_t, u), slope(time, s, rho))
+
+
+test_W2_slope_rejects = rejects(
+    test_W2_slope, slope={"rFM for WT": lambda t, s, rho: singularity.slope(t, s, 0.0)}
+)
+
+
+def test_W2_kernel_field():
+    """The field of the pictures: two points at distances 0 and h weigh 1 and exp(-1/2)."""
+    x_t, u = np.array([[0.0, 0.0], [0.3, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    field, log_mass = worst_transport.kernel_field(np.zeros((1, 2)), x_t, u, 0.3)
+    k = np.exp(-0.5)
+    assert field[0] == pytest.approx(np.array([1, k]) / (1 + k))
+    assert log_mass[0] == pytest.approx(np.log(1 + k))
+
+
+# ---- W3 ---------------------------------------------------------------------------------------
+@claim(worst_transport.minimum_cdf, examples=12, n=candidates, seed=seeds)
+def test_W3_minimum(cdf, n, seed):
+    """By definition: the minimum of n draws; and the density is its derivative."""
+    smallest = normal(rng(seed), 2000, n).amin(1).numpy()
+    assert kstest(smallest, lambda m: cdf(m, n)).pvalue > P
+    m, step = np.linspace(-4, 2, 13), 1e-5
+    slope = (cdf(m + step, n) - cdf(m - step, n)) / (2 * step)
+    assert np.allclose(worst_transport.minimum_pdf(m, n), slope, atol=1e-6, rtol=1e-6)
+
+
+test_W3_minimum_rejects = rejects(
+    test_W3_minimum,
+    cdf={
+        "off-by-one in n": lambda m, n: worst_transport.minimum_cdf(m, n + 1),
+        "maximum for minimum": lambda m, n: 1 - worst_transport.minimum_cdf(-m, n),
+    },
+)
+
+
+@claim(a_n, worst_transport.minimum_variance, examples=15, n=candidates)
+def test_W3_a_n(pull, variance, n):
+    """By integrating the survival function, which the code does not; and Jensen's sqrt(2 ln n)."""
+
+    def survival(s):
+        return ndtr(-s) ** n
+
+    def integral(g):
+        return quad(g, 0, 12, epsabs=1e-12, limit=200)[0]
+
+    first = integral(lambda s: survival(s) + survival(-s) - 1)
+    second = integral(lambda s: 2 * s * (survival(s) + 1 - survival(-s)))
+    assert abs(pull(n) + first) < 1e-9
+    assert abs(variance(n) - second + first**2) < 1e-8
+    assert pull(n) <= (2 * np.log(n)) ** 0.5 + 1e-12
+    assert n == 1 or variance(n) < variance(n - 1) + 1e-9
+
+
+test_W3_a_n_rejects = rejects(
+    test_W3_a_n,
+    pull={
+        "off-by-one in a_n": lambda n: a_n(n + 1),
+        "the asymptote for a_n": lambda n: (2 * np.log(n)) ** 0.5,
+    },
+    variance={
+        "second moment for variance": lambda n: worst_transport.minimum_variance(n) + a_n(n) ** 2,
+    },
+)
+
+
+def check_law_of_worst(couple, n, d, scale, seed):
+    """The minimum of n along x_0, N(0, I) across it, whatever |x_0|; n = 1 is rFM."""
+    x_0 = scale * normal(rng(seed), 3000, d)
+    x_1 = couple(x_0, rng(seed + 1), n)
+    e = normalize(x_0)
+    along = (x_1 * e).sum(1)
+    assert kstest(along.numpy(), lambda m: worst_transport.minimum_cdf(m, n)).pvalue > P
+    across = (x_1.square().sum(1) - along.square()).numpy()
+    if d == 1:
+        close(across, 0, 100 * along.square().max().item())
+    else:
+        radius = np.sqrt(np.maximum(across, 0))
+        assert kstest(radius, chi(d - 1).cdf).pvalue > P
+        within(mean_se((x_1 - along[:, None] * e)[:, 0]), 0)
+        within(mean_se((across - across.mean()) * along.numpy()), 0)
+    close(couple(8 * x_0, rng(seed + 1), n), x_1, 1e3)
+
+
+@claim(wtflow.worst, examples=15, n=candidates, d=dims, scale=st.floats(0.01, 100), seed=seeds)
+def test_W3_local_worst(couple, n, d, scale, seed):
+    """The exact law of wtflow.worst."""
+    check_law_of_worst(couple, n, d, scale, seed)
+
+
+def best(x_0, generator, n):
+    return -wtflow.worst(x_0, generator, n)
+
+
+def antipode(x_0, generator, n):
+    return -normalize(x_0) * x_0.shape[1] ** 0.5
+
+
+def all_components(x_0, generator, n):
+    return normal(generator, n, *x_0.shape).amin(0)
+
+
+def raw_projection(x_0, generator, n):
+    """Forgets to normalise x_0 before removing the component along it."""
+    z, fixed = wtflow.independent(x_0, generator), wtflow.worst(x_0, generator, n)
+    e = normalize(x_0)
+    return z + (fixed * e).sum(1, keepdim=True) * e - (z * x_0).sum(1, keepdim=True) * e
+
+
+test_W3_local_worst_rejects = rejects(
+    test_W3_local_worst,
+    couple={
+        "maximum for minimum: locally optimal": best,
+        "antipode for the local worst": antipode,
+        "minimum in every coordinate": all_components,
+        "projection on x_0 instead of x_0/|x_0|": raw_projection,
+        "off-by-one in n": lambda x_0, generator, n: wtflow.worst(x_0, generator, n + 1),
+    },
+)
+
+
+@claim(
+    worst_transport.worst_of,
+    examples=6,
+    n=st.integers(1, 20),
+    d=dims,
+    scale=st.floats(0.01, 100),
+    seed=seeds,
+)
+def test_W3_by_draws(couple, n, d, scale, seed):
+    """The same law by its definition: n draws, the worst kept."""
+    check_law_of_worst(couple, n, d, scale, seed)
+
+
+@claim(wtflow.worst, examples=8, n=candidates, d=dims, seed=seeds)
+def test_W3_images(couple, n, d, seed):
+    """(B, d, h, w): one choice per location; x_0 = 0 gives plain noise."""
+    x_0 = normal(rng(seed), 6, d, 20, 20)
+    x_0[0] = 0
+    x_1 = couple(x_0, rng(seed + 1), n)
+    along = (x_1[1:] * normalize(x_0[1:], dim=1)).sum(1)
+    law = partial(worst_transport.minimum_cdf, n=n)
+    assert kstest(along.ravel().numpy(), law).pvalue > P
+    assert kstest(x_1[0].ravel().numpy(), "norm").pvalue > P
+
+
+def rfm_on_images(x_0, generator, n):
+    return wtflow.independent(x_0, generator)
+
+
+test_W3_images_rejects = rejects(test_W3_images, couple={"rFM for WT, on images": rfm_on_images})
+
+
+@claim(worst_transport.initial_field, examples=15, n=candidates, d=dims, seed=seeds)
+def test_W3_potential(field, n, d, seed):
+    """u_0 is minus the gradient of |x|^2 / 2 + a_n |x|."""
+    x = normal(rng(seed), 5, d).requires_grad_()
+    potential = x.square().sum() / 2 + a_n(n) * x.norm(dim=1).sum()
+    (gradient,) = torch.autograd.grad(potential, x)
+    x = x.detach()
+    close(field(x.numpy(), n), -gradient.numpy(), 10 * (1 + x.abs().max().item()))
+
+
+def initial_field_of_opposite_pull(x, n):
+    return -(1 - a_n(n) / np.linalg.norm(x, axis=-1, keepdims=True)) * x
+
+
+test_W3_potential_rejects = rejects(
+    test_W3_potential,
+    field={
+        "a_n |x|^2 / 2 for a_n |x|": lambda x, n: -(1 + a_n(n)) * x,
+        "sign of a_n": initial_field_of_opposite_pull,
+    },
+)
+
+
+@claim(worst_transport.initial_field, examples=12, n=candidates, d=dims, seed=seeds)
+def test_W3_initial_field(field, n, d, seed):
+    """u_0(x) is the mean of u at x by wtflow pairs."""
+    x = normal(rng(seed), 1, d)
+    couple = partial(wtflow.worst, n=n)
+    _, u = singularity.pairs(x.expand(4000, d), couple, 0.0, rng(seed + 1))
+    predicted = field(x.numpy(), n)[0]
+    for k in range(d):
+        within(mean_se(u[:, k]), predicted[k])
+
+
+test_W3_initial_field_rejects = rejects(
+    test_W3_initial_field, field={"rFM's field for WT's": lambda x, n: -x}
+)
+
+
+@claim(
+    worst_transport.local_field,
+    examples=15,
+    n=candidates,
+    d=dims,
+    t=st.floats(0.1, 0.95),
+    seed=seeds,
+)
+def test_W3_local_field(field, n, d, t, seed):
+    """E[(u - u_t(x_t)) g(x_t)] = 0 for every g; n = 1 is S2's field."""
+    atoms = normal(rng(seed), 4, d)
+    assume(atoms.norm(dim=1).min() > 0.05)
+    x_0 = atoms[torch.randint(4, (6000,), generator=rng(seed + 1))]
+    x_t, u = singularity.pairs(x_0, partial(wtflow.worst, n=n), t, rng(seed + 2))
+    u_t = torch.as_tensor(field(x_t.numpy(), t, atoms.numpy(), n))
+    for g in (torch.ones_like(x_t), x_t, torch.sin(3 * x_t)):
+        within(mean_se((t * (u - u_t) * g).mean(1)), 0, slack=1e-9)
+    x = x_t[:5].numpy()
+    one_candidate = field(x, t, atoms.numpy(), 1)
+    rfm = singularity.marginal_field(x, t, atoms.numpy())
+    assert np.allclose(one_candidate, rfm, rtol=1e-7, atol=1e-7 / t)
+
+
+def local_field_of_one_more(x, t, atoms, n):
+    return worst_transport.local_field(x, t, atoms, n + 1)
+
+
+test_W3_local_field_rejects = rejects(
+    test_W3_local_field, field={"off-by-one in n": local_field_of_one_more}
+)
+
+
+@claim(worst_transport.gain, examples=12, n=candidates, d=dims_from_2, seed=seeds)
+def test_W3_gain(gain, n, d, seed):
+    """|E u|^2 / tr Cov u at one x_0, |x_0| = 2, over rFM's 4 / d."""
+    x_0 = 2 * normalize(normal(rng(seed), 1, d)).expand(8000, d)
+    u = wtflow.worst(x_0, rng(seed + 1), n) - x_0
+    mean, mean_error = mean_se(u @ x_0[0] / 2)
+    noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
+    measured = mean**2 / noise / (4 / d)
+    error = measured * np.hypot(2 * mean_error / mean, noise_error / noise)
+    within((measured, error), gain(n, d, 4.0))
+
+
+test_W3_gain_rejects = rejects(
+    test_W3_gain, gain={"missing square": lambda n, d, m2: 1 + a_n(n) / m2**0.5}
+)
+
+
+def test_W3_component_along_data():
+    """(1, 2) along (3, 4) is 11 / 5; that of a direction along itself is its norm."""
+    x_0 = torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
+    x_1 = torch.tensor([[1.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
+    assert worst_transport.along_direction(x_1, x_0).tolist() == pytest.approx([11 / 5, 2])
+
+
+def test_W3_signal_to_noise():
+    """A mean of 4 along the axis, a variance of 1 in both: 16 / 2, and twice the mean's error."""
+    u = torch.tensor([[3.0, 1.0], [5.0, 1.0], [3.0, -1.0], [5.0, -1.0]], dtype=torch.float64)
+    ratio, error = worst_transport.signal_to_noise(u, torch.tensor([1.0, 0.0], dtype=u.dtype))
+    assert ratio == pytest.approx(16 / 2)
+    assert error == pytest.approx(ratio * 2 * (4 / 3 / 4) ** 0.5 / 4)
+
+
+# ---- W4 ---------------------------------------------------------------------------------------
+@claim(wtflow.log_density, examples=15, n=candidates, d=dims, seed=seeds)
+def test_W4_one_step(density, n, d, seed):
+    """One Euler step under u_0 lands at |x1_hat| = a_n, where log p = -a_n^2 / 2d."""
+
+    def exact_field(x, t):
+        return torch.as_tensor(worst_transport.initial_field(x.numpy(), n))
+
+    x = normal(rng(seed), 50, d)
+    assume(x.norm(dim=1).min() > 1e-3)
+    x1_hat = wtflow.euler(exact_field, x)
+    largest = 1 + x.abs().max().item()
+    close(x1_hat.norm(dim=1), a_n(n), 10 * largest)
+    close(density(x1_hat), -(a_n(n) ** 2) / (2 * d), 100 * largest)
+    maps = normal(rng(seed), 2, d, 3, 3)
+    close(density(maps), -(maps**2).sum(1) / (2 * d), 100)
+
+
+test_W4_one_step_rejects = rejects(
+    test_W4_one_step,
+    density={
+        "missing 1/d": lambda x: -x.square().sum(1) / 2,
+        "sign of log p": lambda x: x.square().mean(1) / 2,
+        "factor 1/2": lambda x: -x.square().mean(1),
+    },
+)
+
+
+# ---- The printed table ------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rows():
+    return list(worst_transport.table(seed=1))
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "W3", "W4"])
+def test_table(rows, name):
+    check_rows(rows, name)
