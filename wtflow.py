@@ -122,14 +122,14 @@ def path(x_0, x_1, t):
     return (1 - t) * x_0 + t * x_1
 
 
-def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None):
-    """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, 1) [paper, released].
+def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None, t_max=1.0):
+    """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, t_max) [paper, released].
 
     couple: (x_0, generator) -> x_1, one of the couplings below. Its least mean is reached by the
-    marginal field u_t(x) = E[x_1 - x_0 | x_t = x].
+    marginal field u_t(x) = E[x_1 - x_0 | x_t = x]; t_max < 1 [ours] stays near the data.
     """
     if t is None:
-        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
+        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device) * t_max
     x_1 = couple(x_0, generator)
     u = x_1 - x_0
     return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
@@ -161,11 +161,29 @@ def independent(x_0, generator=None):
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
 
 
-def worst(x_0, generator=None, n=64):
-    """Local worst transport: the one of n candidates z_k with the smallest <x_0, z_k> (W3).
+def worst(x_0, generator=None, rho=0.9):
+    """Worst transport of strength rho: x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z (W5).
 
-    [ours: reading of "local"], at each location alone. Drawn from the exact law instead of by n
-    draws [derived]: along e = x_0/|x_0| the component is the minimum m of n standard normals,
+    [ours: reading of "local"], at each location alone; z ~ N(0, I). E|x_1|^2 = d for every rho, so
+    x_1 stays near the shell of the noise. rho = 0 is rFM, rho -> 1 the antipode of x_0, rho < 0
+    leans towards optimal transport. x_0 = 0 has no antipode and gives sqrt(1 - rho^2) z.
+    """
+    return landing(x_0, rho) + (1 - rho**2) ** 0.5 * independent(x_0, generator)
+
+
+def landing(x_0, rho):
+    """Where one step of the exact field lands under worst(rho): -rho sqrt(d) x_0/|x_0| (W5).
+
+    x_0 + u_0(x_0), as u_0(x) = E[x_1 | x_0 = x] - x. The origin for rFM, rho = 0 (C2).
+    """
+    return -rho * x_0.shape[1] ** 0.5 * F.normalize(x_0, dim=1)
+
+
+def worst_candidate(x_0, generator=None, n=64):
+    """Local worst transport by sampling: of n candidates z_k the one of smallest <x_0, z_k> (W3).
+
+    [ours: another reading of "local"], at each location alone. Drawn from the exact law instead of
+    by n draws [derived]: along e = x_0/|x_0| the component is the minimum m of n standard normals,
     P(m > s) = (1 - Phi(s))^n; orthogonal to e it stays N(0, I). So n costs nothing, and n = 1 is
     rFM in law. Where x_0 = 0 every candidate is as bad: x_1 ~ N(0, I).
     """
@@ -196,7 +214,7 @@ def optimal(x_0, generator=None, sign=1.0, block=256):
 def coupling(recipe):
     """The coupling (x_0, generator) -> x_1 that a recipe names."""
     named = {
-        "worst": partial(worst, n=recipe.candidates),
+        "worst": partial(worst_candidate, n=recipe.candidates),
         "independent": independent,
         "optimal": optimal,
     }

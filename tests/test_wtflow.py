@@ -125,7 +125,7 @@ def test_worst_has_the_law_of_the_worst_of_n_candidates(n):
     e = F.normalize(x_0, dim=1)
     z = torch.randn(N, n, d, generator=torch.Generator().manual_seed(2))
     literal = z[torch.arange(N), (z @ x_0[..., None])[..., 0].argmin(1)]
-    drawn = wtflow.worst(x_0, torch.Generator().manual_seed(3), n)
+    drawn = wtflow.worst_candidate(x_0, torch.Generator().manual_seed(3), n)
     assert ks_2samp((literal * e).sum(1), (drawn * e).sum(1)).pvalue > 1e-6
     axis = torch.tensor([[1.0, 0, 0]]).expand(N, 3)
     across = F.normalize(torch.linalg.cross(e, axis), dim=1)
@@ -133,7 +133,7 @@ def test_worst_has_the_law_of_the_worst_of_n_candidates(n):
 
 
 def test_worst_of_a_zero_vector_is_noise():
-    assert torch.isfinite(wtflow.worst(torch.zeros(4, 3), n=64)).all()
+    assert torch.isfinite(wtflow.worst_candidate(torch.zeros(4, 3), n=64)).all()
 
 
 # ---- whitening and calibration -----------------------------------------------------------------

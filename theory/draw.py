@@ -282,17 +282,17 @@ def slope_by_correlation(axis, generator):
 
 
 def law_of_the_minimum(axis, candidates, generator):
-    """W3: the component of wtflow.worst along x_0."""
+    """W3: the component of wtflow.worst_candidate along x_0."""
     m = np.linspace(-5.5, 4, 400)
     x_0 = normal(generator, 20_000, 16)
     for n, colour in coloured(candidates):
-        along = along_direction(wtflow.worst(x_0, generator, n), x_0)
+        along = along_direction(wtflow.worst_candidate(x_0, generator, n), x_0)
         axis.hist(along.numpy(), 60, density=True, color=colour, alpha=0.35)
         axis.plot(m, minimum_pdf(m, n), color=colour, label=f"$n={n}$, $a_n={a_n(n):.2f}$")
     axis.set(
         xlabel="$\\langle x_1, x_0\\rangle/|x_0|$",
         ylabel="density",
-        title="W3: bars: wtflow.worst; lines: closed form",
+        title="W3: bars: wtflow.worst_candidate; lines: closed form",
     )
 
 
@@ -333,7 +333,7 @@ def fields_figure(seed=0):
     couplings = {
         "rFM (independent)": wtflow.independent,
         "OT (minibatch)": wtflow.optimal,
-        "local WT, $n=16$": partial(wtflow.worst, n=16),
+        "local WT, $n=16$": partial(wtflow.worst_candidate, n=16),
         "WT (minibatch worst)": minibatch_worst,
     }
     figure, axes = panels(2, 4, 3.3, 3.4)

@@ -180,7 +180,7 @@ def experiment(seed=0, timed=True, candidates=CANDIDATES):
     """(b, c) {n: OneStep} of fields trained on the thick circle with n candidates."""
     results = {}
     for n in candidates:
-        v_theta = train(thick_circle, partial(wtflow.worst, n=n), seed, timed)
+        v_theta = train(thick_circle, partial(wtflow.worst_candidate, n=n), seed, timed)
         generator = torch.Generator().manual_seed(1000 + seed)  # not the points of the training
         points = {off: thick_circle(POINTS, generator, off) for off in (0.0, *OFFSETS)}
         results[n] = OneStep(

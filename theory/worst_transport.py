@@ -166,7 +166,7 @@ def rows_W2(z, generator):
 def rows_W3(z, generator):
     """Rows for W3; z (N, 16) ~ N(0, I)."""
     for n in (2, 64):
-        x_1 = wtflow.worst(3 * z, generator, n)
+        x_1 = wtflow.worst_candidate(3 * z, generator, n)
         along = along_direction(x_1, z)
         yield Row("W3", f"component of x_1 along x_0, n={n}", -a_n(n), *mean_se(along))
         spread = mean_se((along + a_n(n)).square())
@@ -179,7 +179,7 @@ def rows_W3(z, generator):
 
     e = torch.eye(16, dtype=z.dtype)[0]
     x_0 = (4 * e).expand_as(z)
-    u = wtflow.worst(x_0, generator, 64) - x_0
+    u = wtflow.worst_candidate(x_0, generator, 64) - x_0
     yield Row("W3", "u_0(x) along x, |x|=4, n=64", -(4 + a_n(64)), *mean_se(u @ e))
     ratio = signal_to_noise(u, e)  # rFM's is |x|^2 / d = 1 here
     yield Row("W3", "signal to noise at t=0 over rFM's, |x|=4, n=64", gain(64, 16, 16), *ratio)

@@ -167,7 +167,7 @@ def test_W4_experiment(trained):
     results = learned_field.experiment(3, timed=False, candidates=(1, 16))
     for (sample, couple, seed, timed), n in zip(trained, (1, 16), strict=True):
         assert sample is learned_field.thick_circle and (seed, timed) == (3, False)
-        assert couple.func is wtflow.worst and couple.keywords == {"n": n}
+        assert couple.func is wtflow.worst_candidate and couple.keywords == {"n": n}
     assert list(results) == [1, 16]
     for n, fit in results.items():
         points = rng(1003)

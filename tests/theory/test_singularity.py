@@ -33,7 +33,7 @@ from theory import exponent, mean_se, normal, singularity, worst_transport
 COUPLINGS = [
     wtflow.independent,
     wtflow.optimal,
-    partial(wtflow.worst, n=8),
+    partial(wtflow.worst_candidate, n=8),
     worst_transport.minibatch_worst,
 ]
 

@@ -276,14 +276,21 @@ def check_law_of_worst(couple, n, d, scale, seed):
     close(couple(8 * x_0, rng(seed + 1), n), x_1, 1e3)
 
 
-@claim(wtflow.worst, examples=15, n=candidates, d=dims, scale=st.floats(0.01, 100), seed=seeds)
+@claim(
+    wtflow.worst_candidate,
+    examples=15,
+    n=candidates,
+    d=dims,
+    scale=st.floats(0.01, 100),
+    seed=seeds,
+)
 def test_W3_local_worst(couple, n, d, scale, seed):
-    """The exact law of wtflow.worst."""
+    """The exact law of wtflow.worst_candidate."""
     check_law_of_worst(couple, n, d, scale, seed)
 
 
 def best(x_0, generator, n):
-    return -wtflow.worst(x_0, generator, n)
+    return -wtflow.worst_candidate(x_0, generator, n)
 
 
 def antipode(x_0, generator, n):
@@ -296,7 +303,7 @@ def all_components(x_0, generator, n):
 
 def raw_projection(x_0, generator, n):
     """Forgets to normalise x_0 before removing the component along it."""
-    z, fixed = wtflow.independent(x_0, generator), wtflow.worst(x_0, generator, n)
+    z, fixed = wtflow.independent(x_0, generator), wtflow.worst_candidate(x_0, generator, n)
     e = normalize(x_0)
     return z + (fixed * e).sum(1, keepdim=True) * e - (z * x_0).sum(1, keepdim=True) * e
 
@@ -308,7 +315,7 @@ test_W3_local_worst_rejects = rejects(
         "antipode for the local worst": antipode,
         "minimum in every coordinate": all_components,
         "projection on x_0 instead of x_0/|x_0|": raw_projection,
-        "off-by-one in n": lambda x_0, generator, n: wtflow.worst(x_0, generator, n + 1),
+        "off-by-one in n": lambda x_0, generator, n: wtflow.worst_candidate(x_0, generator, n + 1),
     },
 )
 
@@ -326,7 +333,7 @@ def test_W3_by_draws(couple, n, d, scale, seed):
     check_law_of_worst(couple, n, d, scale, seed)
 
 
-@claim(wtflow.worst, examples=8, n=candidates, d=dims, seed=seeds)
+@claim(wtflow.worst_candidate, examples=8, n=candidates, d=dims, seed=seeds)
 def test_W3_images(couple, n, d, seed):
     """(B, d, h, w): one choice per location; x_0 = 0 gives plain noise."""
     x_0 = normal(rng(seed), 6, d, 20, 20)
@@ -372,7 +379,7 @@ test_W3_potential_rejects = rejects(
 def test_W3_initial_field(field, n, d, seed):
     """u_0(x) is the mean of u at x by wtflow pairs."""
     x = normal(rng(seed), 1, d)
-    couple = partial(wtflow.worst, n=n)
+    couple = partial(wtflow.worst_candidate, n=n)
     _, u = singularity.pairs(x.expand(4000, d), couple, 0.0, rng(seed + 1))
     predicted = field(x.numpy(), n)[0]
     for k in range(d):
@@ -397,7 +404,7 @@ def test_W3_local_field(field, n, d, t, seed):
     atoms = normal(rng(seed), 4, d)
     assume(atoms.norm(dim=1).min() > 0.05)
     x_0 = atoms[torch.randint(4, (6000,), generator=rng(seed + 1))]
-    x_t, u = singularity.pairs(x_0, partial(wtflow.worst, n=n), t, rng(seed + 2))
+    x_t, u = singularity.pairs(x_0, partial(wtflow.worst_candidate, n=n), t, rng(seed + 2))
     u_t = torch.as_tensor(field(x_t.numpy(), t, atoms.numpy(), n))
     for g in (torch.ones_like(x_t), x_t, torch.sin(3 * x_t)):
         within(mean_se((t * (u - u_t) * g).mean(1)), 0, slack=1e-9)
@@ -420,7 +427,7 @@ test_W3_local_field_rejects = rejects(
 def test_W3_gain(gain, n, d, seed):
     """|E u|^2 / tr Cov u at one x_0, |x_0| = 2, over rFM's 4 / d."""
     x_0 = 2 * normalize(normal(rng(seed), 1, d)).expand(8000, d)
-    u = wtflow.worst(x_0, rng(seed + 1), n) - x_0
+    u = wtflow.worst_candidate(x_0, rng(seed + 1), n) - x_0
     mean, mean_error = mean_se(u @ x_0[0] / 2)
     noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
     measured = mean**2 / noise / (4 / d)
