@@ -87,42 +87,39 @@ def test_line_of_the_table(row, expected):
 
 def test_command(monkeypatch, tmp_path, capsys):
     """`python -m theory --out DIR` prints every row of every module and writes the five figures."""
-    learnt = ({"errors": 1}, {"results": 2})
-    monkeypatch.setattr(learned_field, "run", lambda: learnt)
+    errors, results = {"errors": 1}, {"results": 2}
+    monkeypatch.setattr(learned_field, "run", lambda: (errors, results))
     for module in (singularity, concentration, worst_transport, learned_field):
-        name = module.__name__.split(".")[-1]
-        given = learnt if module is learned_field else ()
-        monkeypatch.setattr(module, "table", rows_if_given(name, given))
-        monkeypatch.setattr(draw, f"{name}_figure", figure_if_given(given))
-    monkeypatch.setattr(draw, "fields_figure", figure_if_given(()))
+        given = (errors, results) if module is learned_field else ()
+        row = Row("S1", module.__name__, 1, 1)
+        monkeypatch.setattr(module, "table", returns_if_given([row], given))
+    names = ["singularity", "concentration", "worst_transport", "fields", "learned_field"]
+    for inches, name in enumerate(names, 1):
+        given = (errors, results) if name == "learned_field" else ()
+        figure = Figure(figsize=(inches, 1))
+        monkeypatch.setattr(draw, f"{name}_figure", returns_if_given(figure, given))
     out = tmp_path / "new" / "folder"
     __main__.main(["--out", str(out)])
+
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["claim", "what", "predicted"]
-    tables = ["singularity", "concentration", "worst_transport", "learned_field"]
-    assert [line.split()[1] for line in lines] == tables
-    names = ["singularity", "concentration", "worst_transport", "fields", "learned_field"]
+    modules = ["singularity", "concentration", "worst_transport", "learned_field"]
+    assert [line.split()[1] for line in lines] == [f"theory.{name}" for name in modules]
     paths = [out / f"{name}.png" for name in names]
     assert last == "figures: " + ", ".join(map(str, paths))
-    for path in paths:
+    for inches, path in enumerate(paths, 1):
         with Image.open(path) as image:
-            assert image.size == (80, 160) and image.mode == "P"
+            assert image.size == (80 * inches, 80) and image.mode == "P"
 
 
-def rows_if_given(name, expected):
-    def table(*given):
+def returns_if_given(result, expected):
+    """A function that returns `result` and insists on the arguments `expected`."""
+
+    def function(*given):
         assert given == expected
-        yield Row("S1", name, 1, 1)
+        return result
 
-    return table
-
-
-def figure_if_given(expected):
-    def figure(*given):
-        assert given == expected
-        return Figure(figsize=(1, 2))
-
-    return figure
+    return function
 
 
 # ---- The mechanism ----------------------------------------------------------------------------
