@@ -8,6 +8,7 @@ never. Figures are in percent.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import json
@@ -35,6 +36,7 @@ from wtflow import InputError
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads the data set, writes nothing ----
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 BATCH = 16  # images that are read and turned into features together
+ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses these itself
 
@@ -204,22 +206,29 @@ def check_category(category, folder):
                 )
 
 
+@contextlib.contextmanager
+def unreadable(path):
+    """Turn what Pillow's decoders raise on damaged files into InputError naming the file."""
+    try:
+        yield
+    except (
+        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError),
+        *(OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError),
+    ) as e:
+        raise InputError(
+            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
+        ) from None
+
+
 def open_image(path):
     """PIL image, decoded. Raises InputError naming the file."""
-    try:
+    with unreadable(path):
         image = Image.open(path)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
         image.load()
         return image
-    except (
-        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError),
-        *(OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError),
-    ) as e:  # what Pillow's decoders raise on damaged files
-        raise InputError(
-            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
-        ) from None
 
 
 def read_image(path):
@@ -294,11 +303,21 @@ def masks_of(item, size, saturation=None):
     return regions, union
 
 
-def load_batch(paths, size, pool):
-    """uint8 (B, 3, size, size), antialiased bilinear, and the original sizes [(H, W)]."""
+def image_sizes(paths):
+    """(H, W) of image files as they are shown, from their headers. Raises InputError by name."""
+    sizes = []
+    for path in paths:
+        with unreadable(path), Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            sizes.append(image.size if turned else image.size[::-1])
+    return sizes
+
+
+def load_batch(paths, shape, pool):
+    """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)]."""
     images = list(pool.map(read_image, paths))
-    squares = pool.map(lambda image: image.resize((size, size), Image.BILINEAR), images)
-    pixels = np.stack([np.asarray(image) for image in squares])
+    resized = pool.map(lambda image: image.resize(shape[::-1], Image.BILINEAR), images)
+    pixels = np.stack([np.asarray(image) for image in resized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [image.size[::-1] for image in images]
 
 
@@ -312,7 +331,7 @@ def extract(detector, paths, report=None):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), BATCH):
             names = paths[start : start + BATCH]
-            images, batch_sizes = load_batch(names, detector.recipe.image_size, pool)
+            images, batch_sizes = load_batch(names, wtflow.image_shape(detector.recipe), pool)
             x = detector.features(images)
             bad = ~(x.abs().flatten(1).amax(1) <= torch.finfo(torch.float16).max)
             if bad.any():
@@ -346,7 +365,7 @@ SAMPLE = 2_000_000  # pixels whose quantiles place the bins
 
 
 def at_size(y, size):
-    """Anomaly map (N, N) resampled to an image's (H, W), float32 array."""
+    """Anomaly map (h, w) resampled to an image's (H, W), float32 array."""
     return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
 
 
@@ -387,7 +406,7 @@ def area_to(x, y, limit):
 
 
 def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
-    """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, N, N), each at its mask's size.
+    """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, h, w), each at its mask's size.
 
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
     against the rate of false positives over all defect-free pixels of the set, integrated to

@@ -24,7 +24,7 @@ import wtflow
 from wtflow import InputError
 
 DEMO_STEPS = 300  # the demo's categories are small; all else is the default of wtflow.Recipe
-OWN_OPTIONS = ("backbone", "image_size", "steps", "coupling", "candidates")  # the rest: --set
+OWN_OPTIONS = ("backbone", "image_size", "steps", "coupling", "strength")  # the rest: --set
 
 
 # ---- 1. One category, from images to a model -----------------------------------------------------
@@ -32,7 +32,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
     model_file, state_file = folder / "model.pt", folder / "state.pt"
-    recipe = wtflow.steps_for(recipe, len(category.train))
+    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     mine, state = signature(category, recipe, seed), None
     if args.resume and model_file.exists():
         return continued(model_file, mine)["row"]
@@ -275,10 +275,10 @@ def parse(argv):
     add("--out", default="runs", help="where results go (default: runs)")
     add("--paper", action="store_true", help="the released recipe: wtflow.PAPER")
     add("--backbone", metavar="NAME", help=", ".join(wtflow.CHOICES["backbone"]))
-    add("--image-size", type=int, metavar="N", help="pixels")
+    add("--image-size", type=int, metavar="N", help="an image gets N x N pixels, at its aspect")
     add("--steps", type=int, metavar="N")
     add("--coupling", help=", ".join(wtflow.CHOICES["coupling"]))
-    add("--candidates", type=int, metavar="N", help="n of local worst transport")
+    add("--strength", type=float, metavar="R", help="of worst transport, 0 (rFM) to 1")
     add(
         "--set",
         nargs="+",

@@ -1,7 +1,7 @@
 """WT-Flow: image anomaly detection by time-reversed flow matching with worst transport.
 
-A frozen ImageNet network turns an image into a map of features x_0. A small network v_theta learns
-the velocity that carries normal features to Gaussian noise. One Euler step from t = 0 lands at
+A frozen ImageNet network turns an image into a map of features x_0; a small network v_theta learns
+the velocity that carries normal features to Gaussian noise; one Euler step from t = 0 lands at
 x1_hat, and the Gaussian log-density there says how normal a location is.
 
     images -> x_0 -> x_0 + v_theta(x_0, 0) -> x1_hat -> log p -> map, score
@@ -10,26 +10,29 @@ Time runs from data (t = 0) to noise (t = 1), in every file of this project.
 
 Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
 available. Tags: [paper] abstract or published table, [released] public code that drives the
-authors' release, [derived] by the mathematics (claims S1..W4, theory/README.md), [ours].
+authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md), [ours]. The
+default departs from the released recipe, PAPER, in 17 of 24 settings:
 
-The default departs from the released recipe, PAPER, in 13 of 19 settings:
+    setting                  released                       here [ours]
+    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 3 layers, 40x40
+    image_size, aspect       256 x 256, squeezed            320^2 pixels at most, not squeezed
+    norm                     layer norm of the map          ZCA whitening, energy drawn to the shell
+    field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
+    epochs, steps, batch,    100 epochs, 8 images a step,   500 steps, 2048 locations a step,
+      schedule               a step in the rate             one cycle of the rate
+    from_landing, calibrate  |x1_hat|^2                     see below
+    score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
-    setting                  released                        here [ours]
-    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8   EfficientNet-Lite0, two layers, 16x16
-    norm                     layer norm of the map           ZCA whitening of the channels
-    field, told_t            U-Net over the map, told t      an MLP at each location, not told t
-    epochs, steps, batch,    100 epochs, 8 images a step,    750 steps, 2048 locations a step,
-      schedule               a step in the rate              one cycle of the rate
-    calibrate                |x1_hat|^2                      Mahalanobis distance of x1_hat by cell
-    score, smooth            max p - p, mean of top 3 %      maximum of -log p, blurred
-
-So the default score is not |x1_hat|^2 but its Mahalanobis distance, with the mean and covariance
-that normal features have where they land, in each cell of the map (Detector.calibrate).
+So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
+v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and covariance that this has
+over good images in each place of the map (Detector.calibrate). `worst`, which gives worst transport
+a strength, is our reading of the paper's local worst transport.
 """
 
 import importlib.util
 import math
 import pickle
+import statistics
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,69 +53,74 @@ CHOICES = {
     "backbone": tuple(f"efficientnet_lite{k}" for k in (0, 1, 2)) + ("wide_resnet50_2",),
     "norm": ("zca", "layer"),
     "field": ("point", "unet"),
-    "coupling": ("worst", "independent", "optimal"),
+    "coupling": ("worst", "candidates", "independent", "optimal"),
     "schedule": ("cycle", "step"),
     "score": ("max", "released"),
 }
+LIMITS = {"image_size": (64, 2048), "aspect": (0, 8), "cell": (1, 64), "shrinkage": (0, 1),
+          "energy": (0.1, 1), "base": (1, 1e9), "t_max": (1e-6, 1), "steps": (0, 1e9),
+          "epochs": (0, 1e9), "batch": (1, 1e9), "lr": (0, 1e3), "prior": (0, 1e9),
+          "smooth": (0, 1e3)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a model. Raises InputError, "setting=value: remedy", where one is not valid.
-
-    The tag is that of the default; a [released] value that differs is in PAPER.
-    """
+    """All settings; the tag is the default's. InputError, "setting=value: remedy", if not valid."""
 
     # Features
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
-    image_size: int = 256  # [released] pixels, 64..2048, a multiple of cell
-    strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
-    cell: int = 16  # [ours] pixels of the image per location of the map, at least 1
+    image_size: int = 320  # [ours] an image gets at most image_size^2 pixels
+    aspect: float = 0.0  # [ours] height / width; 0: that of the images, which are not enlarged
+    strides: tuple = (4, 8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
+    cell: int = 8  # [ours] pixels of the image per location of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
-    shrinkage: float = 0.01  # [ours] of the covariance that is whitened, 0..1
+    shrinkage: float = 0.01  # [ours] of the covariance that is whitened
+    energy: float = 0.5  # [ours] power of |x_0|: 1 as whitened, towards 0 onto the shell sqrt(d)
     # Vector field
     field: str = "point"  # [ours] "point" (PointField) or "unet" (UNetField)
-    base: int = 768  # [released] width, at least 1
-    told_t: bool = False  # [ours] whether v_theta sees t; a PointField never does
+    base: int = 384  # [ours] width, at least 1
+    told_t: bool = False  # [ours] whether v_theta sees t
     # Coupling
-    coupling: str = "worst"  # [paper] "worst", "independent" (rFM) or "optimal" (OT-CFM)
-    candidates: int = 64  # [ours] n of "worst", at least 1 (rFM)
+    coupling: str = "worst"  # [paper] "worst", "candidates", "independent", "optimal" (OT-CFM)
+    strength: float = 0.9  # [ours] rho of "worst", -1..1, 0: rFM; or n of "candidates", 1: rFM
     # Training
-    steps: int = 750  # [ours] 0: as many as `epochs` gives
+    t_max: float = 1.0  # [released] t ~ U(0, t_max)
+    steps: int = 500  # [ours] 0: as many as `epochs` gives
     epochs: int = 0  # [ours] passes over the training images
     batch: int = 2048  # [ours] locations (PointField) or images (UNetField) per step
     lr: float = 1e-3  # [ours] largest rate of AdamW
     schedule: str = "cycle"  # [ours] "cycle" or "step"
     # Scoring
-    calibrate: bool = True  # [ours] log p in units of where normal features land
+    from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
+    calibrate: bool = True  # [ours] in units of what normal features leave in each place
+    prior: float = 3.0  # [ours] weight of the pooled covariance there, in d images
     score: str = "max"  # [ours] "max" or "released"
-    smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
+    smooth: float = 0.8  # [ours] standard deviation of the map's blur in cells, 0: none
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                self._refuse(name, f"choose from {', '.join(allowed)}")
-        for name in ("cell", "base", "candidates", "batch"):
-            if getattr(self, name) < 1:
-                self._refuse(name, "give at least 1")
-        for name in ("lr", "shrinkage", "smooth"):
-            if not 0 <= getattr(self, name) < 1e6:
-                self._refuse(name, "give at least 0")
-        if max(self.steps, self.epochs) < 1 or min(self.steps, self.epochs) < 0:
-            self._refuse("steps", "give at least 1")
-        if self.image_size % self.cell or not 64 <= self.image_size <= 2048:
-            self._refuse("image_size", f"give a multiple of {self.cell} from 64 to 2048")
-        if not self.strides or not {*self.strides} <= {4, 8, 16}:
-            self._refuse("strides", "choose from 4, 8, 16, like (8, 16)")
+        def need(holds, name, remedy):
+            if not holds:
+                raise InputError(f"{name}={getattr(self, name)}: {remedy}")
 
-    def _refuse(self, name, remedy):
-        raise InputError(f"{name}={getattr(self, name)}: {remedy}")
+        for name, allowed in CHOICES.items():
+            need(getattr(self, name) in allowed, name, f"choose from {', '.join(allowed)}")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
+        need(self.steps or self.epochs, "steps", "give at least 1")
+        low, high = (1, 1e9) if self.coupling == "candidates" else (-1, 1)
+        need(low <= self.strength <= high, "strength", f"give at least {low} and at most {high:g}")
+        strides = {*self.strides}
+        need(strides and strides <= {4, 8, 16}, "strides", "choose from 4, 8, 16, like (8, 16)")
+        unit = math.lcm(self.cell, max(self.strides))
+        need(self.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
 
 
 # [released]; lr, which is not known to us, and what the release has no use for are the default's.
-PAPER = Recipe(backbone="wide_resnet50_2", strides=(16,), cell=32, norm="layer",
-               field="unet", told_t=True, steps=0, epochs=100, batch=8, schedule="step",
-               calibrate=False, score="released", smooth=0.0)  # fmt: skip
+PAPER = Recipe(backbone="wide_resnet50_2", image_size=256, aspect=1.0, strides=(16,), cell=32,
+               norm="layer", field="unet", base=768, told_t=True, steps=0, epochs=100, batch=8,
+               schedule="step", from_landing=False, calibrate=False, score="released",
+               smooth=0.0)  # fmt: skip
 
 
 # ---- 2. The method. x_0 is (N, d) or (B, d, h, w): each location is a vector of R^d (axis 1) -----
@@ -214,14 +222,15 @@ def optimal(x_0, generator=None, sign=1.0, block=256):
 def coupling(recipe):
     """The coupling (x_0, generator) -> x_1 that a recipe names."""
     named = {
-        "worst": partial(worst_candidate, n=recipe.candidates),
+        "worst": partial(worst, rho=recipe.strength),
+        "candidates": partial(worst_candidate, n=recipe.strength),
         "independent": independent,
         "optimal": optimal,
     }
     return named[recipe.coupling]
 
 
-# ---- 4. Whitening: features -> x_0 with E|x_0|^2 near d; x1_hat -> the units of its own law ------
+# ---- 4. Whitening: features -> x_0 with E|x_0|^2 near d ------------------------------------------
 PART = 64  # images or cells at a time, so that memory stays small beside the features themselves
 
 
@@ -250,53 +259,129 @@ def fit_zca(x, shrinkage):
     return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * target).float()
 
 
-def fit_cells(x):
-    """Mean (L, C) and whitening (L, C, C) in each of the L = h w cells of x (N, C, h, w). [ours]
-
-    W_l = ((1-r) S_l + r s^2 I)^(-1/2), r = C / (C + N), s^2 the mean variance over the map: the
-    covariance of a cell over N images, drawn towards the map's scale as if by C more images (the
-    Gaussian of PaDiM, Defard et al. 2021).
-    """
-    N, C = x.shape[:2]
-    rows = x.flatten(2).permute(2, 0, 1).float()
-    mean = rows.mean(1, keepdim=True)
-    S = torch.stack([(r - m).T @ (r - m) / N for r, m in zip(rows, mean, strict=True)])
-    shrinkage = C / (C + N)
-    target = torch.eye(C, device=x.device) * S.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-12)
-    W = [inverse_root((1 - shrinkage) * part + shrinkage * target) for part in S.split(PART)]
-    return mean[:, 0], torch.cat(W)
-
-
 def whiten(x, mean, W):
-    """W (x - mean) at each location of x (B, C, h, w).
+    """W (x - mean) at each location of x (B, C, h, w); mean (C,), W (C, C)."""
+    return F.conv2d(x, W[:, :, None, None], -W @ mean)
 
-    mean (C,), W (C, C): the same everywhere; mean (L, C), W (L, C, C): one for each cell.
+
+def relative_norm(x):
+    """|x| / sqrt(d) at each location, near 1 for whitened features: (B, d, ...) -> (B, 1, ...)."""
+    return x.square().mean(1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+def rescale(x, power):
+    """x times relative_norm(x)^power: -1 puts x onto the shell sqrt(d), 0 leaves it."""
+    return x * relative_norm(x) ** power
+
+
+# ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
+BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
+
+
+def to_blocks(e):
+    """(n, d, h, w) -> (L, n, BLOCK^2, d), L blocks; edges are repeated where a block juts out."""
+    n, d, h, w = e.shape
+    e = F.pad(e, (0, -w % BLOCK, 0, -h % BLOCK), mode="replicate")
+    rows, columns = e.shape[2] // BLOCK, e.shape[3] // BLOCK
+    blocks = e.view(n, d, rows, BLOCK, columns, BLOCK).permute(2, 4, 0, 3, 5, 1)
+    return blocks.reshape(rows * columns, n, BLOCK * BLOCK, d)
+
+
+def from_blocks(y, h, w):
+    """A number for each cell (L, n, BLOCK^2) -> (n, h, w)."""
+    columns = -(-w // BLOCK)
+    cells = y.view(-1, columns, y.shape[1], BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
+    return cells.reshape(y.shape[1], -1, columns * BLOCK)[:, :h, :w]
+
+
+def fit_blocks(parts):
+    """Number n, mean (L, BLOCK^2, d), covariance (L, d, d) of the images in parts (., d, h, w).
+
+    [ours] Sums in float64, a part at a time: memory does not grow with the number of images.
     """
-    if W.ndim == 2:
-        return F.conv2d(x, W[:, :, None, None], -W @ mean)
-    rows = x.flatten(2).permute(2, 0, 1) - mean[:, None]
-    return torch.bmm(rows, W).permute(1, 2, 0).reshape(x.shape)  # W is symmetric
+    n, total, products = 0, 0.0, 0.0
+    for part in parts:
+        e = to_blocks(part)
+        rows = e.flatten(1, 2)
+        n += e.shape[1]
+        total = total + e.sum(1).double()
+        products = products + (rows.mT @ rows).double()
+    mean = total / n
+    S = (products - n * mean.mT @ mean) / (max(n - 1, 1) * mean.shape[1])
+    return n, mean.float(), S.float()
 
 
-# ---- 5. From log p to the anomaly map and the image's score --------------------------------------
+def towards_pooled(S, n, prior, scale=1.0):
+    """(1-r) S_l + r S, r = prior d / (prior d + n): covariances drawn to their mean S. [ours]
+
+    As if `prior` d more images had been seen at every place. With few images it is one covariance
+    for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021).
+    scale: a factor of S_l alone.
+    """
+    d = S.shape[-1]
+    r = prior * d / (prior * d + n)
+    pooled = S.mean(0)
+    ridge = 1e-5 * pooled.diagonal().mean().clamp_min(0.1)  # constant images have none
+    return (1 - r) * scale * S + r * pooled + ridge * torch.eye(d, device=S.device)
+
+
+def inverse_factor(S):
+    """W = L^(-1) of S = L L' (L, d, d), so that |W e|^2 = e' S^(-1) e."""
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    W = [
+        torch.linalg.solve_triangular(torch.linalg.cholesky(part), eye, upper=False)
+        for part in S.split(PART)
+    ]
+    return torch.cat(W)
+
+
+def block_distance(e, mean, W):
+    """|W (e - mean)|^2 / d at each location of e (n, d, h, w): (n, h, w)."""
+    z = (to_blocks(e) - mean[:, None]).flatten(1, 2) @ W.mT
+    square = z.square().mean(-1).view(len(W), len(e), -1)
+    return from_blocks(square, *e.shape[2:])
+
+
+def left_out_distance(e, n, mean, S, prior):
+    """block_distance of training images e, each under the law fitted to the n - 1 others. [derived]
+
+    Yields part after part, e an iterable of (., d, h, w); n >= 3. Leaving an image out moves the
+    mean and takes c z z' from the covariance, z (d, BLOCK^2) the image's deviations in the block.
+    With G = z' base^(-1) z, base the covariance before that, the squared distances are the diagonal
+    of G (1 - c G)^(-1) times (n/(n-1))^2 (Sherman, Morrison & Woodbury). The pooled covariance
+    stays that of all images.
+    """
+    d, cells = S.shape[-1], mean.shape[1]
+    W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2)))
+    own = (n - 1) / (prior * d + n - 1)  # 1 - r
+    c = own * n / ((n - 1) * (n - 2) * cells)
+    eye = torch.eye(cells, device=S.device)
+    for part in e:
+        z = (to_blocks(part) - mean[:, None]) @ W[:, None].mT
+        G = z @ z.mT
+        square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
+        yield from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:])
+
+
+# ---- 6. From log p to the anomaly map and the image's score --------------------------------------
 TOP = 0.03  # share of the pixels that the released image score averages
 
 
 def anomaly_map(log_p, size, smooth=0.0, score="max"):
     """log p (B, h, w) -> map (B, *size), larger = less normal, and image score (B,).
 
-    score="max": the map is -log p, the score its maximum; one scale for every image, so that one
-    threshold serves all. [ours]
+    score="max": the map is sqrt(-2 log p), a distance of which normal features have about 1, the
+    score its maximum; one scale for every image, so that one threshold serves all. [ours]
     score="released": the map is max(p) - p over the image, the score the mean of its top 3 %; both
     are measured from the image's own best pixel. [released]
     smooth: standard deviation, in cells, of a Gaussian after bilinear upsampling. [ours]
     """
-    log_p_up = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0]
     if score == "released":
-        p = log_p_up.exp()
+        p = F.interpolate(log_p[:, None], size, mode="bilinear")[:, 0].exp()
         y = p.amax((1, 2), keepdim=True) - p
     else:
-        y = -log_p_up
+        distance = (-2 * log_p).clamp_min(0).sqrt()
+        y = F.interpolate(distance[:, None], size, mode="bilinear")[:, 0]
     if smooth:
         for axis in (1, 2):
             y = gaussian_blur(y, smooth * size[axis - 1] / log_p.shape[axis], axis)
@@ -320,26 +405,33 @@ def image_score(y, share):
     return y.flatten(1).topk(count, 1).values.mean(1)
 
 
-# ---- 6. Vector fields v_theta(x, t) --------------------------------------------------------------
+# ---- 7. Vector fields v_theta(x, t) --------------------------------------------------------------
 class PointField(nn.Module):
-    """v_theta of the default [ours]: an MLP that sees one location at a time and is not told t.
+    """v_theta of the default [ours]: an MLP that sees one location at a time.
 
     (N, d) or (B, d, h, w), t (B,) -> the shape of x. So every location is a sample of its own,
-    which is the setting of the claims S1..W4.
+    which is the setting of the claims S1..W6. told_t=False: it does not see t, and learns the
+    average of u_t(x) over the times at which x is likely (B1).
     """
 
-    def __init__(self, d, base=768):
+    D_TIME = 32
+
+    def __init__(self, d, base=384, told_t=False):
         super().__init__()
+        self.d_time = self.D_TIME if told_t else 0
         self.hidden = nn.Sequential(
-            *(nn.Linear(d, base, bias=False), nn.BatchNorm1d(base), nn.GELU()),
+            *(nn.Linear(d + self.d_time, base, bias=False), nn.BatchNorm1d(base), nn.GELU()),
             *(nn.Linear(base, base, bias=False), nn.BatchNorm1d(base), nn.GELU()),
         )
         self.out = nn.Linear(base, d)
 
     def forward(self, x, t):
-        rows = x.movedim(1, -1)
-        v = self.out(self.hidden(rows.reshape(-1, x.shape[1])))
-        return v.view(rows.shape).movedim(-1, 1)
+        x = x.movedim(1, -1)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.d_time:
+            times = sinusoid(t, self.d_time).repeat_interleave(len(rows) // len(x), 0)
+            rows = torch.cat([rows, times.to(rows.dtype)], 1)
+        return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
 
 
 def sinusoid(t, d):
@@ -411,11 +503,11 @@ class UNetField(nn.Module):
 def new_field(recipe, d):
     """An untrained v_theta for d channels."""
     if recipe.field == "point":
-        return PointField(d, recipe.base)
+        return PointField(d, recipe.base, recipe.told_t)
     return UNetField(d, recipe.base, recipe.told_t)
 
 
-# ---- 7. The detector: the arrow of the first lines, with what training fitted --------------------
+# ---- 8. The detector: the arrow of the first lines, with what training fitted --------------------
 SCORED = 16  # images that are scored at a time
 
 
@@ -436,25 +528,25 @@ class Detector(nn.Module):
         net = load_extractor(recipe.backbone, weights)
         self.extractor = net.to(memory_format=torch.channels_last)
         d = sum(net.channels[stride] for stride in recipe.strides)
-        cells = (recipe.image_size // recipe.cell) ** 2
         if recipe.norm == "zca":
             self.register_buffer("feature_mean", torch.zeros(d))
             self.register_buffer("feature_whitening", torch.zeros(d, d))
         self.field = new_field(recipe, d)
         if recipe.calibrate:
-            self.register_buffer("landing_mean", torch.zeros(cells, d))
-            self.register_buffer("landing_whitening", torch.zeros(cells, d, d))
-        self.register_buffer("fitted", torch.tensor(False))
+            rows, columns = (-(-side // recipe.cell // BLOCK) for side in image_shape(recipe))
+            self.register_buffer("normal_mean", torch.zeros(rows * columns, BLOCK**2, d))
+            self.register_buffer("normal_whitening", torch.zeros(rows * columns, d, d))
+        self.register_buffer("normal_scores", torch.zeros(0))
         self.eval()
 
     @property
     def device(self):
-        return self.fitted.device
+        return self.normal_scores.device
 
     # images -> x_0
     @torch.inference_mode()
     def features(self, images):
-        """(B, 3, N, N) uint8 RGB -> (B, d, h, w) float32, before they are normalised."""
+        """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float32, not normalised."""
         x = images.to(self.device, torch.float32, memory_format=torch.channels_last)
         with autocast(self.device):
             levels = self.extractor(x, self.recipe.strides)
@@ -471,7 +563,9 @@ class Detector(nn.Module):
     def normalise(self, features, out=None):
         """Features (n, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) [released].
 
-        In the type and on the device of `features`; out: where to put it, `features` itself too.
+        Whitened features are drawn towards the shell |x_0|^2 = d of the noise: a field that is not
+        told t takes low energy for the middle of the path (B3). In the type and on the device of
+        `features`; out: where to put it, `features` itself too.
         """
         out = torch.empty_like(features) if out is None else out
         largest = torch.finfo(features.dtype).max
@@ -479,6 +573,7 @@ class Detector(nn.Module):
             x = x.to(self.device).float()
             if self.recipe.norm == "zca":
                 x_0 = whiten(x, self.feature_mean, self.feature_whitening)
+                x_0 = rescale(x_0, self.recipe.energy - 1)
             else:
                 x_0 = F.layer_norm(x, x.shape[1:])
             place.copy_(x_0.clamp(-largest, largest))
@@ -486,44 +581,69 @@ class Detector(nn.Module):
 
     # x_0 -> x1_hat -> log p
     @torch.inference_mode()
-    def transport(self, x_0, euler_steps=1):
-        """x1_hat (B, d, h, w) of x_0."""
+    def arrival(self, x_0, euler_steps=1):
+        """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
+
+        Then, after one step, it is v_theta(x_0, 0) - u_0(x_0): what v_theta gets wrong (W6). [ours]
+        """
         with autocast(self.device):
-            return euler(self.field, x_0, euler_steps).float()
+            e = euler(self.field, x_0, euler_steps).float()
+        if self.recipe.from_landing and self.recipe.coupling == "worst":
+            e = e - landing(x_0, self.recipe.strength)
+        if self.recipe.norm == "zca":  # give back the energy that normalise took
+            e = e * relative_norm(x_0) ** (1 / self.recipe.energy - 1)
+        return e
 
     def calibrate(self, x_0):
-        """Fit where good x_0 land: mean and covariance of x1_hat in each cell. [ours]
+        """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
-        The exact field would put them all at radius a_n (W4); the learned one leaves a residual
-        with a law of its own, other at a border than in the middle.
+        [ours] The exact field would let nothing remain (W5); the learned one leaves a residual with
+        a law of its own, other at a border than in the middle. normal_scores: the score of each
+        image under the law of all the others, so that they are what new good images score.
         """
-        if self.recipe.calibrate:
-            parts = [self.transport(x.to(self.device).float()).cpu() for x in x_0.split(PART // 2)]
-            mean, W = fit_cells(torch.cat(parts))
-            self.landing_mean = mean.to(self.device)
-            self.landing_whitening = W.to(self.device)
-        self.fitted.fill_(True)
+        with torch.inference_mode():
+            if self.recipe.calibrate:
+                distances = self._fit_law(x_0)
+            else:  # nothing is fitted here: the field alone has seen these images
+                parts = self._arrivals(x_0)
+                distances = torch.cat([-2 * log_density(e) for e in parts])
+            scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
+        self.normal_scores = torch.cat(scores).float().clone()
+
+    def _arrivals(self, x_0):
+        return (self.arrival(part.to(self.device).float()) for part in x_0.split(SCORED))
+
+    def _fit_law(self, x_0):
+        """Set mean and whitening of good arrivals; their squared distances (n, h, w), left out."""
+        prior = self.recipe.prior
+        n, mean, S = fit_blocks(self._arrivals(x_0))
+        self.normal_mean = mean.clone()
+        self.normal_whitening = inverse_factor(towards_pooled(S, n, prior)).clone()
+        if n > 2:
+            return torch.cat([*left_out_distance(self._arrivals(x_0), n, mean, S, prior)])
+        W = self.normal_whitening
+        return torch.cat([block_distance(e, mean, W) for e in self._arrivals(x_0)])
 
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
 
         Raises RuntimeError before the detector is fitted.
         """
-        if not self.fitted:
+        if not len(self.normal_scores):
             raise RuntimeError("this detector is not fitted: train it, or load a trained one")
-        x1_hat = self.transport(x_0, euler_steps)
+        e = self.arrival(x_0, euler_steps)
         if self.recipe.calibrate:
-            x1_hat = whiten(x1_hat, self.landing_mean, self.landing_whitening)
-        return log_density(x1_hat)
+            return -block_distance(e, self.normal_mean, self.normal_whitening) / 2
+        return log_density(e)
 
     # log p -> map, score
     def read(self, log_p):
-        """log p (B, h, w) -> anomaly map (B, N, N) and image score (B,), as the recipe says."""
-        size = (self.recipe.image_size, self.recipe.image_size)
-        return anomaly_map(log_p, size, self.recipe.smooth, self.recipe.score)
+        """log p (B, h, w) -> anomaly map (B, H, W) and image score (B,), as the recipe says."""
+        recipe = self.recipe
+        return anomaly_map(log_p, image_shape(recipe), recipe.smooth, recipe.score)
 
     def score(self, x_0, euler_steps=1):
-        """Maps (n, N, N) and scores (n,) of x_0 (n, d, h, w) of any length, on the CPU."""
+        """Maps (n, H, W) and scores (n,) of x_0 (n, d, h, w) of any length, on the CPU."""
         read = [
             self.read(self.log_p(part.to(self.device).float(), euler_steps))
             for part in x_0.split(SCORED)
@@ -532,7 +652,7 @@ class Detector(nn.Module):
         return torch.cat([y.cpu() for y in maps]), torch.cat([s.cpu() for s in scores])
 
     def forward(self, images):
-        """(B, 3, N, N) uint8 RGB -> maps (B, N, N) and scores (B,): the whole arrow."""
+        """(B, 3, H, W) uint8 RGB -> maps (B, H, W) and scores (B,): the whole arrow."""
         return self.read(self.log_p(self.normalise(self.features(images))))
 
     def state_dict(self, *args, **options):
@@ -543,6 +663,8 @@ class Detector(nn.Module):
     def load_state_dict(self, state):
         """Strict: raises RuntimeError unless names and shapes are those of the recipe."""
         frozen = {f"extractor.{k}": v for k, v in self.extractor.state_dict().items()}
+        n = state["normal_scores"].numel() if "normal_scores" in state else 0
+        self.normal_scores = self.normal_scores.new_zeros(n)  # as many as there were good images
         return super().load_state_dict({**state, **frozen}, strict=True)
 
 
@@ -552,14 +674,26 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has)
 
 
-# ---- 8. Training ---------------------------------------------------------------------------------
+# ---- 9. Training ---------------------------------------------------------------------------------
 SAVE_SECONDS = 20  # a killed run loses at most this much training
 REPORT_STEPS = 20  # reading the loss waits for the device
 
 
-def steps_for(recipe, images):
-    """The recipe with its number of steps, for a number of training images."""
-    return replace(recipe, steps=recipe.steps or recipe.epochs * -(-images // recipe.batch))
+def recipe_for(recipe, sizes):
+    """The recipe for training images of sizes (H, W): number of steps, aspect, pixels.
+
+    Where the recipe leaves the aspect open it is the images' own, their median, and image_size is
+    lowered to where the median image would not be enlarged.
+    """
+    steps = recipe.steps or recipe.epochs * -(-len(sizes) // recipe.batch)
+    if recipe.aspect:
+        return replace(recipe, steps=steps)
+    aspect = statistics.median(h / w for h, w in sizes)
+    side = statistics.median(math.sqrt(h * w) for h, w in sizes)
+    unit = math.lcm(recipe.cell, max(recipe.strides))
+    most = max(-(-64 // unit), round(side / unit)) * unit
+    image_size = min(recipe.image_size, most)
+    return replace(recipe, steps=steps, image_size=image_size, aspect=min(max(aspect, 1 / 8), 8.0))
 
 
 def learning_rate(step, recipe):
@@ -606,7 +740,7 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
         rows = torch.randint(len(x_0), (recipe.batch,), generator=generator, device=device)
         batch = x_0[rows.to(x_0.device)].to(device).float()
         with autocast(device):
-            loss = flow_matching_loss(field, batch, couple, generator).mean()
+            loss = flow_matching_loss(field, batch, couple, generator, t_max=recipe.t_max).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -633,7 +767,15 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
     field.eval()
 
 
-# ---- 9. Extractor: frozen ImageNet networks and their weight files -------------------------------
+# ---- 10. Extractor: frozen ImageNet networks and their weight files ------------------------------
+def image_shape(recipe):
+    """Height and width in pixels of what the network sees: image_size^2 pixels at the aspect."""
+    unit = math.lcm(recipe.cell, max(recipe.strides))
+    root = (recipe.aspect or 1.0) ** 0.5
+    sides = (recipe.image_size * root, recipe.image_size / root)
+    return tuple(max(1, round(side / unit)) * unit for side in sides)
+
+
 def join_levels(levels, recipe, size):
     """{stride: (B, c, H/stride, W/stride)} -> (B, d, h, w): the chosen layers on one grid.
 

@@ -13,24 +13,27 @@ def quick(monkeypatch):
     """The default at 64 px with a narrow field and four steps."""
     small = replace(benchmark.Recipe(), image_size=64, base=8, steps=4, batch=32)
     monkeypatch.setattr(benchmark, "Recipe", lambda: small)
+    monkeypatch.setattr(benchmark, "USUAL", replace(benchmark.USUAL, image_size=64))
 
 
 def test_compare_has_every_method_with_its_spread(tmp_path, quick):
     data = make_mvtec(tmp_path / "d")
     result = succeeds(run("benchmark.py", "compare", "--data", data, "--seeds", 0, 1))
-    methods = ("WT-Flow", "rFM", "OT-CFM", "Mahalanobis per cell")
     lines = result.stdout.splitlines()
-    for method in methods:
-        (line,) = [line for line in lines if f" {method} " in line]
-        assert line.count("+-") == (0 if "Mahalanobis" in method else 3)
+    for method in ("WT-Flow", "rFM", "OT-CFM", "PatchCore 1 %", "PatchCore 10 %, 256 px"):
+        (line,) = [line for line in lines if f" {method}  " in line]
+        assert line.count("+-") == 3
+    for method in ("Mahalanobis, no field", "PaDiM", "PaDiM, 256 px"):
+        (line,) = [line for line in lines if f" {method}  " in line]
+        assert "+-" not in line
 
 
 def test_ablation_has_the_default_and_every_change(tmp_path, quick, monkeypatch):
-    changes = ({}, {"calibrate": False}, {"candidates": 1})
+    changes = ({}, {"calibrate": False}, {"strength": 0.0})
     monkeypatch.setattr(benchmark, "ABLATION", changes)
     data = make_mvtec(tmp_path / "d")
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
-    for name in ("the default", "calibrate=False", "candidates=1"):
+    for name in ("the default", "calibrate=False", "strength=0.0"):
         assert result.stdout.count(name) == 1
 
 

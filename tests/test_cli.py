@@ -117,7 +117,7 @@ def test_one_seed_has_no_spread(data, tmp_path):
     assert rows(tmp_path / "tiny", "spread.csv")[0]["aupro"] == ""
     assert rows(tmp_path / "tiny")[0]["aupro"]
     state = torch.load(tmp_path / "seed3/tiny/bolt/model.pt", weights_only=True)
-    assert state["recipe"]["base"] == 64 and "landing_mean" not in state["model"]
+    assert state["recipe"]["base"] == 64 and "normal_mean" not in state["model"]
 
 
 def test_processes_share_the_categories(data, trained, tmp_path):

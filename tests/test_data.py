@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -325,10 +326,22 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_extreme_shapes_reach_the_network_size(tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
-
     save(tmp_path / "a.png", np.zeros((1, 1, 3)))
     save(tmp_path / "b.png", np.zeros((1, 20000, 3)))
     with ThreadPoolExecutor(2) as pool:
-        images, sizes = evaluate.load_batch([tmp_path / "a.png", tmp_path / "b.png"], 64, pool)
-    assert images.shape == (2, 3, 64, 64) and sizes == [(1, 1), (1, 20000)]
+        paths = [tmp_path / "a.png", tmp_path / "b.png"]
+        images, sizes = evaluate.load_batch(paths, (64, 128), pool)
+    assert images.shape == (2, 3, 64, 128) and sizes == [(1, 1), (1, 20000)]
+    assert evaluate.image_sizes(paths) == sizes
+
+
+def test_sizes_from_the_header_are_those_of_the_picture_as_shown(tmp_path):
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.jpg"
+        Image.fromarray(RGB).save(path, exif=exif)
+        assert evaluate.image_sizes([path]) == [read_image(path).size[::-1]]
+    (tmp_path / "x.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="x.png"):
+        evaluate.image_sizes([tmp_path / "x.png"])

@@ -311,7 +311,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
     [
         (wtflow, "join_levels", 3),
         (wtflow, "flow_matching_loss", 6),
-        (wtflow, "fit_cells", 2),
+        (wtflow, "fit_blocks", 2),
         (torch, "save", 3),
         (evaluate, "pixel_metrics", 2),
         (evaluate, "draw_map", 6),

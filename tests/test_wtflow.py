@@ -20,7 +20,7 @@ def gaussian(shape, seed=0):
 
 
 def tiny(**changes):
-    """A recipe of 64 px, 4 x 4 cells and a narrow field."""
+    """A recipe of 64 px, 8 x 8 cells and a narrow field."""
     return Recipe(**{"image_size": 64, "base": 8, "steps": 4, "batch": 32, **changes})
 
 
@@ -32,18 +32,22 @@ def tiny(**changes):
         (dict(norm="none"), "zca"),
         (dict(coupling="best"), "worst"),
         (dict(image_size=65), "multiple of 16"),
-        (dict(image_size=32), "from 64 to 2048"),
+        (dict(image_size=32), "at least 64 and at most 2048"),
+        (dict(aspect=9.0), "at most 8"),
         (dict(strides=(32,)), "4, 8, 16"),
         (dict(strides=()), "4, 8, 16"),
         (dict(steps=0), "at least 1"),
         (dict(base=0), "at least 1"),
-        (dict(candidates=0), "at least 1"),
+        (dict(strength=1.5), "at least -1 and at most 1"),
+        (dict(strength=0.5, coupling="candidates"), "at least 1"),
+        (dict(t_max=0.0), "at most 1"),
+        (dict(energy=0.0), "at least 0.1"),
         (dict(smooth=-1.0), "at least 0"),
         (dict(lr=float("nan")), "at least 0"),
     ],
 )
 def test_a_recipe_refuses_what_is_not_valid(setting, remedy):
-    ((name, value),) = setting.items()
+    name, value = next(iter(setting.items()))
     with pytest.raises(InputError, match=f"^{name}=.*{remedy}"):
         Recipe(**setting)
     assert str(value) in str(pytest.raises(InputError, Recipe, **setting).value)
@@ -57,9 +61,18 @@ def test_the_first_screen_counts_the_departures_from_the_release():
         assert name in wtflow.__doc__, name
 
 
-def test_epochs_give_the_number_of_steps():
-    assert wtflow.steps_for(PAPER, 209).steps == 100 * 27
-    assert wtflow.steps_for(Recipe(), 209).steps == Recipe().steps
+def test_a_recipe_takes_steps_aspect_and_pixels_from_the_images():
+    assert wtflow.recipe_for(PAPER, [(200, 300)] * 209).steps == 100 * 27
+    assert wtflow.image_shape(wtflow.recipe_for(PAPER, [(200, 300)])) == (256, 256)
+    recipe = Recipe(image_size=320)
+    tall = wtflow.recipe_for(recipe, [(900, 300), (900, 300), (300, 300)])  # the median image
+    assert tall.steps == recipe.steps and tall.aspect == 3 and tall.image_size == 320
+    h, w = wtflow.image_shape(tall)
+    assert (h, w) == (560, 192) and abs(h * w / 320**2 - 1) < 0.06
+    small = wtflow.recipe_for(recipe, [(100, 100)])  # not enlarged
+    assert wtflow.image_shape(small) == (96, 96)
+    strip = wtflow.recipe_for(recipe, [(1, 20000)])
+    assert strip.aspect == 1 / 8 and min(wtflow.image_shape(strip)) >= 16
 
 
 # ---- loss and transport ------------------------------------------------------------------------
@@ -99,7 +112,10 @@ def test_one_step_and_two_by_hand():
 
 
 # ---- couplings ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("couple", [wtflow.independent, wtflow.optimal, wtflow.worst])
+COUPLINGS = [wtflow.independent, wtflow.optimal, wtflow.worst, wtflow.worst_candidate]
+
+
+@pytest.mark.parametrize("couple", COUPLINGS)
 @pytest.mark.parametrize("shape", [(50, 7), (3, 7, 4, 5)])
 def test_couplings_keep_shape_and_follow_their_generator(couple, shape):
     x_0 = gaussian(shape)
@@ -118,7 +134,7 @@ def test_optimal_beats_every_permutation_and_worst_plan_loses_to_every_one():
 
 
 @pytest.mark.parametrize("n", [1, 4, 64])
-def test_worst_has_the_law_of_the_worst_of_n_candidates(n):
+def test_worst_candidate_has_the_law_of_the_worst_of_n(n):
     """Beside literal candidates: Kolmogorov-Smirnov, false alarm 1e-6; across it stays N(0, 1)."""
     N, d = 20000, 3
     x_0 = gaussian((N, d), 1)
@@ -132,8 +148,21 @@ def test_worst_has_the_law_of_the_worst_of_n_candidates(n):
     assert kstest((drawn * across).sum(1).numpy(), "norm").pvalue > 1e-6
 
 
-def test_worst_of_a_zero_vector_is_noise():
+def test_worst_candidate_of_a_zero_vector_is_noise():
     assert torch.isfinite(wtflow.worst_candidate(torch.zeros(4, 3), n=64)).all()
+
+
+@pytest.mark.parametrize("rho", [-0.5, 0.0, 0.9])
+def test_worst_is_noise_about_the_landing_point_on_the_shell(rho):
+    """Means within 5 standard errors; the noise is N(0, 1 - rho^2): Kolmogorov-Smirnov, 1e-6."""
+    d, x_0 = 6, gaussian((4000, 6, 2, 1), 1)
+    x_1 = wtflow.worst(x_0, torch.Generator().manual_seed(3), rho)
+    rest = x_1 - wtflow.landing(x_0, rho)
+    assert kstest(rest.flatten().numpy() / (1 - rho**2) ** 0.5, "norm").pvalue > 1e-6
+    energy = x_1.square().sum(1)
+    assert abs(energy.mean().item() - d) < 5 * energy.std().item() / energy.numel() ** 0.5
+    along = (x_1 * F.normalize(x_0, dim=1)).sum(1)
+    assert abs(along.mean().item() + rho * d**0.5) < 5 * (1 - rho**2) ** 0.5 / 8000**0.5
 
 
 # ---- whitening and calibration -----------------------------------------------------------------
@@ -157,20 +186,16 @@ def test_whitening_survives_degenerate_sets(kind):
     assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(x, mean, W)).all()
 
 
-def test_cells_are_whitened_each_by_its_own_law_when_images_are_many():
-    torch.manual_seed(0)
-    scale, shift = torch.tensor([1.0, 5.0]), torch.tensor([2.0, -7.0])  # two cells, two laws
-    x = torch.randn(4000, 3, 1, 2) * scale + shift
-    z = wtflow.whiten(x, *wtflow.fit_cells(x))
-    assert z.mean(0).abs().max() < 1e-4
-    variance, mean_variance, shrinkage = z.var((0, 1)), (1.0 + 25.0) / 2, 3 / 4003
-    for cell, own in enumerate((1.0, 25.0)):
-        predicted = own / ((1 - shrinkage) * own + shrinkage * mean_variance)
-        assert variance[0, cell].item() == pytest.approx(predicted, rel=0.05)  # std. error 0.013
-    _, few = wtflow.fit_cells(x[:2])  # two images: shrinkage 3/5 keeps the matrices bounded
-    assert torch.isfinite(few).all() and few.abs().max() < 5
+def test_energy_draws_to_the_shell_and_comes_back():
+    x = gaussian((5, 7, 3, 2)) * torch.tensor([0.2, 3.0]).view(1, 1, 1, 2)
+    on_shell = wtflow.rescale(x, -1)
+    assert torch.allclose(on_shell.square().sum(1), torch.tensor(7.0))
+    half = wtflow.rescale(x, -0.5)
+    assert torch.allclose(wtflow.relative_norm(half), wtflow.relative_norm(x) ** 0.5)
+    assert torch.allclose(half * wtflow.relative_norm(half), x, rtol=1e-5)
 
 
+# ---- calibration -------------------------------------------------------------------------------
 class Still(nn.Module):
     """v = 0, so that x1_hat = x_0."""
 
@@ -178,25 +203,112 @@ class Still(nn.Module):
         return torch.zeros_like(x)
 
 
-def test_calibration_measures_x1_hat_in_units_of_where_normal_features_land():
-    """With v = 0 the mean of -2 log p over the training features is their whitened size, near 1."""
-    x_0 = 3 * gaussian((3000, 4, 1, 2)) + 5
-    plain, calibrated = (Detector(tiny(calibrate=c)) for c in (False, True))
+def gaussian_law(x, prior):
+    """Mean and covariance of each place by numpy, straight from the definitions; L blocks."""
+    blocks = wtflow.to_blocks(x).double().numpy()
+    mean = blocks.mean(1)
+    deviations = (blocks - mean[:, None]).reshape(len(blocks), -1, x.shape[1])
+    S = np.einsum("lni,lnj->lij", deviations, deviations) / (4 * (len(x) - 1))
+    return blocks, mean, S
+
+
+def test_blocks_hold_every_cell_once_and_come_back():
+    x = torch.arange(2 * 3 * 5 * 4.0).view(2, 3, 5, 4)  # 5 rows: the last block juts out
+    blocks = wtflow.to_blocks(x)
+    assert blocks.shape == (3 * 2, 2, 4, 3)
+    assert torch.equal(blocks[1, 0, :, 0], x[0, 0, :2, 2:].flatten())
+    assert torch.equal(wtflow.from_blocks(blocks[..., 1], 5, 4), x[:, 1])
+
+
+def test_the_law_of_each_place_is_its_own_mean_and_covariance():
+    x = 2 * gaussian((40, 3, 4, 4)) + gaussian((1, 3, 4, 4), 1)
+    n, mean, S = wtflow.fit_blocks(x.split(7))
+    _, by_hand, covariance = gaussian_law(x, 0)
+    assert n == 40
+    assert np.allclose(mean, by_hand, atol=1e-5) and np.allclose(S, covariance, atol=1e-4)
+
+
+def test_covariances_are_drawn_to_their_mean_as_by_prior_d_images():
+    S = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+    drawn = wtflow.towards_pooled(S, n=6, prior=1.0)  # r = 2 / 8
+    assert torch.allclose(drawn, 0.75 * S + 0.25 * 2 * torch.eye(2), atol=1e-4)
+    assert torch.allclose(wtflow.towards_pooled(S, 6, 1e9)[0], 2 * torch.eye(2), atol=1e-4)
+
+
+def test_distance_is_that_of_mahalanobis():
+    x = gaussian((9, 3, 4, 6))
+    n, mean, S = wtflow.fit_blocks([x])
+    drawn = wtflow.towards_pooled(S, n, 1.0)
+    y = wtflow.block_distance(x, mean, wtflow.inverse_factor(drawn))
+    e = wtflow.to_blocks(x)[4, 2, 3] - mean[4, 3]  # block row 1, column 1; its last cell
+    by_hand = e @ torch.linalg.inv(drawn[4]) @ e / 3
+    assert y[2, 3, 3].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_left_out_distances_are_those_of_a_law_fitted_without_the_image():
+    """Beside fitting n times, with the pooled covariance of all images."""
+    n, d, prior = 7, 3, 0.8
+    x = gaussian((n, d, 4, 4)) * 2 + 1
+    _, mean, S = wtflow.fit_blocks([x])
+    y = torch.cat([*wtflow.left_out_distance(x.split(3), n, mean, S, prior)])
+    pooled = wtflow.towards_pooled(S, 0, 1.0)[0]  # r = 1
+    r = prior * d / (prior * d + n - 1)
+    for k in range(n):
+        others = torch.cat([x[:k], x[k + 1 :]])
+        _, mean_k, S_k = wtflow.fit_blocks([others])
+        W_k = wtflow.inverse_factor((1 - r) * S_k + r * pooled)
+        refitted = wtflow.block_distance(x[k : k + 1], mean_k, W_k)[0]
+        assert torch.allclose(y[k], refitted, rtol=1e-3)
+
+
+def test_calibration_measures_in_units_of_where_normal_features_land():
+    """With v = 0, landing at the origin: the mean of -2 log p of good features is near 1."""
+    x_0 = 3 * gaussian((3000, 4, 4, 4)) + 5
+    plain, calibrated = (
+        Detector(tiny(calibrate=c, from_landing=False, energy=1.0)) for c in (False, True)
+    )
     means = []
     for detector in (plain, calibrated):
         detector.field = Still()
         detector.calibrate(x_0)
         means.append(-2 * detector.log_p(x_0).mean().item())
-    assert means[0] == pytest.approx(34, rel=0.05)  # |x_0|^2 / d = 9 + 25; standard error 0.2
-    assert means[1] == pytest.approx(1, rel=0.02)  # standard error 0.009
-    assert "landing_mean" not in plain.state_dict()
+    assert means[0] == pytest.approx(34, rel=0.05)  # |x_0|^2 / d = 9 + 25; standard error 0.05
+    assert means[1] == pytest.approx(1, rel=0.02)  # standard error 0.003
+    assert "normal_mean" not in plain.state_dict()
+
+
+def test_scores_of_good_images_are_those_that_new_ones_have():
+    """40 images for d = 176: fitted to them, they score less than new ones; left out, as they do.
+
+    The mean score of 40 left out beside that of 200 new images, within 4 standard errors and what
+    leaving the pooled covariance as it is costs: d / (40 * 64 cells) of a square, half of a score.
+    """
+    detector = Detector(tiny())
+    detector.field = Still()
+    x_0 = gaussian((240, 176, 8, 8))
+    known, new = x_0[:40], x_0[40:]
+    detector.calibrate(known)
+    scores = detector.score(new)[1]
+    left_out = detector.normal_scores
+    error = (scores.var() / 200 + left_out.var() / 40).sqrt().item()
+    assert len(left_out) == 40
+    bias = 176 / (40 * 64) / 2 * scores.mean().item()
+    assert abs(scores.mean().item() - bias - left_out.mean().item()) < 4 * error
+    assert scores.mean().item() - detector.score(known)[1].mean().item() > 8 * error
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_one_image_calibrates(images):
+    detector = Detector(tiny())
+    detector.calibrate(gaussian((images, 176, 8, 8)))
+    assert torch.isfinite(detector.normal_scores).all() and len(detector.normal_scores) == images
 
 
 # ---- map and score -----------------------------------------------------------------------------
 def test_map_and_score_by_hand():
     log_p = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]])
     y, s = wtflow.anomaly_map(log_p, (2, 2))
-    assert torch.equal(y, -log_p) and s.item() == 4
+    assert torch.allclose(y, (-2 * log_p).sqrt()) and s.item() == pytest.approx(8**0.5)
     y, s = wtflow.anomaly_map(log_p, (2, 2), score="released")
     p = np.exp([[-1.0, -2], [-3, -4]])
     assert np.allclose(y[0], p.max() - p) and s.item() == pytest.approx(p.max() - p.min())
@@ -214,7 +326,7 @@ def test_blur_matches_scipy_and_keeps_a_constant():
 
 def test_smoothing_is_counted_in_cells():
     log_p = -gaussian((1, 6, 6)).square()
-    up = F.interpolate(-log_p[:, None], (48, 48), mode="bilinear")[:, 0]
+    up = F.interpolate((-2 * log_p[:, None]).sqrt(), (48, 48), mode="bilinear")[:, 0]
     smoothed, _ = wtflow.anomaly_map(log_p, (48, 48), smooth=0.5)  # half a cell is 4 pixels here
     by_hand = wtflow.gaussian_blur(wtflow.gaussian_blur(up, 4.0, 1), 4.0, 2)
     assert torch.allclose(smoothed, by_hand, atol=1e-5)
@@ -252,6 +364,16 @@ def test_point_field_sees_each_location_alone_and_not_t():
     moved = v_theta(changed, torch.ones(3)) - v_theta(x, torch.zeros(3))
     moved = moved.abs().amax(1) > 1e-6
     assert moved[1, 0, 2] and moved.sum() == 1
+
+
+def test_point_field_that_is_told_t_has_the_time_of_its_image():
+    torch.manual_seed(0)
+    v_theta, x = PointField(5, 16, told_t=True).eval(), gaussian((2, 5, 2, 4))
+    t = torch.tensor([0.1, 0.7])
+    y = v_theta(x, t)
+    rows = v_theta(x.movedim(1, -1).reshape(-1, 5), t.repeat_interleave(8))
+    assert torch.allclose(rows.view(2, 2, 4, 5).movedim(-1, 1), y, atol=1e-6)
+    assert not torch.allclose(v_theta(x, t.flip(0)), y)
 
 
 @pytest.mark.parametrize("base, low, high", [(768, 760, 766), (128, 21, 22)])
@@ -292,7 +414,7 @@ def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
     copy.load_state_dict(state)
     for one, other in zip(detector(images), copy(images), strict=True):
         assert torch.equal(one, other)
-    for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "fitted": torch.zeros(2)}):
+    for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "out.bias": torch.zeros(2)}):
         with pytest.raises(RuntimeError):
             copy.load_state_dict(wrong)
 
@@ -324,7 +446,7 @@ def test_the_rate_of_each_schedule():
 
 def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
     monkeypatch.setattr(wtflow, "SAVE_SECONDS", 0)
-    x_0 = gaussian((4, 152, 4, 4))
+    x_0 = gaussian((4, 176, 4, 4))
     states, steps, detector = [], [], Detector(tiny())
 
     def save(state):
@@ -463,8 +585,11 @@ def test_weights_that_are_absent_or_foreign_say_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", [64, 96, 128])
 def test_features_are_one_grid_of_joined_levels(n):
     net = wtflow.load_extractor("efficientnet_lite0")
-    x = torch.rand(2, 3, n, n) * 255
+    x = torch.rand(2, 3, n, 2 * n) * 255
     levels = net(x)
-    y = wtflow.join_levels(levels, Recipe(), (n, n))
-    assert y.shape == (2, 152, n // 16, n // 16) and not y.requires_grad
-    assert torch.allclose(y[:, 40:], F.avg_pool2d(levels[16], 3, 1, 1), atol=1e-5)
+    y = wtflow.join_levels(levels, Recipe(), (n, 2 * n))
+    assert y.shape == (2, 176, n // 8, n // 4) and not y.requires_grad
+    assert torch.allclose(y[:, 24:64], F.avg_pool2d(levels[8], 3, 1, 1), atol=1e-5)
+    coarse = wtflow.join_levels(levels, Recipe(cell=16), (n, 2 * n))
+    assert torch.allclose(coarse[:, 64:], F.avg_pool2d(levels[16], 3, 1, 1), atol=1e-5)
+    assert torch.allclose(coarse[:, 24:64], y[:, 24:64, ::2, ::2], atol=1e-5)
