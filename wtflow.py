@@ -11,12 +11,12 @@ Time runs from data (t = 0) to noise (t = 1), in every file of this project.
 Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
 available. Tags: [paper] abstract or published table, [released] public code that drives the
 authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md), [ours]. The
-default departs from the released recipe, PAPER, in 18 of 25 settings:
+default departs from the released recipe, PAPER, in 18 of 24 settings:
 
     setting                  released                       here [ours]
     backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 3 layers, 40x40
     image_size, aspect       256 x 256, squeezed            320^2 pixels at most, not squeezed
-    norm                     layer norm of the map          ZCA whitening, energy drawn to the shell
+    norm                     layer norm of the map          ZCA whitening
     field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
     epochs, steps, batch     100 epochs, 8 images a step    400 steps, 1024 locations a step
     schedule                 a step in the rate             one cycle of the rate
@@ -74,7 +74,6 @@ class Recipe:
     cell: int = 8  # [ours] pixels of the image per location of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
     shrinkage: float = 0.01  # [ours] of the covariance that is whitened
-    energy: float = 0.5  # [ours] power of |x_0|: 1 as whitened, towards 0 onto the shell sqrt(d)
     # Vector field
     field: str = "point"  # [ours] "point" (PointField) or "unet" (UNetField)
     base: int = 384  # [ours] width, at least 1
@@ -93,7 +92,7 @@ class Recipe:
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by the field of all
-    prior: float = 1.5  # [ours] weight of the pooled covariance there, in d images
+    prior: float = 2.0  # [ours] weight of the pooled covariance there, in d images
     score: str = "max"  # [ours] "max" or "released"
     smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
 
@@ -240,16 +239,6 @@ def fit_zca(x, shrinkage):
 def whiten(x, mean, W):
     """W (x - mean) at each location of x (B, C, h, w); mean (C,), W (C, C)."""
     return F.conv2d(x, W[:, :, None, None], -W @ mean)
-
-
-def relative_norm(x):
-    """|x| / sqrt(d) at each location, near 1 for whitened features: (B, d, ...) -> (B, 1, ...)."""
-    return x.square().mean(1, keepdim=True).clamp_min(1e-12).sqrt()
-
-
-def rescale(x, power):
-    """x times relative_norm(x)^power: -1 puts x onto the shell sqrt(d), 0 leaves it."""
-    return x * relative_norm(x) ** power
 
 
 # ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
@@ -542,16 +531,13 @@ class Detector(nn.Module):
     def normalise(self, features, out=None):
         """Features (n, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) [released].
 
-        Whitened features are drawn towards the shell |x_0|^2 = d of the noise: a field that is not
-        told t takes low energy for the middle of the path (B3). In the type and on the device of
-        `features`; out: where to put it, `features` itself too.
+        In the type and on the device of `features`; out: where to put it, `features` itself too.
         """
         out = torch.empty_like(features) if out is None else out
         for x, place in zip(features.split(PART), out.split(PART), strict=True):
             x = x.to(self.device).float()
             if self.recipe.norm == "zca":
                 x_0 = whiten(x, self.feature_mean, self.feature_whitening)
-                x_0 = rescale(x_0, self.recipe.energy - 1)
             else:
                 x_0 = F.layer_norm(x, x.shape[1:])
             place.copy_(within(x_0, out.dtype))
@@ -569,8 +555,6 @@ class Detector(nn.Module):
             e = euler(field or self.field, x_0, euler_steps).float()
         if self.recipe.from_landing and self.recipe.coupling == "worst":
             e = e - landing(x_0, self.recipe.strength)
-        if self.recipe.norm == "zca":  # give back the energy that normalise took
-            e = e * relative_norm(x_0) ** (1 / self.recipe.energy - 1)
         return e
 
     @torch.inference_mode()
@@ -799,7 +783,6 @@ LIMITS = {
     "aspect": (0, 8),
     "cell": (1, 64),
     "shrinkage": (0, 1),
-    "energy": (0.1, 1),
     "base": (1, 1e9),
     "t_max": (1e-6, 1),
     "steps": (0, 1e9),

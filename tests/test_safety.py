@@ -176,7 +176,7 @@ def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
     [
         ((*TINY, "--seed", 5), "seed"),
         ((*TINY, "--coupling", "optimal"), "coupling"),
-        ((*TINY, "--set", "energy=0.7"), "energy"),
+        ((*TINY, "--set", "t_max=0.7"), "t_max"),
     ],
 )
 def test_resume_refuses_other_settings(data, trained, tmp_path, options, word):
