@@ -24,6 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# Read as torch loads: a thread that waits leaves its core to others. Beside another busy process
+# training is several times slower without it (python -m tests.benchmark speed).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.nn.functional as F

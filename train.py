@@ -15,6 +15,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in evaluate.py
+
 import numpy as np
 import torch
 from PIL import Image
