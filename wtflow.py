@@ -40,7 +40,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -188,6 +187,8 @@ def optimal(x_0, generator=None, sign=1.0, block=256):
     Hungarian assignment (Tong et al. 2024) in blocks of `block` vectors, one image on a 16 x 16
     grid. sign = -1 makes it largest: the worst plan, as N(0, I) is symmetric (W1).
     """
+    from scipy.optimize import linear_sum_assignment  # here: the detector starts sooner without
+
     x_1 = independent(x_0, generator)
     data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]).clone() for v in (x_0, x_1))
     for a, b in zip(data.split(block), noise.split(block), strict=True):
