@@ -78,6 +78,14 @@ def images_in(folder):
     )
 
 
+def images_under(folder):
+    """Image files of a folder and of the folders in it, at any depth; hidden ones are left out."""
+    found = images_in(folder)
+    for inner in folders_in(folder):
+        found += images_under(inner)
+    return found
+
+
 def folders_in(folder):
     if not folder.is_dir():
         return []
@@ -318,8 +326,11 @@ def image_sizes(paths):
 
 
 def load_batch(paths, shape, pool):
-    """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)]."""
-    images = list(pool.map(read_image, paths))
+    """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)].
+
+    paths: or what else as_image takes.
+    """
+    images = list(pool.map(as_image, paths))
     resized = pool.map(lambda image: image.resize(shape[::-1], Image.BILINEAR), images)
     pixels = np.stack([np.asarray(image) for image in resized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [image.size[::-1] for image in images]
@@ -365,6 +376,7 @@ COLUMNS = (
 MORE = (
     *("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural"),
     *("spro_logical", "spro_structural", "spro"),
+    *("false_alarms", "found"),  # at the threshold of the command's --false-alarms
 )
 SUMMED = ("train_images", "test_images", "seconds")
 PRO_LIMIT, SPRO_LIMIT = 0.3, 0.05  # largest rate of false positives: MVTec AD, MVTec LOCO AD
@@ -389,6 +401,47 @@ def auroc_ap(positive, negative):
     auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
     precision = tp / np.maximum(tp + fp, 1)
     return 100 * auroc, 100 * np.sum(np.diff(np.r_[0, tp]) / P * precision)
+
+
+class Verdict(NamedTuple):
+    """What is said of one image."""
+
+    score: float
+    p_value: float  # how rarely a good image scores as high
+    verdict: str  # "defect" or "good"
+    map: np.ndarray | None = None  # (H, W) at the image's own size, in the units of the score
+
+
+def threshold_of(normal_scores, false_alarms):
+    """Score that `false_alarms` percent of new good images exceed, from scores (n,) of good ones.
+
+    normal_scores: Detector.normal_scores, of training images, each by a field and under a law that
+    have not seen it. Their quantile, taken upwards: of less than 100 images 1 % is their largest.
+    """
+    return float(np.quantile(normal_scores, 1 - false_alarms / 100, method="higher"))
+
+
+def judge(scores, normal_scores, threshold):
+    """A Verdict of each score (m,). p = (1 + number of good images that score as high) / (n + 1).
+
+    So the smallest p that n good images can give is 1 / (n + 1).
+    """
+    known = np.sort(np.asarray(normal_scores))
+    as_high = len(known) - np.searchsorted(known, scores, side="left")
+    verdicts = []
+    for score, count in zip(scores, as_high, strict=True):
+        verdict = "defect" if score > threshold else "good"
+        verdicts.append(Verdict(float(score), (1 + int(count)) / (len(known) + 1), verdict))
+    return verdicts
+
+
+def alarm_rates(kinds, verdicts):
+    """Percent of good and of defective test images that are called defective, None for none."""
+    flagged = np.array([v.verdict == "defect" for v in verdicts], bool)
+    good = np.array([kind == "good" for kind in kinds], bool)
+    parts = (flagged[good], flagged[~good])
+    rates = [100 * float(part.mean()) if len(part) else None for part in parts]
+    return dict(zip(("false_alarms", "found"), rates, strict=True))
 
 
 def image_metrics(scores, defective):
@@ -563,6 +616,23 @@ def write_csv(path, columns, rows):
     write_whole(path, write)
 
 
+def said(verdict):
+    """A Verdict in words."""
+    return f"score {verdict.score:.4f}, p {verdict.p_value:.4f}, {verdict.verdict}"
+
+
+SCORES = ("image", "kind", "score", "p_value", "verdict", "error")  # columns of scores.csv
+
+
+def score_row(name, kind, verdict=None, error=""):
+    """A row of scores.csv; without a verdict, the error that left the image without one."""
+    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": error}
+    if verdict is not None:
+        row |= {"score": f"{verdict.score:.6g}", "p_value": f"{verdict.p_value:.6g}"}
+        row["verdict"] = verdict.verdict
+    return row
+
+
 def write_tables(folder, rows):
     """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table."""
     rows = rows + [mean_row(rows)]
@@ -609,6 +679,11 @@ def save_checkpoint(path, recipe, **content):
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder: give the model.pt of a category")
+    if not path.exists():
+        raise InputError(f"{path}: no such file: train.py writes OUT/DATA/CATEGORY/model.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
@@ -664,8 +739,12 @@ def new_figure(*args, **options):
 
 
 def save_figure(plt, fig, path):
-    write_whole(path, partial(fig.savefig, format="png", dpi=100))
-    plt.close(fig)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            write_whole(path, partial(fig.savefig, format="png", dpi=100))
+    finally:
+        plt.close(fig)
 
 
 def best_f1(scores, defective):
@@ -676,83 +755,144 @@ def best_f1(scores, defective):
     return float(scores[order][f1.argmax()])
 
 
-def draw_map(path, image, union, y, low, high, title):
-    """Picture of one image: itself, the outline of its mask, its anomaly map from low to high."""
-    plt, fig, axes = new_figure(1, 3, figsize=(11, 3.9))
+def plain(text, length=90):
+    """A title of one line: line breaks become spaces, a long middle dots."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+def draw_map(path, image, union, y, threshold, title):
+    """Picture of one image: itself with the outline of its mask, and its anomaly map.
+
+    The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
+    middle, to twice the threshold and more.
+    """
+    plt, fig, axes = new_figure(1, 2, figsize=(8.2, 4))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    titles = ("image", "image and mask outline", "anomaly map, -log p")
-    for axis, name in zip(axes, titles, strict=True):
+    for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
         axis.imshow(np.asarray(image), aspect=aspect)
         axis.set(title=name, xticks=[], yticks=[])
     if union is not None and union.any():
-        axes[1].contour(union, [0.5], colors="black", linewidths=3)
-        axes[1].contour(union, [0.5], colors="yellow", linewidths=1.4)
+        axes[0].set_title("image, outline of its mask")
+        axes[0].contour(union, [0.5], colors="black", linewidths=3)
+        axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
     # viridis reads the same to a colour-blind person
     at_image = at_size(y, image.size[::-1])
-    shown = axes[2].imshow(at_image, cmap="viridis", vmin=low, vmax=high, aspect=aspect)
-    fig.colorbar(shown, ax=axes[2], fraction=0.046)
-    fig.suptitle(title, fontsize=12)
+    colours = {"cmap": "viridis", "vmin": 0, "vmax": 2 * threshold}
+    shown = axes[1].imshow(at_image, aspect=aspect, **colours)
+    bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
+    bar.set_ticks([0, threshold, 2 * threshold])
+    bar.set_ticklabels(["0", f"{threshold:.3g}\nthreshold", f"{2 * threshold:.3g}"])
+    fig.suptitle(plain(title), fontsize=11, parse_math=False)
     save_figure(plt, fig, path)
 
 
-def worst_and_best(scores, bad, each=3):
-    """{index: prefix} of the images to show: false alarms, misses, hits, the most telling first."""
-    order = np.argsort(scores, kind="stable")
-    good, defective = [j for j in order if not bad[j]], [j for j in order if bad[j]]
-    misses = min(each, len(defective) // 2)
-    hits = min(each, len(defective) - len(defective) // 2)
+def telling_images(verdicts, bad, each=3):
+    """{index: prefix} of the images to show, the most telling first.
+
+    Good images that were called defective, defects that were not, defects that were, and the good
+    image that is nearest to the threshold.
+    """
+    scores = np.array([v.score for v in verdicts])
+    flagged = np.array([v.verdict == "defect" for v in verdicts])
+    rising = np.argsort(scores, kind="stable")
     chosen = {
-        "false_alarm": good[:-3:-1],
-        "miss": defective[:misses],
-        "hit": defective[: -hits - 1 : -1],
+        "false_alarm": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
+        "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
+        "hit": [j for j in rising[::-1] if bad[j] and flagged[j]][:each],
+        "good": [j for j in rising[::-1] if not bad[j] and not flagged[j]][:1],
     }
     return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
 
 
-def draw_category(folder, category, maps, scores, sizes, which="worst"):
-    """maps/*.png and scores.png of a category. which: "all", "worst" (worst_and_best), "none"."""
-    if which == "none" or not len(scores):
+def distinct_names(paths, root):
+    """A name for the picture of each path under root: its folders and stem, joined by "_".
+
+    The suffix as well where two would be the same, a number where they still are.
+    """
+    names = []
+    for path in paths:
+        inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+        names.append("_".join(inside.with_suffix("").parts))
+    known = {name: names.count(name) for name in names}
+    out = []
+    for path, name in zip(paths, names, strict=True):
+        if known[name] > 1:
+            name = f"{name}_{path.suffix[1:]}"
+        while name in out:
+            name += "_2"
+        out.append(name)
+    return out
+
+
+def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
+    """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
+    if which == "none" or not len(verdicts):
         return
     bad = np.array([item.kind != "good" for item in category.test])
-    threshold = best_f1(scores, bad) if bad.any() else float(scores.max())
-    low, high = np.quantile(maps.flatten()[::97].numpy(), (0.5, 0.999))
-    prefixes = worst_and_best(scores, bad)
+    prefixes = telling_images(verdicts, bad)
     for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
         old.unlink()
-    for j in range(len(scores)) if which == "all" else prefixes:
+    paths = [item.path for item in category.test]
+    names = distinct_names(paths, paths[0].parents[1])
+    for j in range(len(verdicts)) if which == "all" else prefixes:
         item = category.test[j]
         union = masks_of(item, sizes[j])[1] if item.masks else None
-        title = (
-            f"{category.name} / {item.kind} / {item.path.name}:  "
-            f"score {scores[j]:.3f}, threshold at best F1 {threshold:.3f}"
-        )
-        path = folder / "maps" / f"{prefixes.get(j, '')}{item.kind}_{item.path.stem}.png"
-        draw_map(path, read_image(item.path), union, maps[j], low, high, title)
+        title = f"{category.name} / {item.kind} / {item.path.name}:  {said(verdicts[j])}"
+        path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
+        draw_map(path, read_image(item.path), union, maps[j], threshold, title)
+    scores = np.array([v.score for v in verdicts])
     draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
 
 
 def draw_scores(path, title, scores, bad, threshold):
-    """Histogram of the image scores, good and defective."""
+    """Histogram of the image scores, good and defective; the last bar is of all that are higher."""
     plt, fig, axis = new_figure(figsize=(6, 3.4))
-    edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 41)
+    end = min(max(scores.max(), 1.1 * threshold), 3 * threshold)
+    edges = np.linspace(min(scores.min(), threshold), end, 41)
     parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
     for part, colour, name in parts:
         label = f"{name} ({part.sum()})"
-        axis.hist(scores[part], edges, color=colour, alpha=0.65, label=label)
-    axis.axvline(threshold, color="black", linestyle="--", label="threshold at best F1")
-    axis.set(xlabel="image score", ylabel="test images", title=title)
+        shown = np.minimum(scores[part], end)
+        axis.hist(shown, edges, color=colour, alpha=0.65, label=label)
+    axis.axvline(threshold, color="black", linestyle="--", label="threshold")
+    if bad.any() and not bad.all():
+        label = "best F1 (knows the labels)"
+        axis.axvline(min(best_f1(scores, bad), end), color="grey", linestyle=":", label=label)
+    above = ", the last bar: and above" if scores.max() > end else ""
+    axis.set(xlabel=f"image score{above}", ylabel="test images")
+    axis.set_title(plain(title), parse_math=False)
     axis.legend()
     save_figure(plt, fig, path)
 
 
+@contextlib.contextmanager
+def drawing_may_fail():
+    """A picture that cannot be drawn is one line on stderr: what it shows is saved already.
+
+    What concerns the whole run, like a full disk, goes on as an error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        if no_memory(e):
+            raise
+        print(f"warning: a picture could not be drawn ({first_line(e)[:150]})", file=sys.stderr)
+
+
 def draw_contact_sheet(folder, names):
-    """contact-sheet.png of a data set: best hit and worst miss of each category, from maps/."""
+    """contact-sheet.png of a data set: two pictures of each category, from maps/."""
     rows = []
     for name in names:
         found = [
-            sorted((folder / name / "maps").glob(f"{kind}1_*.png")) for kind in ("hit", "miss")
+            sorted((folder / name / "maps").glob(f"{kind}1_*.png"))
+            for kind in ("hit", "miss", "false_alarm", "good")
         ]
-        rows.append([Image.open(paths[0]) for paths in found if paths])
+        rows.append([Image.open(paths[0]) for paths in found if paths][:2])
     rows = [row for row in rows if row]
     if not rows:
         return
@@ -770,6 +910,84 @@ def save_maps(folder, category, maps, sizes):
         image = Image.fromarray(at_size(y, size))
         place = folder / "anomaly_maps" / category.name / "test" / item.kind
         write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
+
+
+def as_image(value):
+    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
+
+    Raises InputError that says how to convert anything else.
+    """
+    if isinstance(value, (str, Path)):
+        return read_image(Path(value))
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if not isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
+    if value.dtype != np.uint8:
+        raise InputError(
+            f"an image of {value.dtype}: give uint8 in 0..255, "
+            "as by np.clip(255 * image, 0, 255).astype(np.uint8) from 0..1"
+        )
+    if value.ndim == 3 and value.shape[2] == 1:
+        value = value[..., 0]
+    if value.ndim != 2 and (value.ndim != 3 or value.shape[2] != 3) or not value.size:
+        raise InputError(
+            f"an image of shape {value.shape}: give (H, W) or (H, W, 3) in RGB; "
+            "from channels first: image.transpose(1, 2, 0)"
+        )
+    return Image.fromarray(value).convert("RGB")
+
+
+def score(detector, images, false_alarms=1.0):
+    """Score images from Python: a Verdict of one image, or a list of them for a list.
+
+    images: what as_image takes, or a list of it. false_alarms: percent of good images that may be
+    called defective. Raises InputError.
+
+        detector = evaluate.load_model("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)
+        result.score, result.p_value, result.verdict, result.map
+    """
+    alone = not isinstance(images, (list, tuple))
+    images = [as_image(image) for image in ([images] if alone else images)]
+    if not images:
+        raise InputError("no images: give at least one")
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, false_alarms)
+    features, sizes = extract(detector, images)
+    maps, scores = detector.score(detector.normalise(features, out=features))
+    verdicts = judge(scores.double().numpy(), normal_scores, threshold)
+    out = [v._replace(map=at_size(y, z)) for v, y, z in zip(verdicts, maps, sizes, strict=True)]
+    return out[0] if alone else out
+
+
+def export_model(args):
+    """Write the model as a program of torch.export and compare the two on an image of noise."""
+    path = Path(args.export)
+    if path.suffix != ".pt2":
+        raise InputError(f"--export {path}: give a file that ends in .pt2")
+    detector = load_model(args.model, "cpu", args.weights)
+    height, width = wtflow.image_shape(detector.recipe)
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    program = torch.export.export(detector, (image,))
+
+    def write(to):
+        with open(to, "wb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # weights of no interest to the caller
+            torch.export.save(program, f)
+
+    write_whole(path, write)
+    pairs = zip(torch.export.load(path).module()(image), detector(image), strict=True)
+    difference = max(float((there - here).abs().max()) for there, here in pairs)
+    threshold = threshold_of(detector.normal_scores.numpy(), args.false_alarms)
+    print(
+        f"{path}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), scores (1,); "
+        f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
+        f"largest difference from the model on noise: {difference:.1e}\n"
+        "torch.export.load reads it without this repository. Resizing an image to that size "
+        "(antialiased, bilinear) is left to the caller; ONNX is not written."
+    )
 
 
 # ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
@@ -828,19 +1046,58 @@ def pick_device(name):
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
-def evaluate_category(detector, category, x_0, sizes, folder, args):
-    """Score a category's test x_0, measure, draw, write maps; its row."""
-    if not category.test:
-        return measure(category, torch.zeros(0, 1, 1), np.zeros(0), [])
-    maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
-    scores = scores.double().numpy()
-    row = measure(category, maps, scores, sizes)
-    draw_category(folder, category, maps, scores, sizes, args.maps)
-    if args.save_maps:
-        save_maps(folder.parent, category, maps, sizes)
-    if row["why"]:
+class Judged(NamedTuple):
+    """The test images of a category, as a detector sees them."""
+
+    maps: torch.Tensor  # (n, h, w)
+    verdicts: list
+    threshold: float
+
+
+def judge_category(detector, category, x_0, args):
+    """Score a category's test x_0 (n, d, h, w), or None; says how many are above the threshold."""
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, args.false_alarms)
+    maps, scores = torch.zeros(0, 1, 1), np.zeros(0)
+    if x_0 is not None:
+        maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
+        scores = scores.double().numpy()
+    verdicts = judge(scores, normal_scores, threshold)
+    counts = {"good": [], "defective": []}
+    for item, verdict in zip(category.test, verdicts, strict=True):
+        kind = "good" if item.kind == "good" else "defective"
+        counts[kind].append(verdict.verdict == "defect")
+    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
+    of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
+    allowed = f"{args.false_alarms:g} % false alarms"
+    print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
+    return Judged(maps, verdicts, threshold)
+
+
+def measure_category(category, judged, sizes):
+    """The row of figures of a category; says why one is missing."""
+    scores = np.array([v.score for v in judged.verdicts])
+    row = measure(category, judged.maps, scores, sizes)
+    row |= alarm_rates([item.kind for item in category.test], judged.verdicts)
+    if row["why"] and category.test:
         print(f"{category.name}: {row['why']}", file=sys.stderr)
     return row
+
+
+def write_category(folder, category, judged, sizes, args):
+    """scores.csv, pictures, and float maps if they are asked for."""
+    rows = [
+        score_row(item.path.name, item.kind, verdict)
+        for item, verdict in zip(category.test, judged.verdicts, strict=True)
+    ]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+    if args.save_maps:
+        save_maps(folder.parent, category, judged.maps, sizes)
+    with drawing_may_fail():
+        draw_category(
+            folder, category, judged.maps, judged.verdicts, sizes, judged.threshold, args.maps
+        )
 
 
 def evaluate_run(args, device):
@@ -857,73 +1114,168 @@ def evaluate_run(args, device):
         if category.test:
             features, sizes = extract(detector, [item.path for item in category.test])
             x_0 = detector.normalise(features, out=features)
-        row = evaluate_category(detector, category, x_0, sizes, folder / category.name, args)
+        judged = judge_category(detector, category, x_0, args)
+        row = measure_category(category, judged, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
+        write_category(folder / category.name, category, judged, sizes, args)
     write_tables(folder, rows)
 
 
-def score_images(args, device):
-    """Print the score of one image, or of each image of a folder, and write the pictures.
-
-    One image always has a picture; a folder's images have theirs under --out, if it is given.
-    """
-    detector, path = load_model(args.model, device, args.weights), Path(args.image)
-    paths = images_in(path) if path.is_dir() else [path]
-    if not paths:
-        raise InputError(f"{path}: no images in this folder")
-    features, _ = extract(detector, paths)
-    x_0 = detector.normalise(features, out=features)
-    maps, scores = detector.score(x_0, args.euler_steps)
-    low, high = float(maps.min()), float(maps.max())
-    for p, y, s in zip(paths, maps, scores.tolist(), strict=True):
-        picture = None
-        if path.is_dir() and args.out:
-            picture = Path(args.out) / f"{p.stem}_map.png"
-        elif not path.is_dir():
-            picture = Path(args.out or f"{p.stem}_map.png")
-        if picture is None:
-            print(f"{p.name}  score {s:.4f}")
+def features_of_each(detector, paths):
+    """(path, features (1, d, h, w) or None, error) of each image; a damaged one stops no other."""
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        try:
+            yield from zip(part, extract(detector, part)[0].split(1), [""] * len(part), strict=True)
             continue
-        print(f"{p.name}  score {s:.4f}  {picture}")
-        draw_map(picture, read_image(p), None, y, low, high, f"{p.name}:  score {s:.3f}")
+        except InputError:
+            pass  # one of them: each alone
+        for path in part:
+            try:
+                yield path, extract(detector, [path])[0], ""
+            except InputError as e:
+                yield path, None, str(e)
+
+
+def score_images(args, device):
+    """Print score, p-value and verdict of one image, or of each image under a folder.
+
+    One image has a picture. Those of a folder have theirs, and scores.csv, under --out; with --out
+    FILE.csv that table alone. A damaged image costs one line and, at the end, exit code 2.
+    """
+    path, out = Path(args.image), Path(args.out) if args.out else None
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder: give --image an image or a folder")
+    detector = load_model(args.model, device, args.weights)
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, args.false_alarms)
+    paths = images_under(path) if path.is_dir() else [path]
+    if not paths:
+        raise InputError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
+    table = out if out and out.suffix.lower() == ".csv" else None
+    if table is None and path.is_dir():
+        table = out / "scores.csv" if out else None
+    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms")
+    rows, failed = [], 0
+    names = distinct_names(paths, path if path.is_dir() else path.parent)
+    named = zip(features_of_each(detector, paths), names, strict=True)
+    for (file, features, error), name in named:
+        shown = str(file.relative_to(path)) if path.is_dir() else file.name
+        if error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+            rows.append(score_row(shown, "", error=error))
+            continue
+        x_0 = detector.normalise(features, out=features)
+        maps, scores = detector.score(x_0, args.euler_steps)
+        (verdict,) = judge(scores.double().numpy(), normal_scores, threshold)
+        rows.append(score_row(shown, "", verdict))
+        picture = None
+        if not path.is_dir():
+            picture = out if out and out != table else Path(f"{file.stem}_map.png")
+        elif out and out != table:
+            picture = out / f"{name}_map.png"
+        print(f"{shown}  {said(verdict)}" + (f", {picture}" if picture else ""), flush=True)
+        if picture:
+            with drawing_may_fail():
+                title = f"{shown}:  {said(verdict)}"
+                draw_map(picture, read_image(file), None, maps[0], threshold, title)
+    if table:
+        write_csv(table, SCORES, rows)
+    if failed:
+        raise InputError(f"{failed} of {len(paths)} images could not be read: they have no score")
 
 
 def add_common_options(parser):
     """What train.py and evaluate.py share."""
     add = parser.add_argument
-    add("--data", help="data set root or one category's folder")
-    add("--category", nargs="+", action="extend", default=[], metavar="NAME", help="only these")
-    add("--weights", metavar="FILE", help="the backbone's state dict, if it is not in a package")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--data",
+        metavar="DIR",
+        help="data set root or one category's folder (default: %(default)s)",
+    )
+    add(
+        "--category",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only these (default: all)",
+    )
+    add(
+        "--weights",
+        metavar="FILE",
+        help="the backbone's state dict (default: that of its package)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one (default: auto)",
+    )
+    add(
+        "--false-alarms",
+        type=float,
+        default=1.0,
+        metavar="PERCENT",
+        help="of good images that the threshold may call defective (default: 1)",
+    )
     add(
         "--maps",
         choices=("all", "worst", "none"),
         default="worst",
-        help="pictures: all, or worst misses and best hits (default: worst)",
+        help="pictures: all, or those that tell most (default: worst)",
     )
-    add("--save-maps", action="store_true", help="float32 TIFF maps as MVTec's script reads them")
+    add(
+        "--save-maps",
+        action="store_true",
+        help="float32 TIFF maps as MVTec's script reads them (default: none)",
+    )
+
+
+def check_options(args):
+    """Raises InputError for a share of false alarms that is none."""
+    if not 0 <= args.false_alarms < 100:
+        raise InputError(f"--false-alarms {args.false_alarms:g}: give a percentage, 0 or more")
 
 
 def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add_common_options(parser)
     add = parser.add_argument
-    add("--run", help="folder that train.py wrote")
-    add("--model", help="a model.pt")
-    add("--image", help="an image, or a folder of images")
-    add("--out", help="picture (with --image FILE) or folder of pictures (with --image FOLDER)")
-    add("--euler-steps", type=int, default=1, metavar="K", help="steps from t = 0 to 1")
+    add("--run", metavar="DIR", help="folder that train.py wrote: its table again (with --data)")
+    add("--model", metavar="FILE", help="a model.pt (with --image or --export)")
+    add("--image", metavar="PATH", help="an image, or a folder of images at any depth")
+    add(
+        "--out",
+        metavar="PATH",
+        help="picture of --image FILE (default: NAME_map.png); folder of pictures and scores.csv, "
+        "or a FILE.csv, of --image FOLDER (default: none)",
+    )
+    add("--export", metavar="FILE.pt2", help="the model as a program of torch.export")
+    add(
+        "--euler-steps",
+        type=int,
+        default=1,
+        metavar="K",
+        help="steps from t = 0 to 1 (default: 1)",
+    )
     args = parser.parse_args(argv)
+    check_options(args)
     device = pick_device(args.device)
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
-    if args.model and args.image:
+    if args.model and args.export:
+        export_model(args)
+    elif args.model and args.image:
         score_images(args, device)
     elif args.run and args.data:
         evaluate_run(args, device)
     else:
-        raise InputError("give --run and --data, or --model and --image (see --help)")
+        raise InputError(
+            "give --run and --data, --model and --image, or --model and --export (see --help)"
+        )
 
 
 if __name__ == "__main__":

@@ -71,12 +71,14 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Evaluation.
     test_x_0 = detector.normalise(test, out=test) if category.test else None
-    row = evaluate.evaluate_category(detector, category, test_x_0, sizes, folder, args)
+    judged = evaluate.judge_category(detector, category, test_x_0, args)
+    row = evaluate.measure_category(category, judged, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
-    # Saving.
+    # Saving. The model first: a picture that fails costs no training.
     evaluate.save_model(model_file, detector, signature=mine, row=row)
     state_file.unlink(missing_ok=True)
+    evaluate.write_category(folder, category, judged, sizes, args)
     return row
 
 
@@ -189,6 +191,27 @@ def locked(folder):
         (folder / ".lock").unlink(missing_ok=True)
 
 
+def fit(images, seed=0, **settings):
+    """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
+
+    images: a list of what evaluate.as_image takes; settings: of wtflow.Recipe. Raises InputError.
+
+        detector = train.fit(images, steps=200)
+        evaluate.save_model(Path("model.pt"), detector)
+    """
+    images = [evaluate.as_image(image) for image in images]
+    if not images:
+        raise InputError("no images: give at least one")
+    recipe = wtflow.recipe_for(wtflow.Recipe(**settings), [image.size[::-1] for image in images])
+    detector = wtflow.Detector(recipe)
+    features, _ = evaluate.extract(detector, images)
+    detector.fit_whitening(features)
+    x_0 = detector.normalise(features, out=features)
+    wtflow.train_field(detector, x_0, seed)
+    detector.calibrate(x_0)
+    return detector
+
+
 # ---- 3. The demo: two categories in the layout of MVTec AD ---------------------------------------
 def weave(rng, n):
     """An oriented texture: two crossing thread systems with random phase, spacing and grain."""
@@ -275,24 +298,57 @@ def parse(argv):
     evaluate.add_common_options(parser)
     add = parser.add_argument
     add("--out", default="runs", help="where results go (default: runs)")
-    add("--paper", action="store_true", help="the released recipe: wtflow.PAPER")
-    add("--backbone", metavar="NAME", help=", ".join(wtflow.CHOICES["backbone"]))
-    add("--image-size", type=int, metavar="N", help="an image gets N x N pixels, at its aspect")
-    add("--steps", type=int, metavar="N")
-    add("--coupling", help=", ".join(wtflow.CHOICES["coupling"]))
-    add("--strength", type=float, metavar="R", help="of worst transport, 0 (rFM) to 1")
+    default = wtflow.Recipe()
+    add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
+    names = ", ".join(wtflow.CHOICES["backbone"])
+    add("--backbone", metavar="NAME", help=f"{names} (default: {default.backbone})")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="an image gets at most N x N pixels, at its aspect "
+        f"(default: {default.image_size}, never enlarged)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"training steps of each field (default: {default.steps}, the demo {DEMO_STEPS})",
+    )
+    names = ", ".join(wtflow.CHOICES["coupling"])
+    add("--coupling", metavar="NAME", help=f"{names} (default: {default.coupling})")
+    add(
+        "--strength",
+        type=float,
+        metavar="R",
+        help=f"of worst transport, 0 (rFM) to 1 (default: {default.strength})",
+    )
     add(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of wtflow.Recipe",
+        help="any other setting of wtflow.Recipe (default: its own)",
     )
-    add("--seed", type=int, default=0)
-    add("--seeds", type=int, nargs="+", help="several: mean and spread, each run in OUT/seedN")
-    add("--resume", action="store_true", help="go on from the last whole state in --out")
-    return parser.parse_args(argv)
+    add("--seed", type=int, default=0, metavar="N", help="of weights and noise (default: 0)")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="several: mean and spread, each run in OUT/seedN (default: one)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last whole state in --out (default: anew)",
+    )
+    args = parser.parse_args(argv)
+    evaluate.check_options(args)
+    if args.seeds and len({*args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: give each once")
+    return args
 
 
 def recipe_of(args):
