@@ -341,8 +341,8 @@ def test_the_others_of_a_fold_are_whitened_by_themselves():
 def test_few_images_have_scores_no_lower_than_new_ones_have():
     """12 images of fewer locations than twice d: whitening and law know them by heart.
 
-    By these they score less than three quarters of what 60 new ones do; left out of all that is fitted, no
-    less than these: too much rather than too little, as half of the images teach less.
+    By these they score less than three quarters of what 60 new ones do; left out of all that is
+    fitted, no less than these: too much rather than too little, as half of the images teach less.
     """
     features = gaussian((72, 176, 5, 5))
     detector = Detector(tiny(steps=40))
