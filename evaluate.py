@@ -340,7 +340,11 @@ def extract(detector, paths, report=None):
                     f"{name}: features are not finite: check the weights and this image"
                 )
             if out is None:
-                out = torch.empty((len(paths), *x.shape[1:]), dtype=torch.float16)
+                out = torch.empty(
+                    (len(paths), *x.shape[1:]),
+                    dtype=torch.float16,
+                    memory_format=torch.channels_last,  # a location's features side by side
+                )
             out[start : start + len(x)] = x
             sizes += batch_sizes
             if report is not None:

@@ -55,8 +55,8 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     x_0 = detector.normalise(train, out=train)
 
     # Training.
-    def report(step, loss):
-        progress(f"step {step}/{recipe.steps}, loss {loss:.4f}", step, recipe.steps)
+    def report(step, steps, loss):
+        progress(f"step {step}/{steps}, loss {loss:.4f}", step, steps)
 
     def save(state):
         seconds = time.monotonic() - began
@@ -64,7 +64,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     wtflow.train_field(detector, x_0, seed, report, save, state)
 
-    # Calibration.
+    # Calibration. What the fields leave takes the place of x_0.
     detector.calibrate(x_0)
 
     # Evaluation.

@@ -11,22 +11,22 @@ Time runs from data (t = 0) to noise (t = 1), in every file of this project.
 Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
 available. Tags: [paper] abstract or published table, [released] public code that drives the
 authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md), [ours]. The
-default departs from the released recipe, PAPER, in 17 of 24 settings:
+default departs from the released recipe, PAPER, in 18 of 24 settings:
 
     setting                  released                       here [ours]
     backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 3 layers, 40x40
     image_size, aspect       256 x 256, squeezed            320^2 pixels at most, not squeezed
-    norm                     layer norm of the map          ZCA whitening, energy drawn to the shell
+    norm                     layer norm of the map          ZCA whitening
     field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
-    epochs, steps, batch,    100 epochs, 8 images a step,   500 steps, 2048 locations a step,
-      schedule               a step in the rate             one cycle of the rate
-    from_landing, calibrate  |x1_hat|^2                     see below
+    epochs, steps, batch     100 epochs, 8 images a step    400 steps, 1024 locations a step
+    schedule                 a step in the rate             one cycle of the rate
+    from_landing, calibrate  |x1_hat|^2                     see below, with fields of 2 folds
     score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
 So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
 v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and covariance that this has
-over good images in each place of the map (Detector.calibrate). `worst`, which gives worst transport
-a strength, is our reading of the paper's local worst transport.
+over good images in each place of the map (Detector.calibrate). `worst` is our reading of the
+paper's local worst transport, with a strength.
 """
 
 import importlib.util
@@ -57,15 +57,14 @@ CHOICES = {
     "schedule": ("cycle", "step"),
     "score": ("max", "released"),
 }
-LIMITS = {"image_size": (64, 2048), "aspect": (0, 8), "cell": (1, 64), "shrinkage": (0, 1),
-          "energy": (0.1, 1), "base": (1, 1e9), "t_max": (1e-6, 1), "steps": (0, 1e9),
-          "epochs": (0, 1e9), "batch": (1, 1e9), "lr": (0, 1e3), "prior": (0, 1e9),
-          "smooth": (0, 1e3)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings; the tag is the default's. InputError, "setting=value: remedy", if not valid."""
+    """All settings, their defaults with their tags. PAPER (section 10) is the released instance.
+
+    Raises InputError, "setting=value: remedy", if one is not valid.
+    """
 
     # Features
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
@@ -75,7 +74,6 @@ class Recipe:
     cell: int = 8  # [ours] pixels of the image per location of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
     shrinkage: float = 0.01  # [ours] of the covariance that is whitened
-    energy: float = 0.5  # [ours] power of |x_0|: 1 as whitened, towards 0 onto the shell sqrt(d)
     # Vector field
     field: str = "point"  # [ours] "point" (PointField) or "unet" (UNetField)
     base: int = 384  # [ours] width, at least 1
@@ -85,42 +83,21 @@ class Recipe:
     strength: float = 0.9  # [ours] rho of "worst", -1..1, 0: rFM; or n of "candidates", 1: rFM
     # Training
     t_max: float = 1.0  # [released] t ~ U(0, t_max)
-    steps: int = 500  # [ours] 0: as many as `epochs` gives
+    steps: int = 400  # [ours] 0: as many as `epochs` gives
     epochs: int = 0  # [ours] passes over the training images
-    batch: int = 2048  # [ours] locations (PointField) or images (UNetField) per step
+    batch: int = 1024  # [ours] locations (PointField) or images (UNetField) per step
     lr: float = 1e-3  # [ours] largest rate of AdamW
     schedule: str = "cycle"  # [ours] "cycle" or "step"
     # Scoring
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
-    prior: float = 3.0  # [ours] weight of the pooled covariance there, in d images
+    folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by the field of all
+    prior: float = 2.0  # [ours] weight of the pooled covariance there, in d images
     score: str = "max"  # [ours] "max" or "released"
-    smooth: float = 0.8  # [ours] standard deviation of the map's blur in cells, 0: none
+    smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
 
     def __post_init__(self):
-        def need(holds, name, remedy):
-            if not holds:
-                raise InputError(f"{name}={getattr(self, name)}: {remedy}")
-
-        for name, allowed in CHOICES.items():
-            need(getattr(self, name) in allowed, name, f"choose from {', '.join(allowed)}")
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
-        need(self.steps or self.epochs, "steps", "give at least 1")
-        low, high = (1, 1e9) if self.coupling == "candidates" else (-1, 1)
-        need(low <= self.strength <= high, "strength", f"give at least {low} and at most {high:g}")
-        strides = {*self.strides}
-        need(strides and strides <= {4, 8, 16}, "strides", "choose from 4, 8, 16, like (8, 16)")
-        unit = math.lcm(self.cell, max(self.strides))
-        need(self.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
-
-
-# [released]; lr, which is not known to us, and what the release has no use for are the default's.
-PAPER = Recipe(backbone="wide_resnet50_2", image_size=256, aspect=1.0, strides=(16,), cell=32,
-               norm="layer", field="unet", base=768, told_t=True, steps=0, epochs=100, batch=8,
-               schedule="step", from_landing=False, calibrate=False, score="released",
-               smooth=0.0)  # fmt: skip
+        check_recipe(self)
 
 
 # ---- 2. The method. x_0 is (N, d) or (B, d, h, w): each location is a vector of R^d (axis 1) -----
@@ -264,16 +241,6 @@ def whiten(x, mean, W):
     return F.conv2d(x, W[:, :, None, None], -W @ mean)
 
 
-def relative_norm(x):
-    """|x| / sqrt(d) at each location, near 1 for whitened features: (B, d, ...) -> (B, 1, ...)."""
-    return x.square().mean(1, keepdim=True).clamp_min(1e-12).sqrt()
-
-
-def rescale(x, power):
-    """x times relative_norm(x)^power: -1 puts x onto the shell sqrt(d), 0 leaves it."""
-    return x * relative_norm(x) ** power
-
-
 # ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
 BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
 
@@ -294,21 +261,20 @@ def from_blocks(y, h, w):
     return cells.reshape(y.shape[1], -1, columns * BLOCK)[:, :h, :w]
 
 
-def fit_blocks(parts):
-    """Number n, mean (L, BLOCK^2, d), covariance (L, d, d) of the images in parts (., d, h, w).
+def fit_blocks(e):
+    """Mean (L, BLOCK^2, d) and covariance (L, d, d) of images e (n, d, h, w), each block alone.
 
-    [ours] Sums in float64, a part at a time: memory does not grow with the number of images.
+    [ours] Sums in float64, PART images at a time: memory does not grow with their number.
     """
-    n, total, products = 0, 0.0, 0.0
-    for part in parts:
-        e = to_blocks(part)
-        rows = e.flatten(1, 2)
-        n += e.shape[1]
-        total = total + e.sum(1).double()
+    n, total, products = len(e), 0.0, 0.0
+    for part in e.split(PART):
+        blocks = to_blocks(part.float())
+        rows = blocks.flatten(1, 2)
+        total = total + blocks.sum(1).double()
         products = products + (rows.mT @ rows).double()
     mean = total / n
     S = (products - n * mean.mT @ mean) / (max(n - 1, 1) * mean.shape[1])
-    return n, mean.float(), S.float()
+    return mean.float(), S.float()
 
 
 def towards_pooled(S, n, prior, scale=1.0):
@@ -342,25 +308,26 @@ def block_distance(e, mean, W):
     return from_blocks(square, *e.shape[2:])
 
 
-def left_out_distance(e, n, mean, S, prior):
-    """block_distance of training images e, each under the law fitted to the n - 1 others. [derived]
+def left_out_distance(e, mean, S, prior):
+    """block_distance of images e (n, d, h, w), n >= 3, each under the law of the n - 1 others.
 
-    Yields part after part, e an iterable of (., d, h, w); n >= 3. Leaving an image out moves the
-    mean and takes c z z' from the covariance, z (d, BLOCK^2) the image's deviations in the block.
-    With G = z' base^(-1) z, base the covariance before that, the squared distances are the diagonal
-    of G (1 - c G)^(-1) times (n/(n-1))^2 (Sherman, Morrison & Woodbury). The pooled covariance
-    stays that of all images.
+    [derived] Leaving an image out moves the mean and takes c z z' from the covariance, z (d,
+    BLOCK^2) the image's deviations in the block. With G = z' base^(-1) z, base the covariance
+    before that, the squared distances are the diagonal of G (1 - c G)^(-1) times (n/(n-1))^2
+    (Sherman, Morrison & Woodbury). The pooled covariance stays that of all images.
     """
-    d, cells = S.shape[-1], mean.shape[1]
+    n, d, cells = len(e), S.shape[-1], mean.shape[1]
     W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2)))
     own = (n - 1) / (prior * d + n - 1)  # 1 - r
     c = own * n / ((n - 1) * (n - 2) * cells)
     eye = torch.eye(cells, device=S.device)
-    for part in e:
-        z = (to_blocks(part) - mean[:, None]) @ W[:, None].mT
+    distances = []
+    for part in e.split(SCORED):
+        z = (to_blocks(part.float()) - mean[:, None]) @ W[:, None].mT
         G = z @ z.mT
         square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
-        yield from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:])
+        distances.append(from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:]))
+    return torch.cat(distances)
 
 
 # ---- 6. From log p to the anomaly map and the image's score --------------------------------------
@@ -537,6 +504,7 @@ class Detector(nn.Module):
             self.register_buffer("normal_mean", torch.zeros(rows * columns, BLOCK**2, d))
             self.register_buffer("normal_whitening", torch.zeros(rows * columns, d, d))
         self.register_buffer("normal_scores", torch.zeros(0))
+        self.fold_fields = []  # between train_field and calibrate alone
         self.eval()
 
     @property
@@ -563,66 +531,61 @@ class Detector(nn.Module):
     def normalise(self, features, out=None):
         """Features (n, d, h, w) -> x_0: whitened [ours], or layer norm over (d, h, w) [released].
 
-        Whitened features are drawn towards the shell |x_0|^2 = d of the noise: a field that is not
-        told t takes low energy for the middle of the path (B3). In the type and on the device of
-        `features`; out: where to put it, `features` itself too.
+        In the type and on the device of `features`; out: where to put it, `features` itself too.
         """
         out = torch.empty_like(features) if out is None else out
-        largest = torch.finfo(features.dtype).max
         for x, place in zip(features.split(PART), out.split(PART), strict=True):
             x = x.to(self.device).float()
             if self.recipe.norm == "zca":
                 x_0 = whiten(x, self.feature_mean, self.feature_whitening)
-                x_0 = rescale(x_0, self.recipe.energy - 1)
             else:
                 x_0 = F.layer_norm(x, x.shape[1:])
-            place.copy_(x_0.clamp(-largest, largest))
+            place.copy_(within(x_0, out.dtype))
         return out
 
     # x_0 -> x1_hat -> log p
     @torch.inference_mode()
-    def arrival(self, x_0, euler_steps=1):
+    def arrival(self, x_0, euler_steps=1, field=None):
         """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
 
         Then, after one step, it is v_theta(x_0, 0) - u_0(x_0): what v_theta gets wrong (W6). [ours]
+        field: another v_theta than the detector's own.
         """
         with autocast(self.device):
-            e = euler(self.field, x_0, euler_steps).float()
+            e = euler(field or self.field, x_0, euler_steps).float()
         if self.recipe.from_landing and self.recipe.coupling == "worst":
             e = e - landing(x_0, self.recipe.strength)
-        if self.recipe.norm == "zca":  # give back the energy that normalise took
-            e = e * relative_norm(x_0) ** (1 / self.recipe.energy - 1)
         return e
 
+    @torch.inference_mode()
     def calibrate(self, x_0):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
         [ours] The exact field would let nothing remain (W5); the learned one leaves a residual with
-        a law of its own, other at a border than in the middle. normal_scores: the score of each
-        image under the law of all the others, so that they are what new good images score.
+        a law of its own, other at a border than in the middle. Each image is judged by a field that
+        has not seen it, and scored (normal_scores) under the law of all the others: so a good image
+        of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
-        with torch.inference_mode():
-            if self.recipe.calibrate:
-                distances = self._fit_law(x_0)
-            else:  # nothing is fitted here: the field alone has seen these images
-                parts = self._arrivals(x_0)
-                distances = torch.cat([-2 * log_density(e) for e in parts])
-            scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
+        fields = self.fold_fields or [self.field]
+        for k, field in enumerate(fields):
+            for part in x_0[k :: len(fields)].split(SCORED):
+                e = self.arrival(part.to(self.device).float(), field=field)
+                part.copy_(within(e, part.dtype))
+        self.fold_fields = []
+        n, e = len(x_0), x_0.to(self.device)
+        if self.recipe.calibrate:
+            mean, S = fit_blocks(e)
+            self.normal_mean = mean.clone()
+            law = towards_pooled(S, n, self.recipe.prior)
+            self.normal_whitening = inverse_factor(law).clone()
+        if not self.recipe.calibrate:
+            distances = torch.cat([-2 * log_density(part.float()) for part in e.split(SCORED)])
+        elif n > 2:
+            distances = left_out_distance(e, mean, S, self.recipe.prior)
+        else:
+            distances = block_distance(e.float(), mean, self.normal_whitening)
+        scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
         self.normal_scores = torch.cat(scores).float().clone()
-
-    def _arrivals(self, x_0):
-        return (self.arrival(part.to(self.device).float()) for part in x_0.split(SCORED))
-
-    def _fit_law(self, x_0):
-        """Set mean and whitening of good arrivals; their squared distances (n, h, w), left out."""
-        prior = self.recipe.prior
-        n, mean, S = fit_blocks(self._arrivals(x_0))
-        self.normal_mean = mean.clone()
-        self.normal_whitening = inverse_factor(towards_pooled(S, n, prior)).clone()
-        if n > 2:
-            return torch.cat([*left_out_distance(self._arrivals(x_0), n, mean, S, prior)])
-        W = self.normal_whitening
-        return torch.cat([block_distance(e, mean, W) for e in self._arrivals(x_0)])
 
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
@@ -668,6 +631,12 @@ class Detector(nn.Module):
         return super().load_state_dict({**state, **frozen}, strict=True)
 
 
+def within(x, dtype):
+    """x, no further from zero than the numbers of a smaller type."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest)
+
+
 def autocast(device):
     """bfloat16 matrix products where the hardware has them (CUDA, AVX512-BF16), else no change."""
     has = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -710,35 +679,77 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def train_field(detector, x_0, seed, report=None, save=None, state=None):
-    """Fit detector.field to the velocity of good x_0 (n, d, h, w); the last step is the model.
+def training_sets(recipe, n):
+    """The images that each field is fitted to, [(.,) indices]: all but a fold, ..., all. [ours]
 
-    report(step, loss): called now and then. save(state): called about every SAVE_SECONDS and after
-    the last step; with such a state the run goes on from there, the same to the last bit.
-    Raises InputError if the loss is not finite.
+    Image k is of fold k % folds. Where there are fewer than two images for each: all.
     """
-    recipe, device = detector.recipe, detector.device
-    torch.manual_seed(seed)  # the field's initial weights
-    field = new_field(recipe, x_0.shape[1]).to(device).train()
-    detector.field = field
+    everyone = torch.arange(n)
+    folds = recipe.folds if n >= 2 * recipe.folds else 0
+    return [everyone[everyone % folds != k] for k in range(folds)] + [everyone]
+
+
+def train_field(detector, x_0, seed, report=None, save=None, state=None):
+    """Fit detector.field to the velocity of good x_0 (n, d, h, w).
+
+    And before it, in the same way, a field to all images but those of a fold, for each fold:
+    detector.calibrate needs to know what a field leaves on images that it has not seen. [ours]
+    report(step, all steps, loss): called now and then. save(state): called about every SAVE_SECONDS
+    and at the end of each field; with such a state the run goes on from there, the same to the last
+    bit. Raises InputError if the loss is not finite.
+    """
+    recipe, sets = detector.recipe, training_sets(detector.recipe, len(x_0))
+    finished, running = ([], None) if state is None else (state["finished"], state["running"])
+    fields = []
+    for k, images in enumerate(sets):
+        torch.manual_seed(seed)  # the field's initial weights
+        field = new_field(recipe, x_0.shape[1]).to(detector.device)
+        fields.append(field)
+        if k < len(finished):
+            field.load_state_dict(finished[k])
+            field.eval()
+            continue
+
+        def report_all(step, loss, before=k * recipe.steps):
+            if report is not None:
+                report(before + step, len(sets) * recipe.steps, loss)
+
+        def save_all(running, done=fields[:-1]):
+            if save is not None:
+                save({"finished": [f.state_dict() for f in done], "running": running})
+
+        fit_velocity(field, recipe, x_0, images, seed, report_all, save_all, running)
+        running = None
+    *detector.fold_fields, detector.field = fields
+
+
+def fit_velocity(field, recipe, x_0, images, seed, report, save, running=None):
+    """Fit one field to the images (.,) of x_0 (n, d, h, w); the last step is the model.
+
+    report(step, loss), save(running): see train_field.
+    """
+    device = next(field.parameters()).device
     couple = coupling(recipe)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(field.parameters(), recipe.lr)
     start = 0
-    if state is not None:
-        start = state["step"]
-        field.load_state_dict(state["field"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+    if running is not None:
+        start = running["step"]
+        field.load_state_dict(running["field"])
+        optimizer.load_state_dict(running["optimizer"])
+        generator.set_state(running["generator"])
     if recipe.field == "point":  # every location of every image is a sample with its own t [ours]
+        cells = x_0[0, 0].numel()
         x_0 = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
+        images = (images[:, None] * cells + torch.arange(cells)).flatten()
 
+    field.train()
     saved = time.monotonic()
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        rows = torch.randint(len(x_0), (recipe.batch,), generator=generator, device=device)
-        batch = x_0[rows.to(x_0.device)].to(device).float()
+        drawn = torch.randint(len(images), (recipe.batch,), generator=generator, device=device)
+        batch = x_0[images[drawn.cpu()].to(x_0.device)].to(device).float()
         with autocast(device):
             loss = flow_matching_loss(field, batch, couple, generator, t_max=recipe.t_max).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -752,9 +763,8 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
                     f"loss is not finite at step {step}: "
                     "lower the rate, or look for damaged training images"
                 )
-            if report is not None:
-                report(step + 1, loss.item())
-        if save is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
+            report(step + 1, loss.item())
+        if last or time.monotonic() - saved > SAVE_SECONDS:
             save(
                 {
                     "step": step + 1,
@@ -767,7 +777,54 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
     field.eval()
 
 
-# ---- 10. Extractor: frozen ImageNet networks and their weight files ------------------------------
+# ---- 10. Which recipes are valid, and the released one -------------------------------------------
+LIMITS = {
+    "image_size": (64, 2048),
+    "aspect": (0, 8),
+    "cell": (1, 64),
+    "shrinkage": (0, 1),
+    "base": (1, 1e9),
+    "t_max": (1e-6, 1),
+    "steps": (0, 1e9),
+    "epochs": (0, 1e9),
+    "batch": (1, 1e9),
+    "lr": (0, 1e3),
+    "folds": (0, 10),
+    "prior": (0, 1e9),
+    "smooth": (0, 1e3),
+}
+
+
+def check_recipe(recipe):
+    """Raises InputError, "setting=value: remedy", for the first setting that is not valid."""
+
+    def need(holds, name, remedy):
+        if not holds:
+            raise InputError(f"{name}={getattr(recipe, name)}: {remedy}")
+
+    for name, allowed in CHOICES.items():
+        need(getattr(recipe, name) in allowed, name, f"choose from {', '.join(allowed)}")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(recipe, name)
+        need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
+    need(recipe.steps or recipe.epochs, "steps", "give at least 1")
+    need(recipe.folds != 1, "folds", "give 0, or at least 2")
+    low, high = (1, 1e9) if recipe.coupling == "candidates" else (-1, 1)
+    need(low <= recipe.strength <= high, "strength", f"give at least {low} and at most {high:g}")
+    strides = {*recipe.strides}
+    need(strides and strides <= {4, 8, 16}, "strides", "choose from 4, 8, 16, like (8, 16)")
+    unit = math.lcm(recipe.cell, max(recipe.strides))
+    need(recipe.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
+
+
+# [released]; lr, which is not known to us, and what the release has no use for are the default's.
+PAPER = Recipe(backbone="wide_resnet50_2", image_size=256, aspect=1.0, strides=(16,), cell=32,
+               norm="layer", field="unet", base=768, told_t=True, steps=0, epochs=100, batch=8,
+               schedule="step", from_landing=False, calibrate=False, folds=0, score="released",
+               smooth=0.0)  # fmt: skip
+
+
+# ---- 11. Extractor: frozen ImageNet networks and their weight files ------------------------------
 def image_shape(recipe):
     """Height and width in pixels of what the network sees: image_size^2 pixels at the aspect."""
     unit = math.lcm(recipe.cell, max(recipe.strides))

@@ -2,11 +2,13 @@
 
     python -m tests.benchmark speed                    milliseconds of each stage, beside a bound
     python -m tests.benchmark compare --data D [D ..]  couplings and other detectors, side by side
+    python -m tests.benchmark strength --data D [D ..] worst transport of any strength, rFM, OT-CFM
     python -m tests.benchmark ablation --data D [D ..] what each setting of the recipe is worth
 
 Figures are image AUROC / pixel AUROC / AUPRO in percent, mean +- standard deviation over --seeds.
-Features are extracted once; every method has the same ones, but for PatchCore and PaDiM, which have
-their own grid and no whitening.
+false_alarms, found: percent of the good and of the defective test images that are above the 99 %
+quantile of Detector.normal_scores. Features are extracted once; every method has the same ones, but
+for PatchCore and PaDiM, which have their own grid and no whitening.
 """
 
 import resource
@@ -39,61 +41,90 @@ class Sample(NamedTuple):
     sizes: list
 
 
-def read_samples(roots, recipe):
-    """A Sample of each category of the data sets under `roots`, one at a time."""
-    for root in roots:
-        for category in evaluate.read_dataset(root)[1]:
-            if not category.test:
-                raise InputError(f"{root}: {category.name} has no test images: nothing to measure")
-            own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
-            detector = Detector(own)
-            train, _ = evaluate.extract(detector, category.train)
-            test, sizes = evaluate.extract(detector, [item.path for item in category.test])
-            yield Sample(category, own, train, test, sizes)
+FEATURES = ("backbone", "image_size", "aspect", "strides", "cell")  # settings of the extractor
 
 
-def own_settings(recipe):
-    """What recipe_for took from the images of a category."""
-    return {name: getattr(recipe, name) for name in ("image_size", "aspect", "steps")}
+def read_sample(category, recipe):
+    """The Sample of a category. Raises InputError if there is nothing to measure."""
+    if not category.test:
+        raise InputError(f"{category.name}: no test images: nothing to measure")
+    own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
+    detector = Detector(own)
+    train, _ = evaluate.extract(detector, category.train)
+    test, sizes = evaluate.extract(detector, [item.path for item in category.test])
+    return Sample(category, own, train, test, sizes)
+
+
+def categories_in(roots):
+    """The categories of the data sets under `roots`."""
+    return [category for root in roots for category in evaluate.read_dataset(root)[1]]
+
+
+def in_place_of(recipe, sample):
+    """A recipe with what the features of a sample were made with."""
+    return replace(recipe, **{name: getattr(sample.recipe, name) for name in FEATURES})
 
 
 def figures(sample, maps, scores):
-    """The row of a method's maps (n, N, N) and image scores (n,)."""
+    """The row of a method's maps (n, H, W) and image scores (n,)."""
     row = evaluate.measure(sample.category, maps, scores.double().numpy(), sample.sizes)
     return {name: row[name] for name in FIGURES}
 
 
-def train_flow(sample, recipe, seed):
-    """A detector fitted to a sample's training features."""
-    detector = Detector(recipe)
-    detector.fit_whitening(sample.train)
-    x_0 = detector.normalise(sample.train)
-    wtflow.train_field(detector, x_0, seed)
-    detector.calibrate(x_0)
-    return detector
+def verdicts(sample, scores, normal_scores):
+    """False alarms and found defects in percent, at 1 % of the scores of good training images."""
+    threshold = np.quantile(normal_scores.numpy(), 0.99, method="higher")
+    flagged = scores.numpy() > threshold
+    bad = np.array([item.kind != "good" for item in sample.category.test])
+    row = {"false_alarms": flagged[~bad], "found": flagged[bad]}
+    return {name: 100 * v.mean() if len(v) else None for name, v in row.items()}
 
 
-def flow(sample, recipe, seed):
-    """Figures, training seconds, milliseconds per test image and MiB of WT-Flow under a recipe."""
-    began = time.perf_counter()
-    detector = train_flow(sample, recipe, seed)
-    trained = time.perf_counter()
-    maps, scores = detector.score(detector.normalise(sample.test))
-    done = time.perf_counter()
-    kept = sum(v.numel() * v.element_size() for v in detector.state_dict().values())
-    return {
-        **figures(sample, maps, scores),
-        "train_s": trained - began,
-        "ms_per_image": 1000 * (done - trained) / len(sample.test),
-        "mib": kept / MIB,
-    }
+SCORING = ("from_landing", "calibrate", "prior", "score", "smooth")  # nothing is trained for these
+
+
+def flows(sample, recipes, seed):
+    """The row of WT-Flow under each recipe: figures, verdicts, seconds, milliseconds, MiB.
+
+    Recipes that differ in nothing but SCORING share one training.
+    """
+    fields, rows = {}, []
+    for recipe in recipes:
+        recipe = in_place_of(recipe, sample)
+        began = time.perf_counter()
+        detector = Detector(recipe)
+        detector.fit_whitening(sample.train)
+        x_0 = detector.normalise(sample.train)
+        as_trained = replace(recipe, **{name: getattr(Recipe(), name) for name in SCORING})
+        if as_trained not in fields:
+            wtflow.train_field(detector, x_0, seed)
+            took = time.perf_counter() - began
+            fields[as_trained] = detector.field, detector.fold_fields, took
+            began = time.perf_counter()
+        detector.field, fold_fields, took = fields[as_trained]
+        detector.fold_fields = [*fold_fields]
+        detector.calibrate(x_0)
+        took += time.perf_counter() - began
+
+        began = time.perf_counter()
+        maps, scores = detector.score(detector.normalise(sample.test))
+        per_image = 1000 * (time.perf_counter() - began) / len(sample.test)
+        rows.append(figures(sample, maps, scores))
+        rows[-1] |= verdicts(sample, scores, detector.normal_scores)
+        rows[-1] |= {"train_s": took, "ms_per_image": per_image}
+        rows[-1]["mib"] = mib(detector.state_dict().values())
+    return rows
+
+
+def mib(tensors):
+    return sum(v.numel() * v.element_size() for v in tensors) / MIB
 
 
 def mean_and_spread(rows):
     """One row of text, "mean +- standard deviation", from a row for each seed."""
     merged = {}
     for name in rows[0]:
-        values = [row[name] for row in rows if row[name] is not None]  # no masks, no pixel figures
+        values = [row[name] for row in rows if row.get(name) is not None]  # no masks: none
         merged[name] = f"{np.mean(values):.2f}" if values else ""
         if len(values) > 1 and name in FIGURES:
             merged[name] += f" +- {np.std(values, ddof=1):.2f}"
@@ -249,26 +280,57 @@ def fit_mahalanobis(sample, seed):
     detector.fit_whitening(sample.train)
     detector.calibrate(detector.normalise(sample.train))
     kept = detector.state_dict().values()
-    return lambda: detector.score(detector.normalise(sample.test)), kept
+    return lambda: detector.score(detector.normalise(sample.test)), kept, detector.normal_scores
 
 
 def timed(sample, fit, seed):
     """The row of another detector: fit(sample, seed) -> (function without arguments, tensors)."""
     began = time.perf_counter()
-    score, kept = fit(sample, seed)
+    score, kept, *normal_scores = fit(sample, seed)
     trained = time.perf_counter()
     maps, scores = score()
     done = time.perf_counter()
+    row = figures(sample, maps, scores)
+    if normal_scores:
+        row |= verdicts(sample, scores, *normal_scores)
     return {
-        **figures(sample, maps, scores),
+        **row,
         "train_s": trained - began,
         "ms_per_image": 1000 * (done - trained) / len(sample.test),
-        "mib": sum(v.numel() * v.element_size() for v in kept) / MIB,
+        "mib": mib(kept),
     }
 
 
 # ---- 3. Side by side, and one setting at a time --------------------------------------------------
-COLUMNS = ("category", "method", *FIGURES, "train_s", "ms_per_image", "mib")
+COLUMNS = (
+    *("category", "method", *FIGURES, "false_alarms", "found"),
+    *("train_s", "ms_per_image", "mib"),
+)
+COUPLINGS = {
+    "WT-Flow": {},
+    "rFM": {"coupling": "independent"},
+    "OT-CFM": {"coupling": "optimal"},
+}
+OTHERS = {
+    "PatchCore 1 %": partial(fit_patchcore, share=0.01),
+    "PatchCore 10 %": partial(fit_patchcore, share=0.1),
+    "PaDiM": fit_padim,
+}
+
+
+def table_of(category, named_rows):
+    """Rows of text from {method: [row of each seed]}."""
+    return [
+        {**dict.fromkeys(COLUMNS), "category": category.name, "method": name}
+        | mean_and_spread(rows)
+        for name, rows in named_rows.items()
+    ]
+
+
+def flow_rows(sample, named_recipes, seeds):
+    """{name: [row of each seed]} of WT-Flow under each recipe."""
+    by_seed = [flows(sample, named_recipes.values(), seed) for seed in seeds]
+    return dict(zip(named_recipes, map(list, zip(*by_seed, strict=True)), strict=True))
 
 
 def compare(args):
@@ -277,67 +339,113 @@ def compare(args):
     PatchCore and PaDiM twice: on what they are usually given, and on the images and the grid that
     WT-Flow has.
     """
-    recipe = Recipe()
-    flows = {
-        "WT-Flow": recipe,
-        "rFM": replace(recipe, coupling="independent"),
-        "OT-CFM": replace(recipe, coupling="optimal"),
-    }
-    others = {
-        "PatchCore 1 %": partial(fit_patchcore, share=0.01),
-        "PatchCore 10 %": partial(fit_patchcore, share=0.1),
-        "PaDiM": fit_padim,
-    }
-    usual = read_samples(args.data, USUAL)
-    for sample, usual_sample in zip(read_samples(args.data, recipe), usual, strict=True):
-        table = []
+    for category in categories_in(args.data):
+        sample = read_sample(category, Recipe())
+        recipes = {name: replace(Recipe(), **changes) for name, changes in COUPLINGS.items()}
+        rows = flow_rows(sample, recipes, args.seeds)
+        rows["Mahalanobis, no field"] = [timed(sample, fit_mahalanobis, 0)]
+        for ending, given in ((", 256 px", read_sample(category, USUAL)), ("", sample)):
+            for name, fit in OTHERS.items():
+                seeds = args.seeds[:1] if fit is fit_padim else args.seeds
+                rows[name + ending] = [timed(given, fit, seed) for seed in seeds]
+        evaluate.print_table(COLUMNS, table_of(category, rows))
 
-        def add(name, rows, category=sample.category.name, table=table):
-            table.append({"category": category, "method": name, **mean_and_spread(rows)})
 
-        for name, changed in flows.items():
-            changed = replace(changed, **own_settings(sample.recipe))
-            add(name, [flow(sample, changed, seed) for seed in args.seeds])
-        add("Mahalanobis, no field", [timed(sample, fit_mahalanobis, 0)])
-        for name, fit in others.items():
-            seeds = args.seeds[:1] if fit is fit_padim else args.seeds
-            add(f"{name}, 256 px", [timed(usual_sample, fit, seed) for seed in seeds])
-            add(name, [timed(sample, fit, seed) for seed in seeds])
-        evaluate.print_table(COLUMNS, table)
+def strength(args):
+    """Print rFM, worst transport of growing strength and OT-CFM, told t or not, calibrated or not.
+
+    And, with --released, the same couplings under the released recipe at a width that trains here.
+    """
+    couplings = {f"worst {rho}": {"strength": rho} for rho in (-0.5, 0.5, 0.9, 0.97)}
+    couplings |= {"rFM": {"coupling": "independent"}, "OT-CFM": {"coupling": "optimal"}}
+    settings = {
+        f"{'told t' if told_t else 'not told t'}, {'calibrated' if calibrate else 'plain'}": {
+            "told_t": told_t,
+            "calibrate": calibrate,
+        }
+        for told_t in (False, True)
+        for calibrate in (True, False)
+    }
+    base = Recipe()
+    if args.released:
+        settings = {"released": {}}
+        base = replace(PAPER, backbone=Recipe().backbone, base=64, strides=(16,))
+    recipes = {
+        f"{name}, {setting}": replace(base, **changes, **more)
+        for setting, more in settings.items()
+        for name, changes in couplings.items()
+    }
+    for category in categories_in(args.data):
+        sample = read_sample(category, base)
+        recipes = {name: replace(r, steps=sample.recipe.steps) for name, r in recipes.items()}
+        rows = flow_rows(sample, recipes, args.seeds)
+        evaluate.print_table(COLUMNS, table_of(category, rows))
 
 
 # A change of the default in each row; `train.py --set NAME=VALUE` makes the same change.
 ABLATION = (
     {},
     {"strength": 0.0},
-    {"coupling": "optimal"},
-    {"coupling": "candidates", "strength": 64},
+    {"strength": 0.5},
     {"from_landing": False},
-    {"energy": 1.0},
     {"calibrate": False},
     {"prior": 1.0},
-    {"prior": 10.0},
-    {"told_t": True},
+    {"prior": 4.0},
+    {"smooth": 0.8},
+    {"folds": 0},
     {"t_max": 0.05},
+    {"base": 768, "steps": 800},
     {"aspect": 1.0},
-    {"image_size": 256},
     {"strides": (8, 16)},
-    {"cell": 16, "smooth": 0.4},
-    {"base": 768, "steps": 750},
+    {"cell": 16, "smooth": 0.2},
+    {"image_size": 256},
 )
 
 
 def ablation(args):
-    """Print what each change of the default does on each category."""
-    table = []
-    for changes in ABLATION:
-        recipe = replace(Recipe(), **changes)
-        name = " ".join(f"{k}={v}" for k, v in changes.items()) or "the default"
-        for sample in read_samples(args.data, recipe):
-            rows = [flow(sample, sample.recipe, seed) for seed in args.seeds]
-            table.append({"category": sample.category.name, "method": name})
-            table[-1] |= mean_and_spread(rows)
-    evaluate.print_table(COLUMNS, sorted(table, key=lambda row: row["category"]))
+    """Print what each change of the default does, then what a choice among them can be trusted for.
+
+    Leave one set out: the change of the best mean of image AUROC and AUPRO over all categories but
+    one, and its figures on that one.
+    """
+    names = [" ".join(f"{k}={v}" for k, v in c.items()) or "the default" for c in ABLATION]
+    measured = {}  # (category, change): figures, means over seeds
+    for category in categories_in(args.data):
+        table, samples = {}, {}
+        for name, changes in zip(names, ABLATION, strict=True):
+            recipe = replace(Recipe(), **changes)
+            features = tuple(getattr(recipe, setting) for setting in FEATURES)
+            samples.setdefault(features, {})[name] = recipe
+        for recipes in samples.values():  # one extraction for all that share it
+            sample = read_sample(category, next(iter(recipes.values())))
+            table |= flow_rows(sample, recipes, args.seeds)
+        evaluate.print_table(COLUMNS, table_of(category, {name: table[name] for name in names}))
+        for name in names:
+            rows = table[name]
+            measured[category.name, name] = {k: np.mean([r[k] for r in rows]) for k in FIGURES}
+    left_out = leave_one_out(sorted({category for category, _ in measured}), names, measured)
+    if left_out:
+        evaluate.print_table(("left_out", "chosen_on_the_others", *FIGURES), left_out)
+
+
+def leave_one_out(categories, names, measured):
+    """For each category the change that is best on all others, and its figures there; their mean.
+
+    measured: {(category, change): {figure: percent}}. None if there are not two categories.
+    """
+    if len(categories) < 2:
+        return None
+    rows = []
+    for left in categories:
+
+        def merit(name, left=left):
+            others = [measured[c, name] for c in categories if c != left]
+            return np.mean([row["image_auroc"] + row["aupro"] for row in others])
+
+        best = max(names, key=merit)
+        rows.append({"left_out": left, "chosen_on_the_others": best, **measured[left, best]})
+    mean = {name: np.mean([row[name] for row in rows]) for name in FIGURES}
+    return [*rows, {"left_out": "mean", "chosen_on_the_others": None, **mean}]
 
 
 # ---- 4. Speed ------------------------------------------------------------------------------------
@@ -383,7 +491,7 @@ def stages(detector, images):
         (f"images to maps, {size} px", lambda: detector(images), total),
         ("  extractor", lambda: detector.features(images), count(detector.extractor)),
         ("  normalisation", lambda: detector.normalise(features), 0),
-        ("  flow, one step", lambda: detector.transport(x_0), count(detector.field)),
+        ("  flow, one step", lambda: detector.arrival(x_0), count(detector.field)),
         ("  flow, calibration, log p", lambda: detector.log_p(x_0), count(detector.field)),
         ("  map and score", lambda: detector.read(log_p), 0),
     )
@@ -435,14 +543,16 @@ def speed(args):
 def main(argv=None):
     parser = evaluate.OneLineParser(prog="python -m tests.benchmark", description=__doc__)
     add = parser.add_argument
-    add("what", choices=("speed", "compare", "ablation"))
+    commands = {"speed": speed, "compare": compare, "strength": strength, "ablation": ablation}
+    add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for speed")
+    add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)
     if args.what != "speed" and not args.data:
         raise InputError(f"{args.what}: give --data, the data sets to measure on")
-    {"speed": speed, "compare": compare, "ablation": ablation}[args.what](args)
+    commands[args.what](args)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,56 @@ def test_compare_has_every_method_with_its_spread(tmp_path, quick):
         assert "+-" not in line
 
 
-def test_ablation_has_the_default_and_every_change(tmp_path, quick, monkeypatch):
+def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
     changes = ({}, {"calibrate": False}, {"strength": 0.0})
     monkeypatch.setattr(benchmark, "ABLATION", changes)
-    data = make_mvtec(tmp_path / "d")
+    data = make_mvtec(tmp_path / "d", ("bolt", "nut"))
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
+    by_category, chosen = result.stdout.split("left_out")
     for name in ("the default", "calibrate=False", "strength=0.0"):
-        assert result.stdout.count(name) == 1
+        assert by_category.count(name) == 2
+    assert [line.split()[0] for line in chosen.splitlines()[1:]] == ["bolt", "nut", "mean"]
+
+
+def test_one_set_is_left_out_of_the_choice():
+    """ "a" is best on x alone, "b" on y and z: z and y are judged by what the other two prefer."""
+    merits = {"x": (9, 1), "y": (2, 3), "z": (0, 7)}
+    measured = {
+        (c, name): {"image_auroc": m, "pixel_auroc": 0.0, "aupro": m}
+        for c, both in merits.items()
+        for name, m in zip("ab", both, strict=True)
+    }
+    rows = benchmark.leave_one_out([*"xyz"], [*"ab"], measured)
+    assert [row["chosen_on_the_others"] for row in rows[:3]] == ["b", "a", "a"]
+    assert [row["aupro"] for row in rows] == [1, 2, 0, 1]
+    assert benchmark.leave_one_out(["x"], [*"ab"], measured) is None
+
+
+def test_strength_has_every_coupling_told_t_or_not(tmp_path, quick):
+    data = make_mvtec(tmp_path / "d")
+    result = succeeds(run("benchmark.py", "strength", "--data", data, "--seeds", 0))
+    assert len(result.stdout.splitlines()) == 1 + 6 * 4
+    for name in ("worst 0.97, told t, plain", "OT-CFM, not told t, calibrated"):
+        assert result.stdout.count(f" {name}  ") == 1
+
+
+def test_recipes_that_differ_in_scoring_share_a_training(tmp_path, quick, monkeypatch):
+    (category,) = benchmark.categories_in([make_mvtec(tmp_path / "d")])
+    recipe = benchmark.Recipe()
+    sample = benchmark.read_sample(category, recipe)
+    train, trained = benchmark.wtflow.train_field, []
+
+    def counted(*args):
+        trained.append(1)
+        train(*args)
+
+    monkeypatch.setattr(benchmark.wtflow, "train_field", counted)
+    recipes = [recipe, replace(recipe, prior=9.0), replace(recipe, t_max=0.5)]
+    rows = benchmark.flows(sample, recipes, 0)
+    assert len(trained) == 2
+    alone = benchmark.flows(sample, recipes[1:2], 0)[0]
+    assert all(rows[1][name] == alone[name] for name in benchmark.FIGURES)
+    assert rows[0] != rows[1]
 
 
 def test_benchmarks_say_what_is_missing(tmp_path):

@@ -41,7 +41,7 @@ def tiny(**changes):
         (dict(strength=1.5), "at least -1 and at most 1"),
         (dict(strength=0.5, coupling="candidates"), "at least 1"),
         (dict(t_max=0.0), "at most 1"),
-        (dict(energy=0.0), "at least 0.1"),
+        (dict(t_max=0.0), "at least 1e-06"),
         (dict(smooth=-1.0), "at least 0"),
         (dict(lr=float("nan")), "at least 0"),
     ],
@@ -186,15 +186,6 @@ def test_whitening_survives_degenerate_sets(kind):
     assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(x, mean, W)).all()
 
 
-def test_energy_draws_to_the_shell_and_comes_back():
-    x = gaussian((5, 7, 3, 2)) * torch.tensor([0.2, 3.0]).view(1, 1, 1, 2)
-    on_shell = wtflow.rescale(x, -1)
-    assert torch.allclose(on_shell.square().sum(1), torch.tensor(7.0))
-    half = wtflow.rescale(x, -0.5)
-    assert torch.allclose(wtflow.relative_norm(half), wtflow.relative_norm(x) ** 0.5)
-    assert torch.allclose(half * wtflow.relative_norm(half), x, rtol=1e-5)
-
-
 # ---- calibration -------------------------------------------------------------------------------
 class Still(nn.Module):
     """v = 0, so that x1_hat = x_0."""
@@ -220,11 +211,11 @@ def test_blocks_hold_every_cell_once_and_come_back():
     assert torch.equal(wtflow.from_blocks(blocks[..., 1], 5, 4), x[:, 1])
 
 
-def test_the_law_of_each_place_is_its_own_mean_and_covariance():
+def test_the_law_of_each_place_is_its_own_mean_and_covariance(monkeypatch):
     x = 2 * gaussian((40, 3, 4, 4)) + gaussian((1, 3, 4, 4), 1)
-    n, mean, S = wtflow.fit_blocks(x.split(7))
+    monkeypatch.setattr(wtflow, "PART", 7)
+    mean, S = wtflow.fit_blocks(x)
     _, by_hand, covariance = gaussian_law(x, 0)
-    assert n == 40
     assert np.allclose(mean, by_hand, atol=1e-5) and np.allclose(S, covariance, atol=1e-4)
 
 
@@ -237,8 +228,8 @@ def test_covariances_are_drawn_to_their_mean_as_by_prior_d_images():
 
 def test_distance_is_that_of_mahalanobis():
     x = gaussian((9, 3, 4, 6))
-    n, mean, S = wtflow.fit_blocks([x])
-    drawn = wtflow.towards_pooled(S, n, 1.0)
+    mean, S = wtflow.fit_blocks(x)
+    drawn = wtflow.towards_pooled(S, 9, 1.0)
     y = wtflow.block_distance(x, mean, wtflow.inverse_factor(drawn))
     e = wtflow.to_blocks(x)[4, 2, 3] - mean[4, 3]  # block row 1, column 1; its last cell
     by_hand = e @ torch.linalg.inv(drawn[4]) @ e / 3
@@ -249,13 +240,13 @@ def test_left_out_distances_are_those_of_a_law_fitted_without_the_image():
     """Beside fitting n times, with the pooled covariance of all images."""
     n, d, prior = 7, 3, 0.8
     x = gaussian((n, d, 4, 4)) * 2 + 1
-    _, mean, S = wtflow.fit_blocks([x])
-    y = torch.cat([*wtflow.left_out_distance(x.split(3), n, mean, S, prior)])
+    mean, S = wtflow.fit_blocks(x)
+    y = wtflow.left_out_distance(x, mean, S, prior)
     pooled = wtflow.towards_pooled(S, 0, 1.0)[0]  # r = 1
     r = prior * d / (prior * d + n - 1)
     for k in range(n):
         others = torch.cat([x[:k], x[k + 1 :]])
-        _, mean_k, S_k = wtflow.fit_blocks([others])
+        mean_k, S_k = wtflow.fit_blocks(others)
         W_k = wtflow.inverse_factor((1 - r) * S_k + r * pooled)
         refitted = wtflow.block_distance(x[k : k + 1], mean_k, W_k)[0]
         assert torch.allclose(y[k], refitted, rtol=1e-3)
@@ -264,13 +255,11 @@ def test_left_out_distances_are_those_of_a_law_fitted_without_the_image():
 def test_calibration_measures_in_units_of_where_normal_features_land():
     """With v = 0, landing at the origin: the mean of -2 log p of good features is near 1."""
     x_0 = 3 * gaussian((3000, 4, 4, 4)) + 5
-    plain, calibrated = (
-        Detector(tiny(calibrate=c, from_landing=False, energy=1.0)) for c in (False, True)
-    )
+    plain, calibrated = (Detector(tiny(calibrate=c, from_landing=False)) for c in (False, True))
     means = []
     for detector in (plain, calibrated):
         detector.field = Still()
-        detector.calibrate(x_0)
+        detector.calibrate(x_0.clone())
         means.append(-2 * detector.log_p(x_0).mean().item())
     assert means[0] == pytest.approx(34, rel=0.05)  # |x_0|^2 / d = 9 + 25; standard error 0.05
     assert means[1] == pytest.approx(1, rel=0.02)  # standard error 0.003
@@ -287,7 +276,7 @@ def test_scores_of_good_images_are_those_that_new_ones_have():
     detector.field = Still()
     x_0 = gaussian((240, 176, 8, 8))
     known, new = x_0[:40], x_0[40:]
-    detector.calibrate(known)
+    detector.calibrate(known.clone())
     scores = detector.score(new)[1]
     left_out = detector.normal_scores
     error = (scores.var() / 200 + left_out.var() / 40).sqrt().item()
@@ -295,6 +284,49 @@ def test_scores_of_good_images_are_those_that_new_ones_have():
     bias = 176 / (40 * 64) / 2 * scores.mean().item()
     assert abs(scores.mean().item() - bias - left_out.mean().item()) < 4 * error
     assert scores.mean().item() - detector.score(known)[1].mean().item() > 8 * error
+
+
+class Scaled(nn.Module):
+    """v = (c - 1) x, so that x1_hat = c x_0."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+
+    def forward(self, x, t):
+        return (self.c - 1) * x
+
+
+def test_each_image_is_judged_by_the_field_of_its_fold():
+    """With fields that scale by 1 and by 3: what is kept of image k is that of fold k % 2."""
+    detector = Detector(tiny(from_landing=False, calibrate=False))
+    x_0 = gaussian((7, 176, 4, 4))
+    detector.fold_fields, detector.field = [Scaled(1.0), Scaled(3.0)], Scaled(5.0)
+    left = x_0.clone()
+    detector.calibrate(left)
+    scale = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0]).view(7, 1, 1, 1)
+    assert torch.allclose(left, scale * x_0) and not detector.fold_fields
+    own = detector.score(x_0)[1]  # by the field of all images
+    assert torch.allclose(detector.normal_scores * 5 / scale.flatten(), own, rtol=1e-5)
+
+
+def test_no_field_of_a_fold_has_seen_its_images():
+    sets = wtflow.training_sets(Recipe(folds=3), 11)
+    assert len(sets) == 4 and sets[-1].tolist() == list(range(11))
+    for k, images in enumerate(sets[:-1]):
+        assert images.tolist() == [i for i in range(11) if i % 3 != k]
+    assert [len(s) for s in wtflow.training_sets(Recipe(folds=2), 3)] == [3]  # too few to leave out
+    detector, used = Detector(tiny(folds=2)), []
+
+    def loss(field, batch, *args, **options):
+        used.append(set(batch[:, 0].tolist()))
+        return field(batch, None).square().mean(1)
+
+    x_0 = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 176, 2, 2)  # channels name the image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wtflow, "flow_matching_loss", loss)
+        wtflow.train_field(detector, x_0, 0)
+    assert [set.union(*used[k : k + 4]) for k in (0, 4, 8)] == [{1, 3, 5}, {0, 2, 4}, {*range(6)}]
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -449,15 +481,22 @@ def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
     x_0 = gaussian((4, 176, 4, 4))
     states, steps, detector = [], [], Detector(tiny())
 
-    def save(state):
-        states.append({k: v if k == "step" else clone(v) for k, v in state.items()})
+    def report(step, total, loss):
+        steps.append((step, total))
 
-    wtflow.train_field(detector, x_0, 3, lambda step, loss: steps.append(step), save)
-    whole = detector.field.state_dict()
-    assert [state["step"] for state in states] == [1, 2, 3, 4] and steps == [1, 4]
+    wtflow.train_field(detector, x_0, 3, report, lambda state: states.append(clone(state)))
+    whole = [field.state_dict() for field in (*detector.fold_fields, detector.field)]
+    assert [state["running"]["step"] for state in states] == [1, 2, 3, 4] * 3
+    assert steps == [(1, 12), (4, 12), (5, 12), (8, 12), (9, 12), (12, 12)]
     for state in states:
         wtflow.train_field(detector, x_0, 3, state=state)
-        assert all(torch.equal(v, whole[k]) for k, v in detector.field.state_dict().items())
+        fields = (*detector.fold_fields, detector.field)
+        for field, of_whole in zip(fields, whole, strict=True):
+            assert same_values(field.state_dict(), of_whole)
+
+
+def same_values(one, other):
+    return all(torch.equal(v, other[name]) for name, v in one.items())
 
 
 def clone(value):
@@ -466,6 +505,8 @@ def clone(value):
         return value.clone()
     if isinstance(value, dict):
         return {k: clone(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [clone(v) for v in value]
     return value
 
 
