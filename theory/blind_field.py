@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from scipy.integrate import quad
-from scipy.special import gammaln
+from scipy.special import gamma, gammaln
 from scipy.stats import chi
 
 import wtflow
@@ -76,12 +76,22 @@ def time_at_radius(r, d, s, t_max, rho):
 
 
 def edge(delta, s, m):
-    """|v| for thickness s in the limit of large m, s << delta / sqrt(m) << 1 (B1).
+    """|v| for thickness s as m grows, while s and delta / sqrt(m) are small (B1).
 
     sqrt(m) sqrt(1 - m s^2 / delta^2) from delta = s sqrt(m) on, 0 before: the jump of a subspace
     has become a slope.
     """
     return (m * np.maximum(1 - m * s**2 / np.asarray(delta, float) ** 2, 0)) ** 0.5
+
+
+def edge_slope(s, m):
+    """Slope of v at delta = s sqrt(m) in the same limit, where edge has a kink (B1).
+
+    0.313 m^(1/4) / s: (Gamma(1) - Gamma(1/2) Gamma(3/4) / Gamma(1/4)) / Gamma(1/4) times
+    sqrt(8) m^(1/4) / s.
+    """
+    moments = gamma(1) - gamma(0.5) * gamma(0.75) / gamma(0.25)
+    return 8**0.5 * moments / gamma(0.25) * m**0.25 / s
 
 
 # ---- Estimators -------------------------------------------------------------------------------
@@ -158,6 +168,11 @@ def rows_B1(generator):
         what = f"v across data of thickness {s:g}, m={m}, off by {y:g} s sqrt(m)"
         predicted = np.interp(radii, *on_grid(radii, m, (s,))).mean()
         yield Row("B1", what, predicted, *mean_se(velocity))
+    s, m = 0.001, 1000
+    below, above = radial_field(s * m**0.5 * np.array([0.999, 1.001]), m, (s,))
+    slope = (above - below) / (0.002 * s * m**0.5)
+    what = f"slope of v at s sqrt(m), thickness {s:g}, m={m} (limit)"
+    yield Row("B1", what, edge_slope(s, m), slope)
 
 
 def on_grid(radii, d, scales, t_max=1.0):
@@ -184,7 +199,7 @@ def rows_B3(generator):
     """Rows for B3: where the blind field sends the two scales and what lies between."""
     d = 16
     scales = (BACKGROUND, OBJECT)
-    x_0 = scales_mixture(2 * SAMPLES, d, scales, generator)
+    x_0 = scales_mixture(8 * SAMPLES, d, scales, generator)
     x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
     for s, name in ((BACKGROUND, "background"), (0.85, "between"), (OBJECT, "object")):
         radii, velocity = in_shell(x_t, u, 0.95 * s * d**0.5, 1.05 * s * d**0.5)

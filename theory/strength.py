@@ -128,7 +128,7 @@ def rows_W5(z, generator):
     yield Row("W5", what, candidate_energy(256, d), *mean_se(energy))
     for rho, size in ((0.7, 16), (0.5, 152)):
         n = candidates(rho, size)
-        what = f"a_n of {n:.3g} candidates for rho={rho}, d={size}"
+        what = f"a_n of {n:.3g} candidates for rho={rho}, d={size} (limit)"
         yield Row("W5", what, rho * size**0.5, a_n(n))
     probability = np.linspace(0, 1, 20_002)[1:-1]
     radii = [energy_law(rho, 152).ppf(probability) ** 0.5 for rho in (0.9, 0.0)]
