@@ -266,9 +266,7 @@ def test_B1_point_field():
     x_0 = torch.zeros(256, d)
     for _ in range(250):
         optimiser.zero_grad()
-        loss = wtflow.flow_matching_loss(
-            v_theta, torch.zeros(256, d), wtflow.independent, generator
-        )
+        loss = wtflow.flow_matching_loss(v_theta, x_0, wtflow.independent, generator)
         loss.mean().backward()
         optimiser.step()
     v_theta.eval().requires_grad_(False)
