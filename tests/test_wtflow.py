@@ -563,6 +563,28 @@ def test_efficientnet_lite0_agrees_with_its_reference():
     close(levels[32].std(unbiased=False), LITE0[15][1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "wide_resnet50_2"])
+def test_folded_normalisations_leave_the_features_as_they_are(backbone):
+    """In float64, with statistics that are not those of an untrained network."""
+    torch.manual_seed(0)
+    wide = backbone == "wide_resnet50_2"
+    net = wtflow.WideResNet50() if wide else wtflow.EfficientNetLite(backbone)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(0.5, 2)
+            module.bias.normal_()
+    net = net.double().eval()
+    x = 255 * torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    before = net(x, (4, 8, 16))
+    wtflow.fold_batch_norms(net)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    for stride, y in net(x, (4, 8, 16)).items():
+        assert torch.allclose(y, before[stride], rtol=1e-9, atol=1e-9)
+
+
 def fill(state):
     """The recorded rule for weights: cosines of the position of the key and of the entry."""
     for i, key in enumerate(sorted(state)):
