@@ -16,7 +16,8 @@ import torch
 class Row(NamedTuple):
     """One line of the table.
 
-    se: standard error of `measured`, 0 where it is exact up to rounding or quadrature.
+    predicted: nan where no closed form is known. se: standard error of `measured`, 0 where it is
+    exact up to rounding or quadrature.
     """
 
     claim: str

@@ -1,6 +1,7 @@
 """python -m theory [--out DIR]: a table of all claims, predicted beside measured; the figures."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ CLAIMS = (singularity, concentration, worst_transport, strength, blind_field)
 
 
 def line(row):
-    """A Row as a line of the table; the relative error of a predicted 0 is a dash."""
+    """A Row as a line of the table; the relative error of a predicted 0 or nan is a dash."""
     numbers = f"{row.predicted:11.5g} {row.measured:11.5g}"
-    relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if row.predicted else f"{'-':>10}"
+    known = row.predicted != 0 and not math.isnan(row.predicted)
+    relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if known else f"{'-':>10}"
     return f"{row.claim:5} {row.what:66} {numbers} {relative} {row.se:10.1e}"
 
 

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ive
+from scipy.special import ive, softmax
 from torch import nn
 
 import wtflow
 from theory import Row, mean_se
 from theory.blind_field import BACKGROUND, OBJECT, radial_field
 from theory.singularity import slope
+from theory.strength import mismatch
 from theory.worst_transport import gaussian_coupling
 
 # Data. RADIUS = sqrt(D), so that m2 = d for the circle as for N(0, I).
@@ -38,10 +39,11 @@ STRENGTHS = (-0.9, 0.0, 0.5, 0.9, 0.97)
 REPEATS = 3
 EDGES = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0])
 POINTS = 2000  # measured in each bin of t and of each kind
+EARLY = 0.05
 MODES = {  # whether the field is told t; the range of t
     "told t": (True, 1.0),
     "not told t": (False, 1.0),
-    "t < 0.05": (False, 0.05),
+    f"t < {EARLY}": (False, EARLY),
 }
 
 
@@ -52,14 +54,29 @@ def circle_field(x, t):
     E[x_0 | x_t = x] = RADIUS I_1(k) / I_0(k) y/|y| (the mean of a von Mises law), y the part of x
     in the plane of the circle, k = (1-t) RADIUS |y| / t^2, I_0 and I_1 modified Bessel functions.
     """
-    t = np.asarray(t)
-    plane = x[:, :2]
-    radius = np.linalg.norm(plane, axis=1)
-    k = (1 - t) * RADIUS * radius / t**2
-    shrink = RADIUS * ive(1, k) / ive(0, k) / radius
+    t = np.asarray(t)[:, None]
+    return (x - mean_on_circle(x, (1 - t) / t**2)) / t
+
+
+def mean_on_circle(x, power):
+    """E[x_0 | x] (N, D) for x_0 on the circle, weight exp(power <x, x_0>); power (N, 1) or 1."""
     mean = np.zeros_like(x)
-    mean[:, :2] = shrink[:, None] * plane
-    return (x - mean) / t[:, None]
+    radius = np.linalg.norm(x[:, :2], axis=1, keepdims=True)
+    k = power * RADIUS * radius
+    mean[:, :2] = RADIUS * ive(1, k) / ive(0, k) / radius * x[:, :2]
+    return mean
+
+
+def thick_circle_score(x):
+    """grad log q (N, D) of the thick circle: (E[point of the circle | x] - x) / THICKNESS^2."""
+    return (mean_on_circle(x, THICKNESS**-2) - x) / THICKNESS**2
+
+
+def two_scales_score(x):
+    """grad log q (N, d) of the two scales: -x over the scales^2, weighted as they are likely."""
+    scales = np.array([BACKGROUND, OBJECT])
+    log_weights = -(x**2).sum(1, keepdims=True) / (2 * scales**2) - x.shape[1] * np.log(scales)
+    return -x * (softmax(log_weights, axis=1) @ scales**-2)[:, None]
 
 
 def gaussian_field(x, t):
@@ -216,6 +233,31 @@ def auroc(normal, anomalous):
     return float((below + not_above).mean() / 2 / len(ordered))
 
 
+def exact_auroc(data, mode, rho, fit, kind, from_landing):
+    """AUROC of `kind` in the OneStep `fit` if v_theta were exact, nan where that is not known (W6).
+
+    One half if it is told t, as all points land where they are measured from or as far from it;
+    near t = 0 to first order; not told t, by Gauss's law for the two scales and rFM (B3).
+    """
+    landed = []
+    for name in ("normal", kind):
+        x = fit.x[name]
+        centre = np.zeros_like(x) if from_landing else fit.exact[name]
+        if mode == "told t":
+            landed.append(np.linalg.norm(centre, axis=1).round(3))
+        elif mode == f"t < {EARLY}":
+            score = thick_circle_score(x) if data == "circle" else two_scales_score(x)
+            landed.append(np.linalg.norm(centre + mismatch(x, score, rho, EARLY), axis=1))
+        elif mode == "not told t" and data == "two scales" and rho == 0:
+            radius = np.linalg.norm(x, axis=1)
+            grid = np.linspace(radius.min(), radius.max(), 60)
+            velocity = radial_field(grid, x.shape[1], (BACKGROUND, OBJECT))
+            landed.append(np.abs(radius + np.interp(radius, grid, velocity)))
+        else:
+            return np.nan
+    return auroc(*landed)
+
+
 def experiment(data, mode, strengths=STRENGTHS, straight=False, seed=0):
     """(b) {rho: OneStep} of fields trained on `data` (of DATA) in `mode` (of MODES).
 
@@ -271,8 +313,8 @@ def run(seed=0):
 def table(errors, results):
     """Rows for (a) and (b) of what run returns.
 
-    `predicted` is the exact field's value: how far v_theta is from it is the finding. Standard
-    errors are over points in (a), over networks in (b).
+    `predicted` is the exact field's value, nan where it is not known: how far v_theta is from it is
+    the finding. Standard errors are over points in (a), over networks in (b).
     """
     for name, bins in errors.items():
         yield Row("S3", f"learnt: mean square error / d at t < 0.02, {name}", 0, *bins[0])
@@ -284,7 +326,7 @@ def table(errors, results):
     yield from rows_of_energy(results)
     for (data, mode), fields in results.items():
         for rho, fit in fields.items():
-            yield from rows_of_scores(f"{mode}, rho={rho:g}", data, fit)
+            yield from rows_of_scores(data, mode, rho, fit)
 
 
 def rows_of_energy(results):
@@ -298,9 +340,11 @@ def rows_of_energy(results):
             yield Row("B3", what, exact, *mean_se(landed.mean(1)))
 
 
-def rows_of_scores(name, data, fit):
-    """W6: how well the scores of a OneStep tell points from normal ones: 0.5 if exact."""
+def rows_of_scores(data, mode, rho, fit):
+    """W6: how well the scores of a OneStep tell points from normal ones."""
     for kind in {"circle": ("off",), "two scales": ("louder", "between")}[data]:
         for place in ("origin", "landing"):
+            exact = exact_auroc(data, mode, rho, fit, kind, place == "landing")
             area = fit.auroc(kind, place == "landing")
-            yield Row("W6", f"learnt: AUROC, {kind}, from {place}, {name}", 0.5, *area)
+            what = f"learnt: AUROC, {kind}, from {place}, {mode}, rho={rho:g}"
+            yield Row("W6", what, exact, *area)

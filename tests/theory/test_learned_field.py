@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi, kstest
 
 import wtflow
-from theory import blind_field, learned_field, mean_se, singularity
+from theory import blind_field, learned_field, mean_se, normal, singularity, strength
 from theory.learned_field import DATA, EDGES, MODES, POINTS, RADIUS, REPEATS, THICKNESS, D
 from theory.worst_transport import gaussian_coupling
 
@@ -149,6 +149,36 @@ def test_S3_number_of_steps(monkeypatch):
     assert asked == [2 * learned_field.BATCH] * 3
 
 
+def log_thick_circle(x):
+    """log q of the thick circle up to a constant, as 4000 atoms of width THICKNESS."""
+    turn = 2 * np.pi * torch.arange(4000, dtype=x.dtype) / 4000
+    atoms = torch.zeros(4000, D, dtype=x.dtype)
+    atoms[:, 0], atoms[:, 1] = RADIUS * turn.cos(), RADIUS * turn.sin()
+    return torch.logsumexp(-(x[:, None] - atoms).square().sum(-1) / (2 * THICKNESS**2), 1)
+
+
+def log_two_scales(x):
+    scales = torch.tensor([blind_field.BACKGROUND, blind_field.OBJECT], dtype=x.dtype)
+    squares = x.square().sum(1, keepdim=True) / scales**2
+    return torch.logsumexp(-squares / 2 - x.shape[1] * scales.log(), 1)
+
+
+@claim(learned_field.thick_circle_score, learned_field.two_scales_score, examples=4, seed=seeds)
+def test_W6_scores_of_the_data(of_circle, of_scales, seed):
+    """grad log q, by autograd."""
+    for score, log_q in ((of_circle, log_thick_circle), (of_scales, log_two_scales)):
+        x = normal(rng(seed), 4, D).requires_grad_()
+        (gradient,) = torch.autograd.grad(log_q(x).sum(), x)
+        assert np.allclose(score(x.detach().numpy()), gradient, rtol=1e-6, atol=1e-6)
+
+
+test_W6_scores_of_the_data_rejects = rejects(
+    test_W6_scores_of_the_data,
+    of_circle={"sign": lambda x: -learned_field.thick_circle_score(x)},
+    of_scales={"one scale": lambda x: -x},
+)
+
+
 # ---- W5, B3, W6: one step ---------------------------------------------------------------------
 @claim(learned_field.two_scales, examples=4, seed=seeds)
 def test_B3_points(mixture, seed):
@@ -197,6 +227,36 @@ def test_W6_measures_of_one_step():
     assert fit.distance("off", False).tolist() == [[11, 12, 13, 14], [12, 13, 14, 15]]
     assert fit.distance("off", True).tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
     assert fit.auroc("off", False) == (1, 0) and fit.auroc("off", True) == (0.5, 0)
+
+
+def test_W6_auroc_of_the_exact_field():
+    """One half told t; near t = 0 that of W6's first order; not told t that of Gauss's law."""
+    points = DATA["two scales"]
+    x = {kind: points[kind](300, rng(0)).double().numpy() for kind in ("normal", "between")}
+    exact = {kind: -0.9 * 4 * y / np.linalg.norm(y, axis=1)[:, None] for kind, y in x.items()}
+    fit = learned_field.OneStep(x, {}, exact)
+
+    def area(mode, rho, from_landing, data="two scales"):
+        return learned_field.exact_auroc(data, mode, rho, fit, "between", from_landing)
+
+    assert area("told t", 0.9, True) == area("told t", 0.9, False) == 0.5
+    errors = {}
+    for kind, y in x.items():
+        errors[kind] = strength.mismatch(y, learned_field.two_scales_score(y), 0.9, 0.05)
+    by_hand = [np.linalg.norm(errors[kind], axis=1) for kind in x]
+    assert area("t < 0.05", 0.9, True) == learned_field.auroc(*by_hand)
+    by_hand = [np.linalg.norm(errors[kind] + exact[kind], axis=1) for kind in x]
+    assert area("t < 0.05", 0.9, False) == learned_field.auroc(*by_hand)
+    errors = [
+        strength.mismatch(y, learned_field.thick_circle_score(y), 0.9, 0.05) for y in x.values()
+    ]
+    by_hand = [np.linalg.norm(error, axis=1) for error in errors]
+    assert area("t < 0.05", 0.9, True, "circle") == learned_field.auroc(*by_hand)
+    radii = [np.linalg.norm(y, axis=1) for y in x.values()]
+    pair = (blind_field.BACKGROUND, blind_field.OBJECT)
+    by_hand = [np.abs(r + blind_field.radial_field(r, D, pair)) for r in radii]
+    assert area("not told t", 0.0, True) == pytest.approx(learned_field.auroc(*by_hand), abs=0.01)
+    assert np.isnan([area("not told t", 0.9, True), area("not told t", 0.0, True, "circle")]).all()
 
 
 @pytest.fixture
@@ -287,7 +347,11 @@ def test_S3_W5_B3_W6_table():
     scores = [row for row in rows if row.claim == "W6"]
     assert len(scores) == 2 * 2 * (4 + 2 * 4)  # by strength, place, and 1 or 2 kinds in 4 modes
     for row in scores:
-        assert row[2:] == (0.5, 0.5 if "from landing" in row.what else 1, 0)
+        assert row[3:] == (0.5 if "from landing" in row.what else 1, 0)
+    unknown = [row.what for row in scores if np.isnan(row.predicted)]
+    assert len(unknown) == 2 * 2 * (1 + 1 + 2) + 2 * 2  # in two modes; not told t, also at 0.9
+    told = [row.predicted for row in scores if ", told t, rho" in row.what]
+    assert told == [1 if "origin" in row.what else 0.5 for row in scores[: len(told)]]
     energy = [row for row in rows if row.claim == "B3"]
     assert [row.what.endswith(", told t") for row in energy] == [True, False, True, False]
     assert [row.measured for row in energy] == [13] * 4  # 12.5 and 13.5

@@ -93,6 +93,7 @@ def test_seed_0_by_default(function):
     [
         (Row("S1", "constant", 100, 101), ["S1", "constant", "100", "101", "1.0e-02", "0.0e+00"]),
         (Row("W4", "radius", 0, 1.5, 0.2), ["W4", "radius", "0", "1.5", "-", "2.0e-01"]),
+        (Row("W6", "area", np.nan, 0.9), ["W6", "area", "nan", "0.9", "-", "0.0e+00"]),
     ],
 )
 def test_line_of_the_table(row, expected):
