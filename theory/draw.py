@@ -29,7 +29,7 @@ from theory.concentration import (
     shell,
     turning,
 )
-from theory.learned_field import EDGES, MODES, RADIUS, D, initial_radius
+from theory.learned_field import EARLY, EDGES, MODES, RADIUS, D, exact_auroc, initial_radius
 from theory.singularity import (
     ATOM_AXIS,
     ATOM_RADIUS,
@@ -480,11 +480,10 @@ def landing_by_energy(axis, generator):
 
 def landing_by_range(axis, generator):
     """B4: a subspace (solid, dots) keeps its jump below T sqrt(m); two scales contract (dashed)."""
-    d, delta, r = 16, np.geomspace(0.02, 8, 120), np.linspace(0.8, 7.5, 60)
+    d, r = 16, np.linspace(0.8, 7.5, 60)
     for t_max, colour in coloured((1.0, 0.2, 0.05)):
-        axis.plot(
-            delta, delta + displacement(np.minimum(delta, 30 * t_max), d, t_max), color=colour
-        )
+        delta = np.geomspace(0.02, min(8, 30 * t_max), 120)  # further off nothing is seen
+        axis.plot(delta, delta + displacement(delta, d, t_max), color=colour)
         nothing = torch.zeros(60_000, d, dtype=torch.float64)
         points = pairs_at_any_time(nothing, wtflow.independent, generator, t_max)
         edges = np.geomspace(0.03, 6 * t_max, 12)
@@ -660,6 +659,11 @@ def auroc_by_strength(axis, results, data, kind):
         straight = results.get((data, f"{mode}, straight"), {})
         areas = [fit.auroc(kind, True)[0] for fit in straight.values()]
         axis.plot(list(straight), areas, "x", ms=7, color=colour)
+    mode = f"t < {EARLY}"
+    fields = results[data, mode]
+    exact = [exact_auroc(data, mode, rho, fit, kind, True) for rho, fit in fields.items()]
+    label = f"exact, {mode}, to first order"
+    axis.plot(list(fields), exact, "--", color=MODE_COLOURS[mode], label=label)
     axis.plot([], [], ":", color="0.4", label="from the origin")
     axis.plot([], [], "x", color="0.4", label="linear $u_0$")
     axis.set(ylim=(0.1, 1.02), xlabel="strength $\\rho$", ylabel="AUROC")
