@@ -1084,20 +1084,23 @@ def measure_category(category, judged, sizes):
     return row
 
 
-def write_category(folder, category, judged, sizes, args):
-    """scores.csv, pictures, and float maps if they are asked for."""
+def write_scores(folder, category, judged):
+    """scores.csv of a category's test images."""
     rows = [
         score_row(item.path.name, item.kind, verdict)
         for item, verdict in zip(category.test, judged.verdicts, strict=True)
     ]
     if rows:
         write_csv(folder / "scores.csv", SCORES, rows)
+
+
+def write_pictures(folder, category, judged, sizes, args):
+    """Pictures of a category's test images, and float maps if they are asked for."""
     if args.save_maps:
         save_maps(folder.parent, category, judged.maps, sizes)
+    shown = judged.maps, judged.verdicts, sizes, judged.threshold
     with drawing_may_fail():
-        draw_category(
-            folder, category, judged.maps, judged.verdicts, sizes, judged.threshold, args.maps
-        )
+        draw_category(folder, category, *shown, args.maps)
 
 
 def evaluate_run(args, device):
@@ -1118,7 +1121,8 @@ def evaluate_run(args, device):
         row = measure_category(category, judged, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
-        write_category(folder / category.name, category, judged, sizes, args)
+        write_scores(folder / category.name, category, judged)
+        write_pictures(folder / category.name, category, judged, sizes, args)
     write_tables(folder, rows)
 
 
@@ -1193,7 +1197,7 @@ def add_common_options(parser):
     add(
         "--data",
         metavar="DIR",
-        help="data set root or one category's folder (default: %(default)s)",
+        help="data set root or one category's folder (default: train.py makes a demo)",
     )
     add(
         "--category",
@@ -1244,16 +1248,28 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add_common_options(parser)
     add = parser.add_argument
-    add("--run", metavar="DIR", help="folder that train.py wrote: its table again (with --data)")
-    add("--model", metavar="FILE", help="a model.pt (with --image or --export)")
-    add("--image", metavar="PATH", help="an image, or a folder of images at any depth")
+    add(
+        "--run",
+        metavar="DIR",
+        help="folder that train.py wrote: its table again, with --data (default: none)",
+    )
+    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
+    add(
+        "--image",
+        metavar="PATH",
+        help="an image, or a folder of images at any depth (default: none)",
+    )
     add(
         "--out",
         metavar="PATH",
         help="picture of --image FILE (default: NAME_map.png); folder of pictures and scores.csv, "
         "or a FILE.csv, of --image FOLDER (default: none)",
     )
-    add("--export", metavar="FILE.pt2", help="the model as a program of torch.export")
+    add(
+        "--export",
+        metavar="FILE.pt2",
+        help="write the model as a program of torch.export (default: none)",
+    )
     add(
         "--euler-steps",
         type=int,

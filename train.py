@@ -75,10 +75,11 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     row = evaluate.measure_category(category, judged, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
-    # Saving. The model first: a picture that fails costs no training.
+    # Saving. Pictures last: one that fails costs no training.
+    evaluate.write_scores(folder, category, judged)
     evaluate.save_model(model_file, detector, signature=mine, row=row)
     state_file.unlink(missing_ok=True)
-    evaluate.write_category(folder, category, judged, sizes, args)
+    evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
 
 

@@ -269,15 +269,14 @@ def fit_blocks(e):
 
     [ours] Sums in float64, PART images at a time: memory does not grow with their number.
     """
-    n, total, products = len(e), 0.0, 0.0
+    n = len(e)
+    mean = sum(to_blocks(part.float()).sum(1).double() for part in e.split(PART)) / n
+    mean = mean.float()
+    S = 0.0
     for part in e.split(PART):
-        blocks = to_blocks(part.float())
-        rows = blocks.flatten(1, 2)
-        total = total + blocks.sum(1).double()
-        products = products + (rows.mT @ rows).double()
-    mean = total / n
-    S = (products - n * mean.mT @ mean) / (max(n - 1, 1) * mean.shape[1])
-    return mean.float(), S.float()
+        z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2)
+        S = S + (z.mT @ z).double()
+    return mean, (S / (max(n - 1, 1) * mean.shape[1])).float()
 
 
 def towards_pooled(S, n, prior, scale=1.0, pooled=None):
