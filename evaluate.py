@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +38,19 @@ import wtflow
 from wtflow import InputError
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads the data set, writes nothing ----
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm"),
+)
+GOOD = ("good", "ok", "okay", "normal", "pass")  # names of folders of good images, in any case
+TRUTH = ("ground_truth", "groundtruth", "masks", "mask", "gt")  # of folders of masks
+MASK_ENDS = ("_mask", "_gt", "-mask", "_label", "")  # of their files, after the image's stem
+NO_IMAGES = ("thumbs.db", "desktop.ini")  # what systems leave in folders
 BATCH = 16  # images that are read and turned into features together
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses these itself
+Image.MAX_IMAGE_PIXELS = 1 << 28  # a strip of 2048 x 131072; open_image refuses what has more
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Item(NamedTuple):
@@ -65,6 +73,12 @@ class Category(NamedTuple):
 
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@cache
+def say_once(text):
+    """A line on stderr about what was seen and how it is read, once in a run."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def images_in(folder):
@@ -92,16 +106,137 @@ def folders_in(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
+def is_good(folder):
+    """Whether a folder's name says that its images are good. Raises InputError if it may."""
+    name = folder.name.casefold()
+    if name in GOOD:
+        return True
+    for word in GOOD:
+        rest = name.removeprefix(word)
+        if rest != name and not rest[0].isalpha():
+            raise InputError(
+                f"{folder}: good images, or a defect? Put good ones under {word}/, or let the name "
+                f"of a defect not begin with {word}"
+            )
+    return False
+
+
+def good_images(folder):
+    """Images of the folders in `folder` whose name says good, and of all folders in these."""
+    found = [inside for inside in folders_in(folder) if is_good(inside)]
+    for inside in found:
+        if inside.name != "good":
+            say_once(f"{inside}: taken as good images")
+    return [path for inside in found for path in images_under(inside)]
+
+
+def child(folder, name):
+    """The file or folder of this name in any case, or None."""
+    if not folder.is_dir():
+        return None
+    return next((p for p in sorted(folder.iterdir()) if p.name.casefold() == name.casefold()), None)
+
+
+def mask_owner(path):
+    """The stem of the image that a file name like 003_GT.png is the mask of, or None."""
+    stem = path.stem.casefold()
+    ends = [end for end in MASK_ENDS if end and stem.endswith(end)]
+    return stem.removesuffix(ends[0]) if ends else None
+
+
+def find_mask(image, places):
+    """The mask of an image in the first of the folders `places` that has one, or None.
+
+    A name with the image's suffix, 003_jpg_mask.png, goes before 003_mask.png.
+    """
+    stem, suffix = image.stem.casefold(), image.suffix[1:].casefold()
+    wanted = [f"{stem}{joint}{suffix}{end}" for joint in "_." for end in MASK_ENDS]
+    wanted += [stem + end for end in MASK_ENDS]
+    for place in places:
+        found = {}
+        for path in images_in(place):
+            found.setdefault(path.stem.casefold(), path)
+        for name in wanted:
+            if name in found and found[name] != image:
+                return found[name]
+    return None
+
+
 def read_mvtec(root):
-    """MVTec AD, MPDD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png."""
-    truth, test = root / "ground_truth", []
+    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
+
+    Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
+    """
+    truth = next((p for name in TRUTH if (p := child(root, name)) is not None), None)
+    test, owners = [], {}
     for folder in folders_in(root / "test"):
-        for path in images_in(folder):
-            named = [truth / folder.name / (path.stem + end) for end in ("_mask.png", ".png")]
-            mask = next((m for m in named if m.is_file()), named[0])
-            masks = (mask,) if truth.is_dir() else None
-            test.append(Item(path, folder.name, () if folder.name == "good" else masks))
-    return Category(root.name, "MVTec AD", images_in(root / "train/good"), test, None)
+        images = images_under(folder)
+        stems = {(path.parent, path.stem.casefold()) for path in images}
+        beside = [p for p in images if (p.parent, mask_owner(p)) in stems]
+        if is_good(folder):
+            if folder.name != "good":
+                say_once(f"{folder}: taken as good images")
+            test += [Item(path, "good", ()) for path in images if path not in beside]
+            continue
+        for path in images:
+            if path in beside:
+                continue
+            inside = path.parent.relative_to(folder)
+            kind = child(truth, folder.name) if truth else None
+            places = [truth] if truth and not kind else []
+            if kind:
+                places += [kind / inside, kind]
+            if beside:
+                places.append(path.parent)
+            mask = find_mask(path, places)
+            if mask is not None:
+                if mask in owners:
+                    say_once(f"{mask}: the mask of {owners[mask].name} and of {path.name}")
+                owners[mask] = path
+            expected = (truth or root) / folder.name / f"{path.stem}_mask.png"
+            masks = (mask or expected,) if truth or beside else None
+            test.append(Item(path, folder.name, masks))
+    category = Category(root.name, "MVTec AD", good_images(root / "train"), test, None)
+    name_skipped(category, (root / "train", root / "test"), owners)
+    return category
+
+
+def name_skipped(category, folders, masks=()):
+    """Say which files of folders are not read, with their number: none is dropped silently."""
+    used = {*category.train, *(item.path for item in category.test), *masks}
+    skipped = [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in used and path.name[0] != "."
+    ]
+    skipped = [p for p in skipped if p.name.casefold() not in NO_IMAGES]
+    if skipped:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
+        more = ", ..." if len(skipped) > 4 else ""
+        say_once(f"{category.name}: {len(skipped)} files are not read: {names}{more}")
+
+
+def read_flat(root):
+    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
+    parts, left_out = {"train": [], "test": []}, 0
+    for part, items in parts.items():
+        images = images_in(root / part)
+        stems = {path.stem.casefold() for path in images}
+        for path in images:
+            if mask_owner(path) in stems:
+                continue
+            mask = find_mask(path, [root / part])
+            if mask is None:
+                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
+                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
+            good = not np.asarray(open_image(mask)).any()
+            items.append(Item(path, "good" if good else "defect", () if good else (mask,)))
+    train = [item.path for item in parts["train"] if item.kind == "good"]
+    left_out = len(parts["train"]) - len(train)
+    if left_out:
+        say_once(f"{root.name}: {left_out} defective images in train are left out")
+    return Category(root.name, "KolektorSDD2", train, parts["test"], None)
 
 
 def read_mvtec_loco(root):
@@ -141,9 +276,10 @@ def read_visa(root):
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
     split, train, test = root.parent / "split_csv/1cls.csv", [], []
     try:
-        with open(split, newline="") as f:
+        with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
+            row |= {name: row[name].replace("\\", "/") for name in ("image", "mask")}
             path = root.parent / row["image"]
             if row["split"] == "train":
                 train.append(path)
@@ -165,11 +301,35 @@ def read_category(root):
         return read_visa(root)
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
-    if not (root / "train/good").is_dir():
+    if any(mask_owner(path) for path in images_in(root / "train")):
+        return read_flat(root)
+    if not any(is_good(folder) for folder in folders_in(root / "train")):
         return None
     if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
     return read_mvtec(root)
+
+
+def read_images_only(folder):
+    """A folder of good images: a category named after it, or after the product it is of."""
+    named = folder
+    while named.name.casefold() in (*GOOD, "train", "rgb") and named.parent != named:
+        named = named.parent
+    category = Category(named.name, "folder of good images", images_under(folder), [], None)
+    name_skipped(category, (folder,))
+    return named.parent.name, category
+
+
+def read_products(data):
+    """Categories of a root whose sub-folders hold nothing but images, each a product."""
+    folders = [folder for folder in folders_in(data) if images_under(folder)]
+    parts = ("train", "test", "good", *TRUTH)
+    if data.name.casefold() in parts or any(f.name.casefold() in (*parts, *GOOD) for f in folders):
+        return []
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        say_once(f"{data}: taken as {len(folders)} products with good images only: {names}")
+    return [read_images_only(folder)[1] for folder in folders]
 
 
 def read_dataset(data, wanted=()):
@@ -182,17 +342,19 @@ def read_dataset(data, wanted=()):
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
     one = read_category(data)
+    name = data.parent.name
     if one is None and images_in(data):
-        one = Category(data.name, "folder of good images", images_in(data), [], None)
+        name, one = read_images_only(data)
     if one is not None:
-        name, found = data.parent.name, [one]
+        found = [one]
     else:
         name, found = data.name, [c for c in map(read_category, folders_in(data)) if c]
+        found = found or read_products(data)
     if not found:
         raise InputError(
-            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, LOCO), "
-            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), or images (a folder of good "
-            "ones) in it and in its sub-folders"
+            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
+            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), train/<id>_GT (KolektorSDD2) "
+            "or images (a folder of good ones) in it and in its sub-folders"
         )
     names = [c.name for c in found]
     for asked in wanted:
@@ -233,9 +395,15 @@ def unreadable(path):
 
 
 def open_image(path):
-    """PIL image, decoded. Raises InputError naming the file."""
+    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
     with unreadable(path):
         image = Image.open(path)
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            pages = []
+            for page in range(image.n_frames):
+                image.seek(page)
+                pages.append(image.width * image.height)
+            image.seek(pages.index(max(pages)))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
@@ -243,15 +411,16 @@ def open_image(path):
         return image
 
 
-def read_image(path):
+def read_image(path, white=None):
     """RGB PIL image as a person sees it. Raises InputError naming the file.
 
-    The first frame; EXIF orientation applied, as masks are drawn on the turned picture; palette and
-    CMYK converted; alpha dropped; 16 bits scaled to 8; floating point taken as 0..1 or 0..255.
+    The first frame, or the largest page; EXIF orientation applied, as masks are drawn on the turned
+    picture; palette and CMYK converted; alpha dropped; more than 8 bits scaled to 8, from 0 to
+    `white` (grey_level), by default that of this file alone.
     """
     image = open_image(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(path, image)
+    if has_levels(image):
+        image = to_8_bits(path, image, white)
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError) as e:
@@ -260,27 +429,82 @@ def read_image(path):
         ) from None
 
 
-def to_8_bits(path, image):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, with its EXIF."""
+def has_levels(image):
+    """Whether a PIL image has more than 8 bits, or is floating-point."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
+OVERSHOOT = 0.05  # of white, beyond both ends: clipped without a word, as sensors are calibrated
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
+
+
+def levels_of(path, image):
+    """Values (H, W) float64 of an image that has_levels, 0 black."""
     values = np.asarray(image, dtype=np.float64)
-    real = image.mode == "F"
-    known = np.isfinite(values).all() and values.min() >= 0
-    if not known or values.max() > (255 if real else 65535):
-        raise InputError(f"{path}: values outside 0..1, 0..255 and 16 bits: rescale it")
-    scale = 255 / 65535
-    if real:
-        scale = 255 if values.max() <= 1 else 1
-    small = Image.fromarray(np.round(values * scale).astype(np.uint8))
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: has values that are not finite: mend or remove it")
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
+        values = white_above(values.max(), image.mode == "F") - values
+    return values
+
+
+def white_above(largest, real):
+    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point."""
+    usual = (1.0, *WHITES) if real else WHITES
+    return float(next((w for w in usual if largest <= w * (1 + OVERSHOOT * real)), largest))
+
+
+def grey_level(paths):
+    """The white level of a data set, from its training images; None if all have 8 bits.
+
+    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
+    them, so that the same value is the same grey in every image. It is kept with the model.
+    """
+    largest, real = -np.inf, False
+    for path in paths:
+        with unreadable(path), Image.open(path) as image:
+            deep = has_levels(image)
+        if deep:
+            image = open_image(path)
+            real = real or image.mode == "F"
+            largest = max(largest, float(levels_of(path, image).max()))
+    return None if largest == -np.inf else white_above(largest, real)
+
+
+def to_8_bits(path, image, white=None):
+    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF."""
+    values = levels_of(path, image)
+    if white is None:
+        white = white_above(values.max(), image.mode == "F")
+    low, high = -OVERSHOOT * white, (1 + OVERSHOOT) * white
+    if values.min() < low:
+        raise InputError(f"{path}: has values down to {values.min():g}: rescale it to 0 and more")
+    if values.max() > high:
+        say_once(f"{path}: values up to {values.max():g} are cut at {white:g}, white in training")
+    values = np.clip(values / white, 0, 1)
+    small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
+
+
+GREYS, BRIGHT = 8, 128  # a mask with more values, up to this and higher, went through JPEG
 
 
 def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
-    Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
+    largest on; small numbers are labels, all of them defective. Says what it saw where that is no plain mask. Raises InputError if the mask is not
+    of `size`, (H, W).
     """
     image = open_image(path)
+    if image.mode == "P":
+        indices = np.asarray(image) != 0
+        image = image.convert("RGB")
+        if (indices != (np.asarray(image).max(2) != 0)).any():
+            say_once(f"{path}: a mask with a palette, read by its colours: black is defect-free")
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
@@ -290,12 +514,21 @@ def read_mask(path, size):
             f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
+    seen = np.unique(values)
+    if len(seen) > GREYS and seen[-1] >= BRIGHT:
+        half = (float(seen[0]) + float(seen[-1])) / 2
+        say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
+        values = np.where(values >= half, values, 0)
+    share = (values != 0).mean()
+    if share > 0.5:
+        say_once(f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?")
     return values
 
 
 def masks_of(item, size, saturation=None):
-    """Regions [(bool (H, W), pixels that saturate it)] and union (H, W) of an item's masks.
+    """Regions [(place, bool (h, w) there, pixels that saturate it)] and union (H, W) of the masks.
 
+    place: the slices of a region's bounding box, so that many small regions take little memory.
     Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
     with it (LOCO) a mask is one region, saturated at its threshold.
     """
@@ -305,13 +538,15 @@ def masks_of(item, size, saturation=None):
         mask = values != 0
         union |= mask
         if saturation is None:
-            labels, n = ndimage.label(mask, np.ones((3, 3)))
-            areas = np.bincount(labels.ravel())
-            regions += [(labels == k, areas[k]) for k in range(1, n + 1)]
+            labels, _ = ndimage.label(mask, np.ones((3, 3)))
+            for k, place in enumerate(ndimage.find_objects(labels), 1):
+                region = labels[place] == k
+                regions.append((place, region, region.sum()))
         elif mask.any():
             threshold, relative = saturation.get(int(values.max()), (1.0, True))
-            area = mask.sum()
-            regions.append((mask, min(area, int(threshold * area) if relative else threshold)))
+            area, everywhere = mask.sum(), np.s_[:, :]
+            most = min(area, int(threshold * area) if relative else threshold)
+            regions.append((everywhere, mask, most))
     return regions, union
 
 
@@ -325,15 +560,20 @@ def image_sizes(paths):
     return sizes
 
 
-def load_batch(paths, shape, pool):
+def load_batch(paths, shape, pool, white=None):
     """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)].
 
-    paths: or what else as_image takes.
+    paths: or what else as_image takes; white: see grey_level.
     """
-    images = list(pool.map(as_image, paths))
+    images = list(pool.map(partial(as_image, white=white), paths))
     resized = pool.map(lambda image: image.resize(shape[::-1], Image.BILINEAR), images)
     pixels = np.stack([np.asarray(image) for image in resized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [image.size[::-1] for image in images]
+
+
+def white_of(detector):
+    """The white level that a detector was trained with, None for 8 bits."""
+    return getattr(detector, "white", None)
 
 
 def extract(detector, paths, report=None):
@@ -346,7 +586,8 @@ def extract(detector, paths, report=None):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), BATCH):
             names = paths[start : start + BATCH]
-            images, batch_sizes = load_batch(names, wtflow.image_shape(detector.recipe), pool)
+            shape = wtflow.image_shape(detector.recipe)
+            images, batch_sizes = load_batch(names, shape, pool, white_of(detector))
             x = detector.features(images)
             bad = ~(x.abs().flatten(1).amax(1) <= torch.finfo(torch.float16).max)
             if bad.any():
@@ -487,8 +728,9 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
         inside = np.bincount(index[union], minlength=len(edges) + 1)
         positive += inside
         negative += np.bincount(index.ravel(), minlength=len(edges) + 1) - inside
-        for region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[region], minlength=len(edges) + 1)[::-1])
+        for place, region, saturates_at in regions:
+            inside = index[place][region]
+            hits = np.cumsum(np.bincount(inside, minlength=len(edges) + 1)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
             n_regions += 1
     auroc, ap = auroc_ap(positive, negative)
@@ -709,6 +951,7 @@ def load_checkpoint(path):
 
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
+    content = {"white": white_of(detector), **content}
     save_checkpoint(path, detector.recipe, model=detector.state_dict(), **content)
 
 
@@ -720,6 +963,7 @@ def load_model(path, device="cpu", weights=None):
         detector.load_state_dict(state["model"])
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
+        detector.white = None if state.get("white") is None else float(state["white"])
         return detector.to(device)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
@@ -912,13 +1156,13 @@ def save_maps(folder, category, maps, sizes):
         write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
 
 
-def as_image(value):
+def as_image(value, white=None):
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
     Raises InputError that says how to convert anything else.
     """
     if isinstance(value, (str, Path)):
-        return read_image(Path(value))
+        return read_image(Path(value), white)
     if isinstance(value, Image.Image):
         return value.convert("RGB")
     if not isinstance(value, np.ndarray):

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 import sys
 import time
@@ -34,7 +35,9 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
     model_file, state_file = folder / "model.pt", folder / "state.pt"
-    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
+    train_sizes = evaluate.image_sizes(category.train)
+    recipe = wtflow.recipe_for(recipe, train_sizes)
+    print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
     mine, state = signature(category, recipe, seed), None
     if args.resume and model_file.exists():
         return continued(model_file, mine)["row"]
@@ -44,6 +47,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Features. The test images come first: a broken one stops the run before training.
     detector = wtflow.Detector(recipe, args.weights).to(device)
+    detector.white = evaluate.grey_level(category.train)
     test_paths = [item.path for item in category.test]
     test, sizes = evaluate.extract(
         detector, test_paths, progress.of("features, test images", test_paths)
@@ -81,6 +85,27 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
+
+
+SHRUNK = 2.5  # times, from which a larger --image-size is named
+
+
+def resolution(recipe, sizes):
+    """One line: what the network sees of images of sizes (H, W), and how large a defect must be."""
+    height, width = wtflow.image_shape(recipe)
+    areas = sorted((h * w, h, w) for h, w in sizes)
+    _, h, w = areas[len(areas) // 2]
+    shrunk = math.sqrt(h * w / (height * width))
+    cell = recipe.cell * shrunk
+    line = (
+        f"images of {w} x {h} are read at {width} x {height}; a cell of the map covers "
+        f"{cell:.0f} x {cell:.0f} of their pixels, and a defect needs about as much"
+    )
+    if shrunk > SHRUNK:
+        unit = math.lcm(recipe.cell, max(recipe.strides))
+        larger = min(2048, round(math.sqrt(h * w) / 2 / unit) * unit)
+        line += f": for smaller ones give --image-size, up to {larger}"
+    return line
 
 
 def signature(category, recipe, seed):
@@ -167,8 +192,12 @@ def run(args, recipe, seed, out, data, device):
 @contextlib.contextmanager
 def locked(folder):
     """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    import fcntl  # here: not on every platform
-
+    try:
+        import fcntl
+    except ImportError:  # not on this platform: two runs are told apart by the user
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
