@@ -496,8 +496,8 @@ def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
     A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
-    largest on; small numbers are labels, all of them defective. Says what it saw where that is no plain mask. Raises InputError if the mask is not
-    of `size`, (H, W).
+    largest on; small numbers are labels, all of them defective. Says what it saw where that is no
+    plain mask. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
     if image.mode == "P":
