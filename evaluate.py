@@ -1,7 +1,11 @@
 """Data sets, metrics and pictures for WT-Flow, and the commands that read saved models.
 
     python evaluate.py --run DIR --data DIR          the table again, from saved models
-    python evaluate.py --model FILE --image FILE     one image (or a folder): score and picture
+    python evaluate.py --model FILE --image FILE     one image: score, verdict, picture
+    python evaluate.py --model FILE --image DIR      a folder: scores.csv
+    python evaluate.py --model FILE --export M.pt2   a program that needs torch alone
+
+From Python: evaluate.load, evaluate.score, train.fit.
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Figures are in percent.
@@ -11,6 +15,8 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import hashlib
+import io
 import json
 import os
 import signal
@@ -18,10 +24,11 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 # Read as torch loads: a thread that waits leaves its core to others. Beside another busy process
@@ -365,8 +372,11 @@ COLUMNS = (
 MORE = (
     *("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural"),
     *("spro_logical", "spro_structural", "spro"),
+    *("threshold", "false_alarm_rate", "detection_rate"),
 )
 SUMMED = ("train_images", "test_images", "seconds")
+DIGITS = {"threshold": 4}  # decimals in tables, where they are not two
+FALSE_ALARMS = 1.0  # percent of good images that a threshold may flag, by default
 PRO_LIMIT, SPRO_LIMIT = 0.3, 0.05  # largest rate of false positives: MVTec AD, MVTec LOCO AD
 BINS = 1 << 15
 SAMPLE = 2_000_000  # pixels whose quantiles place the bins
@@ -445,6 +455,54 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
     return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
 
 
+def judge(normal, scores, false_alarms=FALSE_ALARMS):
+    """Threshold, p-values (n,) and whether flagged (n,) of image scores (n,).
+
+    normal: (m,) scores of good images that were left out (Detector.normal_scores). The threshold is
+    their (1 - a) quantile, a = false_alarms / 100, rounded up to one of them: the largest where
+    a < 1 / (m - 1), so that m good images cannot promise less than 1 in m + 1 false alarms. Flagged
+    is what lies above it. The p-value of a score s is (1 + #{normal >= s}) / (m + 1): how often a
+    good image scores as high. Where hardware has bfloat16, single scores move by some percent
+    against float32: train and score on the same kind.
+    """
+    normal = np.sort(np.asarray(normal, np.float64))
+    scores = np.asarray(scores, np.float64)
+    threshold = float(np.quantile(normal, 1 - false_alarms / 100, method="higher"))
+    as_high = len(normal) - np.searchsorted(normal, scores, side="left")
+    return threshold, (1 + as_high) / (len(normal) + 1), scores > threshold
+
+
+def threshold_text(normal, false_alarms):
+    """The threshold and what it promises, for a person.
+
+    Few good images cannot promise a small rate: then it is said which rate they can.
+    """
+    threshold, _, _ = judge(normal, [], false_alarms)
+    text = f"threshold {threshold:.4f} at {false_alarms:g} % false alarms"
+    n, needed = len(normal), int(np.ceil(100 / false_alarms - 1 - 1e-9))
+    if n >= needed:
+        return text
+    images = "of one good image" if n == 1 else f"the highest of {n} good images"
+    return f"{text} ({images}: expect {100 / (n + 1):.2g} %, {needed} are needed)"
+
+
+def measure_verdicts(category, normal, scores, false_alarms):
+    """Figures of the threshold, which has seen no label: rates in percent, and a line in words."""
+    bad = np.array([item.kind != "good" for item in category.test], bool)
+    threshold, _, flagged = judge(normal, scores, false_alarms)
+    row = {"threshold": threshold, "false_alarm_rate": None, "detection_rate": None}
+    counts = []
+    parts = (("false_alarm_rate", ~bad, "good"), ("detection_rate", bad, "defective"))
+    for name, part, word in parts:
+        if part.any():
+            row[name] = 100 * float(flagged[part].mean())
+            counts.append(f"{flagged[part].sum()} of {part.sum()} {word}")
+    row["verdicts"] = f"{category.name}: {threshold_text(normal, false_alarms)}"
+    if counts:
+        row["verdicts"] += f": {', '.join(counts)} flagged"
+    return row
+
+
 def measure(category, maps, scores, sizes):
     """Row of figures of one category: a dict over COLUMNS and MORE.
 
@@ -504,23 +562,32 @@ def mean_of(values):
 
 
 def mean_row(rows):
-    """The last row of a table: means of the figures, sums of the counts and seconds."""
+    """The last row of a table: means of the figures, sums of the counts and seconds.
+
+    Thresholds are of one category each: they have no mean.
+    """
     row = {"category": "mean"}
     for name in COLUMNS[1:] + MORE:
         values = [r[name] for r in rows]
         row[name] = sum(values) if name in SUMMED else mean_of(values)
+    row["threshold"] = None
     return row
 
 
-def cell_text(value):
+def cell_text(value, digits=2):
     if value is None or value != value:
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def table_lines(columns, rows):
+    """The names of the columns, and the rows (dicts), as texts."""
+    return [columns] + [[cell_text(row[c], DIGITS.get(c, 2)) for c in columns] for row in rows]
 
 
 def print_table(columns, rows):
     """Rows (dicts) as an aligned table on stdout."""
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+    lines = table_lines(columns, rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
@@ -548,23 +615,67 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
-        raise InputError(
-            f"{path}: cannot be written ({e}): free some space or give another --out"
-        ) from None
+        raise cannot_write(path, e) from None
 
 
 def write_csv(path, columns, rows):
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
-
     def write(to):
-        with open(to, "w", newline="") as f:
-            csv.writer(f).writerows(lines)
+        with open(to, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows(table_lines(columns, rows))
 
     write_whole(path, write)
 
 
+@contextlib.contextmanager
+def writable(path):
+    """Turn what the system says when it cannot write into InputError naming the file."""
+    try:
+        yield
+    except OSError as e:
+        raise cannot_write(path, e) from None
+
+
+def cannot_write(path, e):
+    return InputError(f"{path}: cannot be written ({e}): free some space or give another --out")
+
+
+@contextlib.contextmanager
+def growing_csv(path, columns):
+    """A function that writes one row (a sequence); `path` is there once all rows are.
+
+    Rows go to a temporary file as they come: memory does not grow with the table.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
+        f = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")
+
+    def write(values):
+        with writable(path):
+            csv.writer(f).writerow(values)
+
+    try:
+        write(columns)
+        yield write
+        with writable(path):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk, which has been named
+            f.close()
+        temporary.unlink(missing_ok=True)
+
+
 def write_tables(folder, rows):
-    """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table."""
+    """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table.
+
+    And before it, for each category, what its threshold flagged.
+    """
+    for row in rows:
+        print(row["verdicts"])
     rows = rows + [mean_row(rows)]
     write_csv(folder / "results.csv", COLUMNS, rows)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, rows)
@@ -609,6 +720,13 @@ def save_checkpoint(path, recipe, **content):
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(path.rglob("model.pt"))
+        example = f": give a file, like {inside[0]}" if inside else ", without any model.pt in it"
+        raise InputError(f"{path}: a folder{example}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file: give a model.pt that train.py wrote")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
@@ -634,11 +752,17 @@ def load_checkpoint(path):
 
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    save_checkpoint(path, detector.recipe, model=detector.state_dict(), **content)
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
 def load_model(path, device="cpu", weights=None):
-    """The detector of save_model. Raises InputError if it does not fit the recipe it carries."""
+    """The detector of save_model. Raises InputError if it does not fit the recipe it carries.
+
+    weights: the backbone's state dict, if it is not in a package.
+
+        model = evaluate.load("runs/parts/screw/model.pt")
+        result = evaluate.score(model, "part.png")
+    """
     state = load_checkpoint(path)
     try:
         detector = wtflow.Detector(state["recipe"], weights)
@@ -653,6 +777,17 @@ def load_model(path, device="cpu", weights=None):
         ) from None
 
 
+load = load_model  # as a notebook calls it
+
+
+# -- Pictures: functions that return the bytes of a PNG, and what writes them
+DRAWN = 1024  # pixels of the longer side of an image in a picture, at most
+TOP_OF_SCALE = 2.0  # thresholds; 0 is the bottom, so the threshold lies in the middle
+FAR = 4.0  # thresholds; scores beyond make the histogram's axis logarithmic
+TITLE = 80  # characters of a name in a title
+FILE_NAME = 150  # bytes of a name in a picture's name: file systems allow 255
+
+
 def new_figure(*args, **options):
     """pyplot, a figure and its axes, without a window."""
     import matplotlib  # here, because it takes longer to import than to score an image
@@ -663,9 +798,66 @@ def new_figure(*args, **options):
     return plt, *plt.subplots(*args, layout="constrained", **options)
 
 
-def save_figure(plt, fig, path):
-    write_whole(path, partial(fig.savefig, format="png", dpi=100))
+def png_of(plt, fig):
+    """The figure as the bytes of a PNG; it is closed."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font does not have
+        fig.savefig(file, format="png", dpi=100)
     plt.close(fig)
+    return file.getvalue()
+
+
+def one_line(text):
+    """Text with what would break a line, or cannot be printed, as an escape like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def shortened(text, most=TITLE):
+    """one_line of a text, its middle left out where it is long."""
+    text = one_line(text)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def without_suffixes(names):
+    """Relative names of images without their suffixes, where they then still differ."""
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    count = Counter(stem.casefold() for stem in stems)
+    return [
+        stem if count[stem.casefold()] == 1 else name
+        for name, stem in zip(names, stems, strict=True)
+    ]
+
+
+def file_names(names):
+    """A file name, without a suffix, for each relative name of an image: flat, short, all unlike.
+
+    Case does not tell two names apart: not every file system sees it.
+    """
+    taken, flat = set(), []
+    for name in without_suffixes(names):
+        base = name.replace("/", "_")
+        encoded = os.fsencode(base)
+        if len(encoded) > FILE_NAME:
+            digest = hashlib.sha256(encoded).hexdigest()[:8]
+            base = f"{encoded[:FILE_NAME].decode(errors='ignore')}-{digest}"
+        unlike, k = base, 2
+        while unlike.casefold() in taken:
+            unlike, k = f"{base}-{k}", k + 1
+        taken.add(unlike.casefold())
+        flat.append(unlike)
+    return flat
+
+
+def item_names(items):
+    """Names of test images, kind/file: below the folder that all images of a kind share."""
+    names = {}
+    for kind in dict.fromkeys(item.kind for item in items):
+        paths = [item.path for item in items if item.kind == kind]
+        shared = os.path.commonpath([path.parent for path in paths])
+        names |= {path: f"{kind}/{path.relative_to(shared).as_posix()}" for path in paths}
+    return [names[item.path] for item in items]
 
 
 def best_f1(scores, defective):
@@ -676,104 +868,447 @@ def best_f1(scores, defective):
     return float(scores[order][f1.argmax()])
 
 
-def draw_map(path, image, union, y, low, high, title):
-    """Picture of one image: itself, the outline of its mask, its anomaly map from low to high."""
-    plt, fig, axes = new_figure(1, 3, figsize=(11, 3.9))
+def within_drawn(size):
+    """(width, height) of a picture of an image of that size: DRAWN pixels at most."""
+    scale = min(1, DRAWN / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+def draw_map(image, union, y, threshold, title):
+    """Two panels: the image with the outline of its mask, and its anomaly map (h, w).
+
+    union: bool (H, W), None without a mask. The map's colours mean the same in every picture of a
+    model: from 0 over the threshold, in the middle, to twice the threshold.
+    """
+    plt, fig, axes = new_figure(1, 2, figsize=(9.6, 4.6))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    titles = ("image", "image and mask outline", "anomaly map, -log p")
-    for axis, name in zip(axes, titles, strict=True):
-        axis.imshow(np.asarray(image), aspect=aspect)
-        axis.set(title=name, xticks=[], yticks=[])
+    size = within_drawn(image.size)
+    axes[0].imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
     if union is not None and union.any():
-        axes[1].contour(union, [0.5], colors="black", linewidths=3)
-        axes[1].contour(union, [0.5], colors="yellow", linewidths=1.4)
+        # BOX and > 0: what is thinner than a pixel here stays
+        outlined = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
+        for axis, colour, width in ((axes[0], "black", 3), (axes[0], "yellow", 1.4)):
+            axis.contour(outlined, [0.5], colors=colour, linewidths=width)
+    at_image = at_size(y, size[::-1])
+    top = TOP_OF_SCALE * max(threshold, 1e-6)
     # viridis reads the same to a colour-blind person
-    at_image = at_size(y, image.size[::-1])
-    shown = axes[2].imshow(at_image, cmap="viridis", vmin=low, vmax=high, aspect=aspect)
-    fig.colorbar(shown, ax=axes[2], fraction=0.046)
-    fig.suptitle(title, fontsize=12)
-    save_figure(plt, fig, path)
+    shown = axes[1].imshow(at_image, cmap="viridis", vmin=0, vmax=top, aspect=aspect)
+    if at_image.min() <= threshold < at_image.max():
+        axes[1].contour(at_image, [threshold], colors="white", linewidths=1)
+    outlined_too = "image" if union is None else "image and mask outline"
+    for axis, name in zip(axes, (outlined_too, "anomaly map"), strict=True):
+        axis.set(title=name, xticks=[], yticks=[])
+    bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max", ticks=[0, threshold, top])
+    bar.ax.axhline(threshold, color="white", linewidth=2)
+    bar.ax.set_yticklabels(["0", f"threshold\n{threshold:.3g}", f"{top:.3g}"])
+    fig.suptitle(title, fontsize=11, parse_math=False)
+    return png_of(plt, fig)
 
 
-def worst_and_best(scores, bad, each=3):
-    """{index: prefix} of the images to show: false alarms, misses, hits, the most telling first."""
+def draw_scores(title, scores, bad, threshold):
+    """Histogram of the image scores, good and defective, with the threshold.
+
+    With defects also the threshold of the best F1 on these scores, which looks at the labels.
+    """
+    plt, fig, axis = new_figure(figsize=(6.4, 3.6))
+    low, high = min(scores.min(), threshold), max(scores.max(), threshold)
+    logarithmic = low > 0 and high > FAR * threshold
+    edges = np.linspace(low, high + 1e-6, 41)
+    if logarithmic:
+        edges = np.geomspace(low, high * (1 + 1e-6), 41)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(plt.NullFormatter())
+    for part, colour, name in ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective")):
+        if part.any():
+            label = f"{name} ({part.sum()})"
+            axis.hist(scores[part], edges, color=colour, alpha=0.65, label=label)
+    axis.axvline(threshold, color="black", label=f"threshold {threshold:.3g}")
+    if bad.any():
+        best = best_f1(scores, bad)
+        label = f"best F1, knowing the labels: {best:.3g}"
+        axis.axvline(best, color="black", linestyle=":", label=label)
+    unit = ", logarithmic" if logarithmic else ""
+    axis.set(xlabel=f"image score{unit}", ylabel="test images")
+    axis.set_title(shortened(title, 60), fontsize=11, parse_math=False)
+    axis.legend(fontsize=9)
+    return png_of(plt, fig)
+
+
+def outcomes(bad, flagged):
+    """What the threshold made of each image: good, false_alarm, miss or hit."""
+    words = (("good", "false_alarm"), ("miss", "hit"))
+    return [words[int(b)][int(f)] for b, f in zip(bad, flagged, strict=True)]
+
+
+def prefixes_of(scores, bad, flagged, which="worst", each=3):
+    """{index: prefix} of the images to show, like "miss1_": its outcome, the most telling first.
+
+    which: "all", or "worst": the two highest good scores, the lowest and the highest defective.
+    """
     order = np.argsort(scores, kind="stable")
-    good, defective = [j for j in order if not bad[j]], [j for j in order if bad[j]]
-    misses = min(each, len(defective) // 2)
-    hits = min(each, len(defective) - len(defective) // 2)
-    chosen = {
-        "false_alarm": good[:-3:-1],
-        "miss": defective[:misses],
-        "hit": defective[: -hits - 1 : -1],
-    }
-    return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
+    good, defective = [j for j in order[::-1] if not bad[j]], [j for j in order if bad[j]]
+    half = len(defective) // 2
+    lowest, highest = defective[:half], defective[half:][::-1]
+    if which == "worst":
+        good, lowest, highest = good[:2], lowest[:each], highest[:each]
+    words, count, prefixes = outcomes(bad, flagged), Counter(), {}
+    missed = [j for j in lowest if words[j] == "miss"]
+    hit = [j for j in reversed(lowest) if words[j] == "hit"]
+    # From the clearest on: hits from the highest score down, misses from the lowest up.
+    highest_hits = [j for j in highest if words[j] == "hit"]
+    more_missed = [j for j in reversed(highest) if words[j] == "miss"]
+    for j in (*good, *missed, *more_missed, *highest_hits, *hit):
+        count[words[j]] += 1
+        prefixes[j] = f"{words[j]}{count[words[j]]}_"
+    return prefixes
 
 
-def draw_category(folder, category, maps, scores, sizes, which="worst"):
-    """maps/*.png and scores.png of a category. which: "all", "worst" (worst_and_best), "none"."""
-    if which == "none" or not len(scores):
-        return
-    bad = np.array([item.kind != "good" for item in category.test])
-    threshold = best_f1(scores, bad) if bad.any() else float(scores.max())
-    low, high = np.quantile(maps.flatten()[::97].numpy(), (0.5, 0.999))
-    prefixes = worst_and_best(scores, bad)
+def write_picture(path, draw, failed):
+    """draw() -> bytes of a PNG -> path. Whether it is drawn; if not, why is added to `failed`.
+
+    A picture costs no model and no score. What cannot be written, and memory that ends, stop the
+    run as everywhere.
+    """
+    try:
+        png = draw()
+    except Exception as e:  # a font, a name, a backend: matplotlib raises what it likes
+        if no_memory(e):
+            raise
+        failed.append(f"{type(e).__name__}: {one_line(first_line(e))}")
+        return False
+    write_whole(path, lambda to: to.write_bytes(png))
+    return True
+
+
+def warn_of(failed, what):
+    """One line on stderr if something was not drawn."""
+    if failed:
+        many = "a picture was" if len(failed) == 1 else f"{len(failed)} pictures were"
+        print(f"warning: {one_line(what)}: {many} not drawn ({failed[0]})", file=sys.stderr)
+
+
+def draw_category(folder, category, maps, scores, sizes, normal, args):
+    """maps/*.png and scores.png of a category, as --maps says."""
     for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
         old.unlink()
-    for j in range(len(scores)) if which == "all" else prefixes:
-        item = category.test[j]
-        union = masks_of(item, sizes[j])[1] if item.masks else None
-        title = (
-            f"{category.name} / {item.kind} / {item.path.name}:  "
-            f"score {scores[j]:.3f}, threshold at best F1 {threshold:.3f}"
-        )
-        path = folder / "maps" / f"{prefixes.get(j, '')}{item.kind}_{item.path.stem}.png"
-        draw_map(path, read_image(item.path), union, maps[j], low, high, title)
-    draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
+    bad = np.array([item.kind != "good" for item in category.test])
+    threshold, p_values, flagged = judge(normal, scores, args.false_alarms)
+    prefixes = prefixes_of(scores, bad, flagged, args.maps)
+    words, names = outcomes(bad, flagged), item_names(category.test)
+    files, failed = file_names(names), []
+    for j, prefix in prefixes.items():
 
+        def draw(j=j):
+            item = category.test[j]
+            union = masks_of(item, sizes[j])[1] if item.masks else None
+            title = (
+                f"{shortened(f'{category.name} / {names[j]}')}\n"
+                f"score {scores[j]:.4f}, threshold {threshold:.4f}, p {p_values[j]:.2g}: "
+                f"{words[j].replace('_', ' ')}"
+            )
+            return draw_map(read_image(item.path), union, maps[j], threshold, title)
 
-def draw_scores(path, title, scores, bad, threshold):
-    """Histogram of the image scores, good and defective."""
-    plt, fig, axis = new_figure(figsize=(6, 3.4))
-    edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 41)
-    parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
-    for part, colour, name in parts:
-        label = f"{name} ({part.sum()})"
-        axis.hist(scores[part], edges, color=colour, alpha=0.65, label=label)
-    axis.axvline(threshold, color="black", linestyle="--", label="threshold at best F1")
-    axis.set(xlabel="image score", ylabel="test images", title=title)
-    axis.legend()
-    save_figure(plt, fig, path)
+        write_picture(folder / "maps" / f"{prefix}{files[j]}.png", draw, failed)
+    histogram = partial(draw_scores, category.name, scores, bad, threshold)
+    write_picture(folder / "scores.png", histogram, failed)
+    warn_of(failed, category.name)
 
 
 def draw_contact_sheet(folder, names):
-    """contact-sheet.png of a data set: best hit and worst miss of each category, from maps/."""
-    rows = []
-    for name in names:
-        found = [
-            sorted((folder / name / "maps").glob(f"{kind}1_*.png")) for kind in ("hit", "miss")
-        ]
-        rows.append([Image.open(paths[0]) for paths in found if paths])
-    rows = [row for row in rows if row]
-    if not rows:
+    """contact-sheet.png of a data set: best hit and worst miss of each category, from maps/.
+
+    Without a miss, or defects, a false alarm or a good image takes the place.
+    """
+
+    def draw():
+        rows = []
+        for name in names:
+            maps = folder / name / "maps"
+            found = [
+                path
+                for word in ("hit", "miss", "false_alarm", "good")
+                for path in maps.glob(f"{word}1_*.png")
+            ]
+            rows.append([Image.open(path) for path in found[:2]])
+        rows = [row for row in rows if row]
+        w, h = rows[0][0].size
+        sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
+        for i, row in enumerate(rows):
+            for j, picture in enumerate(row):
+                sheet.paste(picture, (j * w, i * h))
+        file = io.BytesIO()
+        sheet.save(file, format="PNG")
+        return file.getvalue()
+
+    if not any((folder / name / "maps").glob("*1_*.png") for name in names):
         return
-    w, h = rows[0][0].size
-    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * w, i * h))
-    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
+    failed = []
+    write_picture(folder / "contact-sheet.png", draw, failed)
+    warn_of(failed, "contact-sheet.png")
+
+
+# -- Scores and maps in files
+SCORE_COLUMNS = ("image", "kind", "score", "p_value", "verdict", "error")
+VERDICTS = ("good", "defect")
+
+
+def score_row(name, kind, score, p_value, flagged):
+    """A row of SCORE_COLUMNS, for an image that could be read."""
+    return name, kind, f"{score:.6f}", f"{p_value:.6g}", VERDICTS[int(flagged)], ""
+
+
+def save_scores(path, category, scores, normal, false_alarms):
+    """scores.csv of a category: one line for each test image."""
+    _, p_values, flagged = judge(normal, scores, false_alarms)
+    names = item_names(category.test)
+    with growing_csv(path, SCORE_COLUMNS) as write:
+        for name, item, *verdict in zip(
+            names, category.test, scores, p_values, flagged, strict=True
+        ):
+            write(score_row(name, item.kind, *verdict))
 
 
 def save_maps(folder, category, maps, sizes):
     """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    for y, item, size in zip(maps, category.test, sizes, strict=True):
-        image = Image.fromarray(at_size(y, size))
-        place = folder / "anomaly_maps" / category.name / "test" / item.kind
-        write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
+    place = folder / "anomaly_maps" / category.name / "test"
+    names = without_suffixes(item_names(category.test))
+    for y, name, size in zip(maps, names, sizes, strict=True):
+        save_map(place / f"{name}.tiff", y, size)
 
 
-# ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
+def save_map(path, y, size):
+    """An anomaly map (h, w) at an image's size (H, W) as a float32 TIFF."""
+    write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
+
+
+# ---- 4. From Python: images in memory or on disk -> score, verdict, map --------------------------
+class Result(NamedTuple):
+    """What a model says of one image."""
+
+    score: float
+    p_value: float  # how often a good image scores as high
+    verdict: str  # "good" or "defect": above the threshold
+    threshold: float
+    map: np.ndarray  # float32 (H, W), the image's own size; larger = less normal
+
+
+def score(model, images, false_alarms=FALSE_ALARMS):
+    """Result of one image, or a list of Results of a list of images.
+
+    An image is a path, a PIL image, or a uint8 array (H, W, 3) RGB or (H, W) grey, of any size.
+    false_alarms: percent of good images that the threshold may flag. Raises InputError for any
+    other kind of image, saying how to convert it. The scores are those of the commands.
+
+        import evaluate
+        model = evaluate.load("runs/parts/screw/model.pt")
+        result = evaluate.score(model, image)       # image[..., ::-1] if OpenCV has read it
+        print(result.score, result.p_value, result.verdict, result.map.max())
+    """
+    if not isinstance(model, wtflow.Detector):
+        raise InputError(f"{type(model).__name__} is no model: give evaluate.load('model.pt')")
+    check_false_alarms(false_alarms)
+    if not isinstance(images, (list, tuple)):
+        return score(model, [images], false_alarms)[0]
+    normal, results = model.normal_scores.cpu(), []
+    for first, pixels, sizes in in_batches(model.recipe, images):
+        maps, scores = score_pixels(model, pixels)
+        threshold, p_values, flagged = judge(normal, scores, false_alarms)
+        for k, (y, size) in enumerate(zip(maps, sizes, strict=True)):
+            if np.isnan(scores[k]):
+                raise InputError(f"{name_of(images[first + k], first + k)}: {NOT_FINITE}")
+            verdict = VERDICTS[int(flagged[k])]
+            found = float(scores[k]), float(p_values[k]), verdict, threshold, at_size(y, size)
+            results.append(Result(*found))
+    return results
+
+
+NOT_FINITE = "features are not finite: check the weights and this image"
+
+
+def check_false_alarms(percent):
+    """Raises InputError unless it is a share of the good images, in percent."""
+    real = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+    if not real or not 0 < percent < 100:
+        raise InputError(
+            f"false alarms of {percent!r}: give a percentage above 0 and below 100, like 1"
+        )
+
+
+def name_of(image, k):
+    return one_line(image) if isinstance(image, (str, os.PathLike)) else f"image {k}"
+
+
+def as_rgb(image, name):
+    """RGB PIL image of a path, a PIL image or a uint8 array. Raises InputError with the remedy."""
+    if isinstance(image, (str, os.PathLike)):
+        check_exists(Path(image))
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I") or image.mode == "F":
+            raise InputError(
+                f"{name}: PIL image of mode {image.mode}, of unknown range: "
+                "convert it to 8 bits, or give its path"
+            )
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if isinstance(image, torch.Tensor):
+        raise InputError(
+            f"{name}: a tensor: give a uint8 array (H, W, 3), of (3, H, W) "
+            "tensor.permute(1, 2, 0).cpu().numpy()"
+        )
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"{name}: {type(image).__name__} is no image: "
+            "give a path, a PIL image or a uint8 array (H, W, 3)"
+        )
+    if fault := fault_of(image):
+        raise InputError(f"{name}: {image.dtype} array {image.shape}: {fault}")
+    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+
+
+def fault_of(array):
+    """Why an array is no uint8 image (H, W, 3) or (H, W), and what to do. "" if it is one."""
+    shape = array.shape
+    if array.size == 0:
+        return "it is empty"
+    if array.ndim == 4:
+        return "several images: give list(array)"
+    if array.ndim not in (2, 3):
+        return "give (H, W, 3) or (H, W)"
+    if array.ndim == 3 and shape[2] != 3:
+        if shape[2] == 4:
+            return "four channels: give array[..., :3]"
+        if shape[2] == 1:
+            return "one channel: give array[..., 0]"
+        if shape[0] in (1, 3, 4):
+            return "channels come first: give array.transpose(1, 2, 0)"
+        return f"{shape[2]} channels: give three, RGB, or (H, W)"
+    if array.dtype == np.uint8:
+        return ""
+    if array.dtype == bool:
+        return "give array.astype(np.uint8) * 255"
+    if array.dtype.kind not in "iuf":
+        return "give uint8"
+    if not np.isfinite(array).all():
+        return "it holds NaN or infinity: replace them, and give uint8"
+    return range_fault(array.min(), array.max(), array.dtype.kind == "f")
+
+
+def range_fault(low, high, real):
+    """How to make uint8 of numbers from low to high; real: they are floating-point."""
+    spread = f"values from {low:g} to {high:g}"
+    if low < 0:
+        return f"{spread}: scale them to 0..255 as in training, and give uint8"
+    if real and high <= 1:
+        return f"{spread}: give (array * 255).round().astype(np.uint8)"
+    if high <= 255:
+        return f"{spread}: give array.{'round().' if real else ''}astype(np.uint8)"
+    if high <= 65535:
+        return (
+            f"{spread}: scale them to 0..255 as in training, "
+            "16 full bits by (array / 257).round().astype(np.uint8)"
+        )
+    return f"{spread}: scale them to 0..255 as in training, and give uint8"
+
+
+def to_pixels(images, shape):
+    """RGB PIL images -> uint8 (B, 3, *shape), antialiased bilinear: what a detector sees."""
+    resized = [np.asarray(image.resize(shape[::-1], Image.BILINEAR)) for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+
+
+def in_batches(recipe, images):
+    """(number of the first, pixels (B, 3, h, w), sizes [(H, W)]) of BATCH images at a time."""
+    if not len(images):
+        raise InputError("no images: the list is empty")
+    shape = wtflow.image_shape(recipe)
+    for first in range(0, len(images), BATCH):
+        batch = enumerate(images[first : first + BATCH], first)
+        pictures = [as_rgb(image, name_of(image, k)) for k, image in batch]
+        yield first, to_pixels(pictures, shape), [picture.size[::-1] for picture in pictures]
+
+
+def size_of(image, k):
+    """(H, W) of image k of a list; of a file from its header alone."""
+    if isinstance(image, (str, os.PathLike)):
+        return image_sizes([Path(image)])[0]
+    return as_rgb(image, name_of(image, k)).size[::-1]
+
+
+def features_of(detector, images):
+    """`extract` of a list of images in memory or on disk: (n, d, h, w) float16."""
+    out = None
+    for first, pixels, _ in in_batches(detector.recipe, images):
+        x = detector.features(pixels).to(torch.float16)
+        for k in (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+            raise InputError(f"{name_of(images[first + k], first + k)}: {NOT_FINITE}")
+        if out is None:
+            layout = torch.channels_last  # a location's features side by side
+            size = (len(images), *x.shape[1:])
+            out = torch.empty(size, dtype=torch.float16, memory_format=layout)
+        out[first : first + len(x)] = x
+    return out
+
+
+def score_pixels(detector, pixels, euler_steps=1):
+    """Maps (B, h, w) and scores (B,) float64 of pixels (B, 3, h, w), by the way of `extract`.
+
+    So the same image has the same score in a table, in a folder and alone. The score is NaN where
+    the features are not finite.
+    """
+    x = detector.features(pixels).to(torch.float16)
+    bad = ~x.isfinite().flatten(1).all(1)
+    x[bad] = 0
+    maps, scores = detector.score(detector.normalise(x, out=x), euler_steps)
+    scores = scores.double().numpy()
+    scores[bad.cpu().numpy()] = np.nan
+    return maps, scores
+
+
+def export(model, path, false_alarms=FALSE_ALARMS):
+    """Write image -> (map, score) as a torch.export program; the largest difference to the model.
+
+    The program takes uint8 (1, 3, h, w), RGB at the model's size: resizing is outside. It needs
+    torch, and nothing of this repository. The file "wtflow.json" inside holds h, w, the threshold
+    and the false alarms in percent that it is made for. No ONNX, no other batch. Checked here: it
+    is loaded again and agrees with the model on a random image, else InputError.
+
+        files = {"wtflow.json": ""}
+        program = torch.export.load("screw.pt2", extra_files=files).module()
+        map, score = program(pixels)
+        defect = score.item() > json.loads(files["wtflow.json"])["threshold"]
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise InputError(f"{path}: give a name that ends in .pt2")
+    check_false_alarms(false_alarms)
+    h, w = wtflow.image_shape(model.recipe)
+    threshold, _, _ = judge(model.normal_scores.cpu(), [], false_alarms)
+    about = {"height": h, "width": w, "threshold": threshold, "false_alarms": false_alarms}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8, generator=generator)
+    file = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about its own way of saving
+        program = torch.export.export(model, (image.to(model.device),))
+        torch.export.save(program, file, extra_files={"wtflow.json": json.dumps(about)})
+        file.seek(0)
+        again = torch.export.load(file).module()
+        pairs = zip(model(image), again(image.to(model.device)), strict=True)
+        difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    if not difference <= 0.01 * max(threshold, 1e-3):  # NaN too
+        raise InputError(f"{path}: the exported program differs from the model by {difference:g}")
+    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
+    return difference
+
+
+# ---- 5. Commands: what a user types. Each calls the rooms above ----------------------------------
 class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # A name cut short is refused: --image would be --image-size in train.py.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
@@ -798,6 +1333,8 @@ def exit_cleanly(main):
     An interruption exits with 130.
     """
     keep_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -815,7 +1352,7 @@ def exit_cleanly(main):
         if not no_memory(e):
             raise
         message = "out of memory: give a smaller --image-size, or go on elsewhere with --resume"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -828,102 +1365,361 @@ def pick_device(name):
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
-def evaluate_category(detector, category, x_0, sizes, folder, args):
-    """Score a category's test x_0, measure, draw, write maps; its row."""
-    if not category.test:
-        return measure(category, torch.zeros(0, 1, 1), np.zeros(0), [])
-    maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
-    scores = scores.double().numpy()
+def evaluate_category(detector, category, x_0, sizes, args):
+    """Score a category's test x_0 and measure: its row, maps and scores."""
+    maps, scores = torch.zeros(0, 1, 1), np.zeros(0)
+    if category.test:
+        maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
+        scores = scores.double().numpy()
     row = measure(category, maps, scores, sizes)
-    draw_category(folder, category, maps, scores, sizes, args.maps)
-    if args.save_maps:
-        save_maps(folder.parent, category, maps, sizes)
+    normal = detector.normal_scores.cpu()
+    row |= measure_verdicts(category, normal, scores, args.false_alarms)
     if row["why"]:
         print(f"{category.name}: {row['why']}", file=sys.stderr)
-    return row
+    return row, maps, scores
+
+
+def write_category(folder, detector, category, maps, scores, sizes, args):
+    """Pictures and maps of a category as they are asked for, and then scores.csv: all is there."""
+    if not category.test:
+        return
+    normal = detector.normal_scores.cpu()
+    if args.maps != "none":
+        draw_category(folder, category, maps, scores, sizes, normal, args)
+    if args.save_maps:
+        save_maps(folder.parent, category, maps, sizes)
+    save_scores(folder / "scores.csv", category, scores, normal, args.false_alarms)
+
+
+def extract_and_evaluate(detector, category, args):
+    """Row, maps, scores and sizes of a category's test images."""
+    x_0, sizes = None, []
+    if category.test:
+        features, sizes = extract(detector, [item.path for item in category.test])
+        x_0 = detector.normalise(features, out=features)
+    return *evaluate_category(detector, category, x_0, sizes, args), sizes
+
+
+def model_in(run, name, category):
+    """model.pt of a category under --run: the data set's folder, or the --out above it."""
+    places = [run / name / category / "model.pt", run / category / "model.pt"]
+    for place in places:
+        if place.is_file():
+            return place
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder: give --run the --out of train.py")
+    looked = f"{run}: no model of {category} (looked for {places[0]} and {places[1]})"
+    below = sorted(run.rglob("model.pt"))
+    if below:
+        raise InputError(f"{looked}: there is {below[0]}: give its data set, or --category")
+    raise InputError(f"{looked}: give --run the --out of train.py")
 
 
 def evaluate_run(args, device):
     """The table again from the models under --run: the data set's folder or the --out above it."""
     name, categories = read_dataset(args.data, args.category)
-    folder = Path(args.run)
-    if (folder / name).is_dir():
-        folder = folder / name
+    models = [model_in(Path(args.run), name, category.name) for category in categories]
     rows = []
-    for category in categories:
+    for category, model in zip(categories, models, strict=True):
         began = time.monotonic()
-        detector = load_model(folder / category.name / "model.pt", device, args.weights)
-        x_0, sizes = None, []
-        if category.test:
-            features, sizes = extract(detector, [item.path for item in category.test])
-            x_0 = detector.normalise(features, out=features)
-        row = evaluate_category(detector, category, x_0, sizes, folder / category.name, args)
+        detector = load_model(model, device, args.weights)
+        row, maps, scores, sizes = extract_and_evaluate(detector, category, args)
+        write_category(model.parent, detector, category, maps, scores, sizes, args)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
-    write_tables(folder, rows)
+    write_tables(models[0].parent.parent, rows)
+
+
+def check_exists(path):
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+
+
+def images_under(folder):
+    """Image files of a folder and of all folders in it, sorted; hidden ones are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not path.is_dir()
+        and not any(part[0] == "." for part in path.relative_to(folder).parts)
+    )
+
+
+def table_place(out):
+    """Where the table of a folder's scores goes: --out if it is a .csv, else scores.csv in it.
+
+    Raises InputError if a file is there that is no such table.
+    """
+    out = Path(out or ".")
+    table = out if out.suffix.lower() == ".csv" else out / "scores.csv"
+    if table.exists():
+        with open(table, "rb") as f:
+            ours = f.readline().strip() == ",".join(SCORE_COLUMNS).encode()
+        if not ours:
+            raise InputError(f"{table}: is no table of scores: give another --out")
+    return table
+
+
+def picture_place(image, out):
+    """Where the picture of one image goes: --out, a .png or a folder; else the current folder."""
+    name = f"{file_names([image.name])[0]}_map.png"
+    if out is None:
+        return Path(name)
+    out = Path(out)
+    if out.is_dir() or not out.suffix:
+        return out / name
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: a picture is a PNG: give a name in .png, or a folder")
+    if out.exists() and out.samefile(image):
+        raise InputError(f"--out {out}: is the image itself: give another")
+    return out
+
+
+def small_and_size(path, shape):
+    """(pixels (1, 3, *shape), (H, W)) of an image file, or the InputError that says why not."""
+    try:
+        image = read_image(path)
+        return to_pixels([image], shape), image.size[::-1]
+    except InputError as e:
+        return e
 
 
 def score_images(args, device):
-    """Print the score of one image, or of each image of a folder, and write the pictures.
+    """Print score, threshold, p-value and verdict of --image, a file or a folder; write pictures.
 
-    One image always has a picture; a folder's images have theirs under --out, if it is given.
+    One image has a picture unless --maps none. A folder is walked into; its scores go to scores.csv
+    too, and its pictures are written if --out names a folder. An image that cannot be read costs
+    one line on stderr, and exit code 2 at the end. Memory does not grow with the folder.
     """
-    detector, path = load_model(args.model, device, args.weights), Path(args.image)
-    paths = images_in(path) if path.is_dir() else [path]
+    image = Path(args.image)
+    check_exists(image)
+    detector = load_model(args.model, device, args.weights)
+    if args.euler_steps > 1:
+        print(
+            f"note: --euler-steps {args.euler_steps}: threshold and p are those of one step",
+            file=sys.stderr,
+        )
+    if not image.is_dir():
+        place = picture_place(image, args.out)
+        if score_paths(args, detector, [image], [image.name], [place]):
+            sys.exit(2)
+        return
+    table, paths = table_place(args.out), images_under(image)
+    folder = None if args.out is None or table == Path(args.out) else Path(args.out)
+    if folder is None and args.save_maps:
+        raise InputError("--save-maps: give --out, a folder for the maps")
+    if folder is not None:
+        paths = not_below(folder, image, paths)
     if not paths:
-        raise InputError(f"{path}: no images in this folder")
-    features, _ = extract(detector, paths)
-    x_0 = detector.normalise(features, out=features)
-    maps, scores = detector.score(x_0, args.euler_steps)
-    low, high = float(maps.min()), float(maps.max())
-    for p, y, s in zip(paths, maps, scores.tolist(), strict=True):
-        picture = None
-        if path.is_dir() and args.out:
-            picture = Path(args.out) / f"{p.stem}_map.png"
-        elif not path.is_dir():
-            picture = Path(args.out or f"{p.stem}_map.png")
-        if picture is None:
-            print(f"{p.name}  score {s:.4f}")
+        raise InputError(f"{image}: no images ({', '.join(SUFFIXES)}) in this folder")
+    names = [path.relative_to(image).as_posix() for path in paths]
+    places = [None] * len(paths)
+    if folder is not None:
+        places = [folder / f"{name}_map.png" for name in file_names(names)]
+    with growing_csv(table, SCORE_COLUMNS) as write:
+        failed = score_paths(args, detector, paths, names, places, write)
+    print(f"scores: {one_line(table)}", file=sys.stderr)  # stdout: one line an image
+    if failed:
+        sys.exit(2)
+
+
+def not_below(out, image, paths):
+    """The paths that do not lie below --out: what is there are pictures of an earlier run."""
+    if out.resolve() == image.resolve():
+        raise InputError(f"--out {out}: is the folder of the images: give another")
+    kept = [path for path in paths if out.resolve() not in path.resolve().parents]
+    if len(kept) < len(paths):
+        print(f"note: {len(paths) - len(kept)} images in --out {out} left out", file=sys.stderr)
+    return kept
+
+
+def scored_files(detector, paths, euler_steps=1):
+    """(map, score, size) of each image file in order, or the InputError that says why not.
+
+    BATCH images are in memory at a time, resized.
+    """
+    read_small = partial(small_and_size, shape=wtflow.image_shape(detector.recipe))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), BATCH):
+            batch = paths[start : start + BATCH]
+            read = list(pool.map(read_small, batch))
+            pixels = [found[0] for found in read if not isinstance(found, InputError)]
+            scored = iter(())
+            if pixels:
+                scored = zip(*score_pixels(detector, torch.cat(pixels), euler_steps), strict=True)
+            for path, found in zip(batch, read, strict=True):
+                if isinstance(found, InputError):
+                    yield found
+                    continue
+                y, score_of_one = next(scored)
+                if np.isnan(score_of_one):
+                    yield InputError(f"{path}: {NOT_FINITE}")
+                else:
+                    yield y, score_of_one, found[1]
+
+
+def score_paths(args, detector, paths, names, places, write=None):
+    """Score, print and draw image files, with a row of the table for each: how many failed.
+
+    places: a picture's path, or None, for each; write: see growing_csv.
+    """
+    normal = detector.normal_scores.cpu()
+    failed, not_drawn = 0, []
+    everything = zip(
+        paths, names, places, scored_files(detector, paths, args.euler_steps), strict=True
+    )
+    for path, name, place, found in everything:
+        kind = str(PurePosixPath(name).parent).lstrip(".")
+        if isinstance(found, InputError):
+            failed += 1
+            print(f"error: {one_line(found)}", file=sys.stderr)
+            if write is not None:
+                write((name, kind, "", "", "", str(found)))
             continue
-        print(f"{p.name}  score {s:.4f}  {picture}")
-        draw_map(picture, read_image(p), None, y, low, high, f"{p.name}:  score {s:.3f}")
+        y, s, size = found
+        threshold, (p,), (flagged,) = judge(normal, [s], args.false_alarms)
+        figures = f"score {s:.4f}  threshold {threshold:.4f}  p {p:.4f}  {VERDICTS[int(flagged)]}"
+        line = f"{one_line(name)}  {figures}"
+        if place is not None and args.maps != "none":
+            title = f"{shortened(name)}\n{figures}"
+            if write_picture(place, partial(draw_file, path, y, threshold, title), not_drawn):
+                line += f"  {one_line(place)}"
+        if place is not None and args.save_maps:
+            save_map(place.with_suffix(".tiff"), y, size)
+        print(line)
+        if write is not None:
+            write(score_row(name, kind, s, p, flagged))
+    warn_of(not_drawn, args.image)
+    return failed
+
+
+def draw_file(path, y, threshold, title):
+    """draw_map of an image file without a mask."""
+    return draw_map(read_image(path), None, y, threshold, title)
+
+
+def percentage(text):
+    """--false-alarms as a number."""
+    try:
+        percent = float(text)
+        check_false_alarms(percent)
+    except ValueError:  # InputError is one too
+        raise argparse.ArgumentTypeError(
+            f"{text}: give a percentage above 0 and below 100, like 1"
+        ) from None
+    return percent
 
 
 def add_common_options(parser):
     """What train.py and evaluate.py share."""
     add = parser.add_argument
-    add("--data", help="data set root or one category's folder")
-    add("--category", nargs="+", action="extend", default=[], metavar="NAME", help="only these")
-    add("--weights", metavar="FILE", help="the backbone's state dict, if it is not in a package")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--category",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only these categories of --data (default: all)",
+    )
+    add(
+        "--weights",
+        metavar="FILE",
+        help="the backbone's state dict (default: that of its package)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto: a GPU if torch finds one (default: auto)",
+    )
+    add(
+        "--false-alarms",
+        type=percentage,
+        default=FALSE_ALARMS,
+        metavar="PERCENT",
+        help="good images that the threshold may flag, in percent "
+        f"(default: {FALSE_ALARMS:g}; n training images cannot give less than 100 / (n + 1))",
+    )
     add(
         "--maps",
         choices=("all", "worst", "none"),
         default="worst",
-        help="pictures: all, or worst misses and best hits (default: worst)",
+        help="pictures: of all test images, of the most telling, none (default: worst)",
     )
-    add("--save-maps", action="store_true", help="float32 TIFF maps as MVTec's script reads them")
+    add(
+        "--save-maps",
+        action="store_true",
+        help="float32 TIFF maps too, as MVTec's script reads them (default: no)",
+    )
+
+
+def parser_of_commands():
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", help="with --run: data set root or one category's folder (default: none)")
+    add("--run", help="folder that train.py wrote: its table again (default: none)")
+    add("--model", help="a model.pt, for --image or --export (default: none)")
+    add("--image", help="an image, or a folder of images to walk into (default: none)")
+    add(
+        "--out",
+        help="with --image FILE: the picture, or its folder (default: the current folder). With "
+        "--image FOLDER: folder of scores.csv and of the pictures, or a .csv alone "
+        "(default: scores.csv in the current folder, without pictures)",
+    )
+    add(
+        "--export",
+        metavar="FILE.pt2",
+        help="write the model as a torch.export program, uint8 (1, 3, H, W) -> (map, score); "
+        "no ONNX, no resizing (default: none)",
+    )
+    add(
+        "--euler-steps",
+        type=int,
+        default=1,
+        metavar="K",
+        help="steps from t = 0 to 1; thresholds are those of one (default: 1)",
+    )
+    add_common_options(parser)
+    return parser
+
+
+def export_model(args, device):
+    """Write --export and print what the program takes, its threshold and the check."""
+    model = load_model(args.model, device, args.weights)
+    difference = export(model, args.export, args.false_alarms)
+    h, w = wtflow.image_shape(model.recipe)
+    limit = threshold_text(model.normal_scores.cpu(), args.false_alarms)
+    print(
+        f"{one_line(args.export)}: uint8 (1, 3, {h}, {w}) RGB -> map, score; {limit}; "
+        f"largest difference to the model {difference:.2g}"
+    )
+
+
+# The options of each command, and what it does
+COMMANDS = {
+    ("run", "data"): evaluate_run,
+    ("model", "image"): score_images,
+    ("model", "export"): export_model,
+}
 
 
 def main(argv=None):
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    add_common_options(parser)
-    add = parser.add_argument
-    add("--run", help="folder that train.py wrote")
-    add("--model", help="a model.pt")
-    add("--image", help="an image, or a folder of images")
-    add("--out", help="picture (with --image FILE) or folder of pictures (with --image FOLDER)")
-    add("--euler-steps", type=int, default=1, metavar="K", help="steps from t = 0 to 1")
-    args = parser.parse_args(argv)
+    args = parser_of_commands().parse_args(argv)
     device = pick_device(args.device)
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
-    if args.model and args.image:
-        score_images(args, device)
-    elif args.run and args.data:
-        evaluate_run(args, device)
-    else:
-        raise InputError("give --run and --data, or --model and --image (see --help)")
+    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
+    for names, command in COMMANDS.items():
+        if given == set(names):
+            if args.out is not None and "image" not in given:
+                raise InputError("--out: goes with --image")
+            command(args, device)
+            return
+    raise InputError(
+        "give --run and --data, or --model and --image, or --model and --export, and no other of "
+        "these (see --help)"
+    )
 
 
 if __name__ == "__main__":
