@@ -1,11 +1,7 @@
 """Data sets, metrics and pictures for WT-Flow, and the commands that read saved models.
 
     python evaluate.py --run DIR --data DIR          the table again, from saved models
-    python evaluate.py --model FILE --image FILE     one image: score, verdict, picture
-    python evaluate.py --model FILE --image DIR      a folder: scores.csv
-    python evaluate.py --model FILE --export M.pt2   a program that needs torch alone
-
-From Python: evaluate.load, evaluate.score, train.fit.
+    python evaluate.py --model FILE --image FILE     one image (or a folder): score and picture
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Figures are in percent.
@@ -15,8 +11,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import hashlib
-import io
 import json
 import os
 import signal
@@ -24,11 +18,10 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path, PurePosixPath
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 # Read as torch loads: a thread that waits leaves its core to others. Beside another busy process
@@ -45,11 +38,19 @@ import wtflow
 from wtflow import InputError
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads the data set, writes nothing ----
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm"),
+)
+GOOD = ("good", "ok", "okay", "normal", "pass")  # names of folders of good images, in any case
+TRUTH = ("ground_truth", "groundtruth", "masks", "mask", "gt")  # of folders of masks
+MASK_ENDS = ("_mask", "_gt", "-mask", "_label", "")  # of their files, after the image's stem
+NO_IMAGES = ("thumbs.db", "desktop.ini")  # what systems leave in folders
 BATCH = 16  # images that are read and turned into features together
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses these itself
+Image.MAX_IMAGE_PIXELS = 1 << 28  # a strip of 2048 x 131072; open_image refuses what has more
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Item(NamedTuple):
@@ -74,6 +75,12 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+@cache
+def say_once(text):
+    """A line on stderr about what was seen and how it is read, once in a run."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def images_in(folder):
     """Image files of a folder, sorted. A dangling link is kept, so that reading it names it."""
     if not folder.is_dir():
@@ -85,22 +92,151 @@ def images_in(folder):
     )
 
 
+def images_under(folder):
+    """Image files of a folder and of the folders in it, at any depth; hidden ones are left out."""
+    found = images_in(folder)
+    for inner in folders_in(folder):
+        found += images_under(inner)
+    return found
+
+
 def folders_in(folder):
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
+def is_good(folder):
+    """Whether a folder's name says that its images are good. Raises InputError if it may."""
+    name = folder.name.casefold()
+    if name in GOOD:
+        return True
+    for word in GOOD:
+        rest = name.removeprefix(word)
+        if rest != name and not rest[0].isalpha():
+            raise InputError(
+                f"{folder}: good images, or a defect? Put good ones under {word}/, or let the name "
+                f"of a defect not begin with {word}"
+            )
+    return False
+
+
+def good_images(folder):
+    """Images of the folders in `folder` whose name says good, and of all folders in these."""
+    found = [inside for inside in folders_in(folder) if is_good(inside)]
+    for inside in found:
+        if inside.name != "good":
+            say_once(f"{inside}: taken as good images")
+    return [path for inside in found for path in images_under(inside)]
+
+
+def child(folder, name):
+    """The file or folder of this name in any case, or None."""
+    if not folder.is_dir():
+        return None
+    return next((p for p in sorted(folder.iterdir()) if p.name.casefold() == name.casefold()), None)
+
+
+def mask_owner(path):
+    """The stem of the image that a file name like 003_GT.png is the mask of, or None."""
+    stem = path.stem.casefold()
+    ends = [end for end in MASK_ENDS if end and stem.endswith(end)]
+    return stem.removesuffix(ends[0]) if ends else None
+
+
+def find_mask(image, places):
+    """The mask of an image in the first of the folders `places` that has one, or None.
+
+    A name with the image's suffix, 003_jpg_mask.png, goes before 003_mask.png.
+    """
+    stem, suffix = image.stem.casefold(), image.suffix[1:].casefold()
+    wanted = [f"{stem}{joint}{suffix}{end}" for joint in "_." for end in MASK_ENDS]
+    wanted += [stem + end for end in MASK_ENDS]
+    for place in places:
+        found = {}
+        for path in images_in(place):
+            found.setdefault(path.stem.casefold(), path)
+        for name in wanted:
+            if name in found and found[name] != image:
+                return found[name]
+    return None
+
+
 def read_mvtec(root):
-    """MVTec AD, MPDD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png."""
-    truth, test = root / "ground_truth", []
+    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
+
+    Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
+    """
+    truth = next((p for name in TRUTH if (p := child(root, name)) is not None), None)
+    test, owners = [], {}
     for folder in folders_in(root / "test"):
-        for path in images_in(folder):
-            named = [truth / folder.name / (path.stem + end) for end in ("_mask.png", ".png")]
-            mask = next((m for m in named if m.is_file()), named[0])
-            masks = (mask,) if truth.is_dir() else None
-            test.append(Item(path, folder.name, () if folder.name == "good" else masks))
-    return Category(root.name, "MVTec AD", images_in(root / "train/good"), test, None)
+        images = images_under(folder)
+        stems = {(path.parent, path.stem.casefold()) for path in images}
+        beside = [p for p in images if (p.parent, mask_owner(p)) in stems]
+        if is_good(folder):
+            if folder.name != "good":
+                say_once(f"{folder}: taken as good images")
+            test += [Item(path, "good", ()) for path in images if path not in beside]
+            continue
+        for path in images:
+            if path in beside:
+                continue
+            inside = path.parent.relative_to(folder)
+            kind = child(truth, folder.name) if truth else None
+            places = [truth] if truth and not kind else []
+            if kind:
+                places += [kind / inside, kind]
+            if beside:
+                places.append(path.parent)
+            mask = find_mask(path, places)
+            if mask is not None:
+                if mask in owners:
+                    say_once(f"{mask}: the mask of {owners[mask].name} and of {path.name}")
+                owners[mask] = path
+            expected = (truth or root) / folder.name / f"{path.stem}_mask.png"
+            masks = (mask or expected,) if truth or beside else None
+            test.append(Item(path, folder.name, masks))
+    category = Category(root.name, "MVTec AD", good_images(root / "train"), test, None)
+    name_skipped(category, (root / "train", root / "test"), owners)
+    return category
+
+
+def name_skipped(category, folders, masks=()):
+    """Say which files of folders are not read, with their number: none is dropped silently."""
+    used = {*category.train, *(item.path for item in category.test), *masks}
+    skipped = [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in used and path.name[0] != "."
+    ]
+    skipped = [p for p in skipped if p.name.casefold() not in NO_IMAGES]
+    if skipped:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
+        more = ", ..." if len(skipped) > 4 else ""
+        say_once(f"{category.name}: {len(skipped)} files are not read: {names}{more}")
+
+
+def read_flat(root):
+    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
+    parts, left_out = {"train": [], "test": []}, 0
+    for part, items in parts.items():
+        images = images_in(root / part)
+        stems = {path.stem.casefold() for path in images}
+        for path in images:
+            if mask_owner(path) in stems:
+                continue
+            mask = find_mask(path, [root / part])
+            if mask is None:
+                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
+                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
+            good = not np.asarray(open_image(mask)).any()
+            items.append(Item(path, "good" if good else "defect", () if good else (mask,)))
+    train = [item.path for item in parts["train"] if item.kind == "good"]
+    left_out = len(parts["train"]) - len(train)
+    if left_out:
+        say_once(f"{root.name}: {left_out} defective images in train are left out")
+    return Category(root.name, "KolektorSDD2", train, parts["test"], None)
 
 
 def read_mvtec_loco(root):
@@ -140,9 +276,10 @@ def read_visa(root):
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
     split, train, test = root.parent / "split_csv/1cls.csv", [], []
     try:
-        with open(split, newline="") as f:
+        with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
+            row |= {name: row[name].replace("\\", "/") for name in ("image", "mask")}
             path = root.parent / row["image"]
             if row["split"] == "train":
                 train.append(path)
@@ -164,11 +301,35 @@ def read_category(root):
         return read_visa(root)
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
-    if not (root / "train/good").is_dir():
+    if any(mask_owner(path) for path in images_in(root / "train")):
+        return read_flat(root)
+    if not any(is_good(folder) for folder in folders_in(root / "train")):
         return None
     if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
     return read_mvtec(root)
+
+
+def read_images_only(folder):
+    """A folder of good images: a category named after it, or after the product it is of."""
+    named = folder
+    while named.name.casefold() in (*GOOD, "train", "rgb") and named.parent != named:
+        named = named.parent
+    category = Category(named.name, "folder of good images", images_under(folder), [], None)
+    name_skipped(category, (folder,))
+    return named.parent.name, category
+
+
+def read_products(data):
+    """Categories of a root whose sub-folders hold nothing but images, each a product."""
+    folders = [folder for folder in folders_in(data) if images_under(folder)]
+    parts = ("train", "test", "good", *TRUTH)
+    if data.name.casefold() in parts or any(f.name.casefold() in (*parts, *GOOD) for f in folders):
+        return []
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        say_once(f"{data}: taken as {len(folders)} products with good images only: {names}")
+    return [read_images_only(folder)[1] for folder in folders]
 
 
 def read_dataset(data, wanted=()):
@@ -181,17 +342,19 @@ def read_dataset(data, wanted=()):
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
     one = read_category(data)
+    name = data.parent.name
     if one is None and images_in(data):
-        one = Category(data.name, "folder of good images", images_in(data), [], None)
+        name, one = read_images_only(data)
     if one is not None:
-        name, found = data.parent.name, [one]
+        found = [one]
     else:
         name, found = data.name, [c for c in map(read_category, folders_in(data)) if c]
+        found = found or read_products(data)
     if not found:
         raise InputError(
-            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, LOCO), "
-            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), or images (a folder of good "
-            "ones) in it and in its sub-folders"
+            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
+            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), train/<id>_GT (KolektorSDD2) "
+            "or images (a folder of good ones) in it and in its sub-folders"
         )
     names = [c.name for c in found]
     for asked in wanted:
@@ -232,9 +395,15 @@ def unreadable(path):
 
 
 def open_image(path):
-    """PIL image, decoded. Raises InputError naming the file."""
+    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
     with unreadable(path):
         image = Image.open(path)
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            pages = []
+            for page in range(image.n_frames):
+                image.seek(page)
+                pages.append(image.width * image.height)
+            image.seek(pages.index(max(pages)))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
@@ -242,15 +411,16 @@ def open_image(path):
         return image
 
 
-def read_image(path):
+def read_image(path, white=None):
     """RGB PIL image as a person sees it. Raises InputError naming the file.
 
-    The first frame; EXIF orientation applied, as masks are drawn on the turned picture; palette and
-    CMYK converted; alpha dropped; 16 bits scaled to 8; floating point taken as 0..1 or 0..255.
+    The first frame, or the largest page; EXIF orientation applied, as masks are drawn on the turned
+    picture; palette and CMYK converted; alpha dropped; more than 8 bits scaled to 8, from 0 to
+    `white` (grey_level), by default that of this file alone.
     """
     image = open_image(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(path, image)
+    if has_levels(image):
+        image = to_8_bits(path, image, white)
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError) as e:
@@ -259,27 +429,82 @@ def read_image(path):
         ) from None
 
 
-def to_8_bits(path, image):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, with its EXIF."""
+def has_levels(image):
+    """Whether a PIL image has more than 8 bits, or is floating-point."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
+OVERSHOOT = 0.05  # of white, beyond both ends: clipped without a word, as sensors are calibrated
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
+
+
+def levels_of(path, image):
+    """Values (H, W) float64 of an image that has_levels, 0 black."""
     values = np.asarray(image, dtype=np.float64)
-    real = image.mode == "F"
-    known = np.isfinite(values).all() and values.min() >= 0
-    if not known or values.max() > (255 if real else 65535):
-        raise InputError(f"{path}: values outside 0..1, 0..255 and 16 bits: rescale it")
-    scale = 255 / 65535
-    if real:
-        scale = 255 if values.max() <= 1 else 1
-    small = Image.fromarray(np.round(values * scale).astype(np.uint8))
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: has values that are not finite: mend or remove it")
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
+        values = white_above(values.max(), image.mode == "F") - values
+    return values
+
+
+def white_above(largest, real):
+    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point."""
+    usual = (1.0, *WHITES) if real else WHITES
+    return float(next((w for w in usual if largest <= w * (1 + OVERSHOOT * real)), largest))
+
+
+def grey_level(paths):
+    """The white level of a data set, from its training images; None if all have 8 bits.
+
+    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
+    them, so that the same value is the same grey in every image. It is kept with the model.
+    """
+    largest, real = -np.inf, False
+    for path in paths:
+        with unreadable(path), Image.open(path) as image:
+            deep = has_levels(image)
+        if deep:
+            image = open_image(path)
+            real = real or image.mode == "F"
+            largest = max(largest, float(levels_of(path, image).max()))
+    return None if largest == -np.inf else white_above(largest, real)
+
+
+def to_8_bits(path, image, white=None):
+    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF."""
+    values = levels_of(path, image)
+    if white is None:
+        white = white_above(values.max(), image.mode == "F")
+    low, high = -OVERSHOOT * white, (1 + OVERSHOOT) * white
+    if values.min() < low:
+        raise InputError(f"{path}: has values down to {values.min():g}: rescale it to 0 and more")
+    if values.max() > high:
+        say_once(f"{path}: values up to {values.max():g} are cut at {white:g}, white in training")
+    values = np.clip(values / white, 0, 1)
+    small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
+
+
+GREYS, BRIGHT = 8, 128  # a mask with more values, up to this and higher, went through JPEG
 
 
 def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
-    Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
+    largest on; small numbers are labels, all of them defective. Says what it saw where that is no
+    plain mask. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
+    if image.mode == "P":
+        indices = np.asarray(image) != 0
+        image = image.convert("RGB")
+        if (indices != (np.asarray(image).max(2) != 0)).any():
+            say_once(f"{path}: a mask with a palette, read by its colours: black is defect-free")
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
@@ -289,12 +514,21 @@ def read_mask(path, size):
             f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
+    seen = np.unique(values)
+    if len(seen) > GREYS and seen[-1] >= BRIGHT:
+        half = (float(seen[0]) + float(seen[-1])) / 2
+        say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
+        values = np.where(values >= half, values, 0)
+    share = (values != 0).mean()
+    if share > 0.5:
+        say_once(f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?")
     return values
 
 
 def masks_of(item, size, saturation=None):
-    """Regions [(bool (H, W), pixels that saturate it)] and union (H, W) of an item's masks.
+    """Regions [(place, bool (h, w) there, pixels that saturate it)] and union (H, W) of the masks.
 
+    place: the slices of a region's bounding box, so that many small regions take little memory.
     Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
     with it (LOCO) a mask is one region, saturated at its threshold.
     """
@@ -304,13 +538,15 @@ def masks_of(item, size, saturation=None):
         mask = values != 0
         union |= mask
         if saturation is None:
-            labels, n = ndimage.label(mask, np.ones((3, 3)))
-            areas = np.bincount(labels.ravel())
-            regions += [(labels == k, areas[k]) for k in range(1, n + 1)]
+            labels, _ = ndimage.label(mask, np.ones((3, 3)))
+            for k, place in enumerate(ndimage.find_objects(labels), 1):
+                region = labels[place] == k
+                regions.append((place, region, region.sum()))
         elif mask.any():
             threshold, relative = saturation.get(int(values.max()), (1.0, True))
-            area = mask.sum()
-            regions.append((mask, min(area, int(threshold * area) if relative else threshold)))
+            area, everywhere = mask.sum(), np.s_[:, :]
+            most = min(area, int(threshold * area) if relative else threshold)
+            regions.append((everywhere, mask, most))
     return regions, union
 
 
@@ -324,12 +560,20 @@ def image_sizes(paths):
     return sizes
 
 
-def load_batch(paths, shape, pool):
-    """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)]."""
-    images = list(pool.map(read_image, paths))
+def load_batch(paths, shape, pool, white=None):
+    """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)].
+
+    paths: or what else as_image takes; white: see grey_level.
+    """
+    images = list(pool.map(partial(as_image, white=white), paths))
     resized = pool.map(lambda image: image.resize(shape[::-1], Image.BILINEAR), images)
     pixels = np.stack([np.asarray(image) for image in resized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [image.size[::-1] for image in images]
+
+
+def white_of(detector):
+    """The white level that a detector was trained with, None for 8 bits."""
+    return getattr(detector, "white", None)
 
 
 def extract(detector, paths, report=None):
@@ -342,7 +586,8 @@ def extract(detector, paths, report=None):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), BATCH):
             names = paths[start : start + BATCH]
-            images, batch_sizes = load_batch(names, wtflow.image_shape(detector.recipe), pool)
+            shape = wtflow.image_shape(detector.recipe)
+            images, batch_sizes = load_batch(names, shape, pool, white_of(detector))
             x = detector.features(images)
             bad = ~(x.abs().flatten(1).amax(1) <= torch.finfo(torch.float16).max)
             if bad.any():
@@ -372,11 +617,9 @@ COLUMNS = (
 MORE = (
     *("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural"),
     *("spro_logical", "spro_structural", "spro"),
-    *("threshold", "false_alarm_rate", "detection_rate"),
+    *("false_alarms", "found"),  # at the threshold of the command's --false-alarms
 )
 SUMMED = ("train_images", "test_images", "seconds")
-DIGITS = {"threshold": 4}  # decimals in tables, where they are not two
-FALSE_ALARMS = 1.0  # percent of good images that a threshold may flag, by default
 PRO_LIMIT, SPRO_LIMIT = 0.3, 0.05  # largest rate of false positives: MVTec AD, MVTec LOCO AD
 BINS = 1 << 15
 SAMPLE = 2_000_000  # pixels whose quantiles place the bins
@@ -399,6 +642,47 @@ def auroc_ap(positive, negative):
     auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
     precision = tp / np.maximum(tp + fp, 1)
     return 100 * auroc, 100 * np.sum(np.diff(np.r_[0, tp]) / P * precision)
+
+
+class Verdict(NamedTuple):
+    """What is said of one image."""
+
+    score: float
+    p_value: float  # how rarely a good image scores as high
+    verdict: str  # "defect" or "good"
+    map: np.ndarray | None = None  # (H, W) at the image's own size, in the units of the score
+
+
+def threshold_of(normal_scores, false_alarms):
+    """Score that `false_alarms` percent of new good images exceed, from scores (n,) of good ones.
+
+    normal_scores: Detector.normal_scores, of training images, each by a field and under a law that
+    have not seen it. Their quantile, taken upwards: of less than 100 images 1 % is their largest.
+    """
+    return float(np.quantile(normal_scores, 1 - false_alarms / 100, method="higher"))
+
+
+def judge(scores, normal_scores, threshold):
+    """A Verdict of each score (m,). p = (1 + number of good images that score as high) / (n + 1).
+
+    So the smallest p that n good images can give is 1 / (n + 1).
+    """
+    known = np.sort(np.asarray(normal_scores))
+    as_high = len(known) - np.searchsorted(known, scores, side="left")
+    verdicts = []
+    for score, count in zip(scores, as_high, strict=True):
+        verdict = "defect" if score > threshold else "good"
+        verdicts.append(Verdict(float(score), (1 + int(count)) / (len(known) + 1), verdict))
+    return verdicts
+
+
+def alarm_rates(kinds, verdicts):
+    """Percent of good and of defective test images that are called defective, None for none."""
+    flagged = np.array([v.verdict == "defect" for v in verdicts], bool)
+    good = np.array([kind == "good" for kind in kinds], bool)
+    parts = (flagged[good], flagged[~good])
+    rates = [100 * float(part.mean()) if len(part) else None for part in parts]
+    return dict(zip(("false_alarms", "found"), rates, strict=True))
 
 
 def image_metrics(scores, defective):
@@ -444,8 +728,9 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
         inside = np.bincount(index[union], minlength=len(edges) + 1)
         positive += inside
         negative += np.bincount(index.ravel(), minlength=len(edges) + 1) - inside
-        for region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[region], minlength=len(edges) + 1)[::-1])
+        for place, region, saturates_at in regions:
+            inside = index[place][region]
+            hits = np.cumsum(np.bincount(inside, minlength=len(edges) + 1)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
             n_regions += 1
     auroc, ap = auroc_ap(positive, negative)
@@ -453,54 +738,6 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
         return auroc, ap, None
     false_positives = np.cumsum(negative[::-1]) / negative.sum()
     return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
-
-
-def judge(normal, scores, false_alarms=FALSE_ALARMS):
-    """Threshold, p-values (n,) and whether flagged (n,) of image scores (n,).
-
-    normal: (m,) scores of good images that were left out (Detector.normal_scores). The threshold is
-    their (1 - a) quantile, a = false_alarms / 100, rounded up to one of them: the largest where
-    a < 1 / (m - 1), so that m good images cannot promise less than 1 in m + 1 false alarms. Flagged
-    is what lies above it. The p-value of a score s is (1 + #{normal >= s}) / (m + 1): how often a
-    good image scores as high. Where hardware has bfloat16, single scores move by some percent
-    against float32: train and score on the same kind.
-    """
-    normal = np.sort(np.asarray(normal, np.float64))
-    scores = np.asarray(scores, np.float64)
-    threshold = float(np.quantile(normal, 1 - false_alarms / 100, method="higher"))
-    as_high = len(normal) - np.searchsorted(normal, scores, side="left")
-    return threshold, (1 + as_high) / (len(normal) + 1), scores > threshold
-
-
-def threshold_text(normal, false_alarms):
-    """The threshold and what it promises, for a person.
-
-    Few good images cannot promise a small rate: then it is said which rate they can.
-    """
-    threshold, _, _ = judge(normal, [], false_alarms)
-    text = f"threshold {threshold:.4f} at {false_alarms:g} % false alarms"
-    n, needed = len(normal), int(np.ceil(100 / false_alarms - 1 - 1e-9))
-    if n >= needed:
-        return text
-    images = "of one good image" if n == 1 else f"the highest of {n} good images"
-    return f"{text} ({images}: expect {100 / (n + 1):.2g} %, {needed} are needed)"
-
-
-def measure_verdicts(category, normal, scores, false_alarms):
-    """Figures of the threshold, which has seen no label: rates in percent, and a line in words."""
-    bad = np.array([item.kind != "good" for item in category.test], bool)
-    threshold, _, flagged = judge(normal, scores, false_alarms)
-    row = {"threshold": threshold, "false_alarm_rate": None, "detection_rate": None}
-    counts = []
-    parts = (("false_alarm_rate", ~bad, "good"), ("detection_rate", bad, "defective"))
-    for name, part, word in parts:
-        if part.any():
-            row[name] = 100 * float(flagged[part].mean())
-            counts.append(f"{flagged[part].sum()} of {part.sum()} {word}")
-    row["verdicts"] = f"{category.name}: {threshold_text(normal, false_alarms)}"
-    if counts:
-        row["verdicts"] += f": {', '.join(counts)} flagged"
-    return row
 
 
 def measure(category, maps, scores, sizes):
@@ -562,32 +799,23 @@ def mean_of(values):
 
 
 def mean_row(rows):
-    """The last row of a table: means of the figures, sums of the counts and seconds.
-
-    Thresholds are of one category each: they have no mean.
-    """
+    """The last row of a table: means of the figures, sums of the counts and seconds."""
     row = {"category": "mean"}
     for name in COLUMNS[1:] + MORE:
         values = [r[name] for r in rows]
         row[name] = sum(values) if name in SUMMED else mean_of(values)
-    row["threshold"] = None
     return row
 
 
-def cell_text(value, digits=2):
+def cell_text(value):
     if value is None or value != value:
         return ""
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def table_lines(columns, rows):
-    """The names of the columns, and the rows (dicts), as texts."""
-    return [columns] + [[cell_text(row[c], DIGITS.get(c, 2)) for c in columns] for row in rows]
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def print_table(columns, rows):
     """Rows (dicts) as an aligned table on stdout."""
-    lines = table_lines(columns, rows)
+    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
@@ -615,67 +843,40 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
-        raise cannot_write(path, e) from None
+        raise InputError(
+            f"{path}: cannot be written ({e}): free some space or give another --out"
+        ) from None
 
 
 def write_csv(path, columns, rows):
+    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+
     def write(to):
-        with open(to, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows(table_lines(columns, rows))
+        with open(to, "w", newline="") as f:
+            csv.writer(f).writerows(lines)
 
     write_whole(path, write)
 
 
-@contextlib.contextmanager
-def writable(path):
-    """Turn what the system says when it cannot write into InputError naming the file."""
-    try:
-        yield
-    except OSError as e:
-        raise cannot_write(path, e) from None
+def said(verdict):
+    """A Verdict in words."""
+    return f"score {verdict.score:.4f}, p {verdict.p_value:.4f}, {verdict.verdict}"
 
 
-def cannot_write(path, e):
-    return InputError(f"{path}: cannot be written ({e}): free some space or give another --out")
+SCORES = ("image", "kind", "score", "p_value", "verdict", "error")  # columns of scores.csv
 
 
-@contextlib.contextmanager
-def growing_csv(path, columns):
-    """A function that writes one row (a sequence); `path` is there once all rows are.
-
-    Rows go to a temporary file as they come: memory does not grow with the table.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
-        f = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")
-
-    def write(values):
-        with writable(path):
-            csv.writer(f).writerow(values)
-
-    try:
-        write(columns)
-        yield write
-        with writable(path):
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # a full disk, which has been named
-            f.close()
-        temporary.unlink(missing_ok=True)
+def score_row(name, kind, verdict=None, error=""):
+    """A row of scores.csv; without a verdict, the error that left the image without one."""
+    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": error}
+    if verdict is not None:
+        row |= {"score": f"{verdict.score:.6g}", "p_value": f"{verdict.p_value:.6g}"}
+        row["verdict"] = verdict.verdict
+    return row
 
 
 def write_tables(folder, rows):
-    """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table.
-
-    And before it, for each category, what its threshold flagged.
-    """
-    for row in rows:
-        print(row["verdicts"])
+    """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table."""
     rows = rows + [mean_row(rows)]
     write_csv(folder / "results.csv", COLUMNS, rows)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, rows)
@@ -722,11 +923,9 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
     path = Path(path)
     if path.is_dir():
-        inside = sorted(path.rglob("model.pt"))
-        example = f": give a file, like {inside[0]}" if inside else ", without any model.pt in it"
-        raise InputError(f"{path}: a folder{example}")
+        raise InputError(f"{path}: a folder: give the model.pt of a category")
     if not path.exists():
-        raise InputError(f"{path}: no such file: give a model.pt that train.py wrote")
+        raise InputError(f"{path}: no such file: train.py writes OUT/DATA/CATEGORY/model.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
@@ -752,40 +951,25 @@ def load_checkpoint(path):
 
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
+    content = {"white": white_of(detector), **content}
+    save_checkpoint(path, detector.recipe, model=detector.state_dict(), **content)
 
 
 def load_model(path, device="cpu", weights=None):
-    """The detector of save_model. Raises InputError if it does not fit the recipe it carries.
-
-    weights: the backbone's state dict, if it is not in a package.
-
-        model = evaluate.load("runs/parts/screw/model.pt")
-        result = evaluate.score(model, "part.png")
-    """
+    """The detector of save_model. Raises InputError if it does not fit the recipe it carries."""
     state = load_checkpoint(path)
     try:
         detector = wtflow.Detector(state["recipe"], weights)
         detector.load_state_dict(state["model"])
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
+        detector.white = None if state.get("white") is None else float(state["white"])
         return detector.to(device)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(
             f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
         ) from None
-
-
-load = load_model  # as a notebook calls it
-
-
-# -- Pictures: functions that return the bytes of a PNG, and what writes them
-DRAWN = 1024  # pixels of the longer side of an image in a picture, at most
-TOP_OF_SCALE = 2.0  # thresholds; 0 is the bottom, so the threshold lies in the middle
-FAR = 4.0  # thresholds; scores beyond make the histogram's axis logarithmic
-TITLE = 80  # characters of a name in a title
-FILE_NAME = 150  # bytes of a name in a picture's name: file systems allow 255
 
 
 def new_figure(*args, **options):
@@ -798,66 +982,13 @@ def new_figure(*args, **options):
     return plt, *plt.subplots(*args, layout="constrained", **options)
 
 
-def png_of(plt, fig):
-    """The figure as the bytes of a PNG; it is closed."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a character that the font does not have
-        fig.savefig(file, format="png", dpi=100)
-    plt.close(fig)
-    return file.getvalue()
-
-
-def one_line(text):
-    """Text with what would break a line, or cannot be printed, as an escape like \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def shortened(text, most=TITLE):
-    """one_line of a text, its middle left out where it is long."""
-    text = one_line(text)
-    half = (most - 3) // 2
-    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
-
-
-def without_suffixes(names):
-    """Relative names of images without their suffixes, where they then still differ."""
-    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
-    count = Counter(stem.casefold() for stem in stems)
-    return [
-        stem if count[stem.casefold()] == 1 else name
-        for name, stem in zip(names, stems, strict=True)
-    ]
-
-
-def file_names(names):
-    """A file name, without a suffix, for each relative name of an image: flat, short, all unlike.
-
-    Case does not tell two names apart: not every file system sees it.
-    """
-    taken, flat = set(), []
-    for name in without_suffixes(names):
-        base = name.replace("/", "_")
-        encoded = os.fsencode(base)
-        if len(encoded) > FILE_NAME:
-            digest = hashlib.sha256(encoded).hexdigest()[:8]
-            base = f"{encoded[:FILE_NAME].decode(errors='ignore')}-{digest}"
-        unlike, k = base, 2
-        while unlike.casefold() in taken:
-            unlike, k = f"{base}-{k}", k + 1
-        taken.add(unlike.casefold())
-        flat.append(unlike)
-    return flat
-
-
-def item_names(items):
-    """Names of test images, kind/file: below the folder that all images of a kind share."""
-    names = {}
-    for kind in dict.fromkeys(item.kind for item in items):
-        paths = [item.path for item in items if item.kind == kind]
-        shared = os.path.commonpath([path.parent for path in paths])
-        names |= {path: f"{kind}/{path.relative_to(shared).as_posix()}" for path in paths}
-    return [names[item.path] for item in items]
+def save_figure(plt, fig, path):
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            write_whole(path, partial(fig.savefig, format="png", dpi=100))
+    finally:
+        plt.close(fig)
 
 
 def best_f1(scores, defective):
@@ -868,447 +999,243 @@ def best_f1(scores, defective):
     return float(scores[order][f1.argmax()])
 
 
-def within_drawn(size):
-    """(width, height) of a picture of an image of that size: DRAWN pixels at most."""
-    scale = min(1, DRAWN / max(size))
-    return tuple(max(1, round(side * scale)) for side in size)
+def plain(text, length=90):
+    """A title of one line: line breaks become spaces, a long middle dots."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
-def draw_map(image, union, y, threshold, title):
-    """Two panels: the image with the outline of its mask, and its anomaly map (h, w).
+def draw_map(path, image, union, y, threshold, title):
+    """Picture of one image: itself with the outline of its mask, and its anomaly map.
 
-    union: bool (H, W), None without a mask. The map's colours mean the same in every picture of a
-    model: from 0 over the threshold, in the middle, to twice the threshold.
+    The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
+    middle, to twice the threshold and more.
     """
-    plt, fig, axes = new_figure(1, 2, figsize=(9.6, 4.6))
+    plt, fig, axes = new_figure(1, 2, figsize=(8.2, 4))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    size = within_drawn(image.size)
-    axes[0].imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
-    if union is not None and union.any():
-        # BOX and > 0: what is thinner than a pixel here stays
-        outlined = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
-        for axis, colour, width in ((axes[0], "black", 3), (axes[0], "yellow", 1.4)):
-            axis.contour(outlined, [0.5], colors=colour, linewidths=width)
-    at_image = at_size(y, size[::-1])
-    top = TOP_OF_SCALE * max(threshold, 1e-6)
-    # viridis reads the same to a colour-blind person
-    shown = axes[1].imshow(at_image, cmap="viridis", vmin=0, vmax=top, aspect=aspect)
-    if at_image.min() <= threshold < at_image.max():
-        axes[1].contour(at_image, [threshold], colors="white", linewidths=1)
-    outlined_too = "image" if union is None else "image and mask outline"
-    for axis, name in zip(axes, (outlined_too, "anomaly map"), strict=True):
+    for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
+        axis.imshow(np.asarray(image), aspect=aspect)
         axis.set(title=name, xticks=[], yticks=[])
-    bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max", ticks=[0, threshold, top])
-    bar.ax.axhline(threshold, color="white", linewidth=2)
-    bar.ax.set_yticklabels(["0", f"threshold\n{threshold:.3g}", f"{top:.3g}"])
-    fig.suptitle(title, fontsize=11, parse_math=False)
-    return png_of(plt, fig)
+    if union is not None and union.any():
+        axes[0].set_title("image, outline of its mask")
+        axes[0].contour(union, [0.5], colors="black", linewidths=3)
+        axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
+    # viridis reads the same to a colour-blind person
+    at_image = at_size(y, image.size[::-1])
+    colours = {"cmap": "viridis", "vmin": 0, "vmax": 2 * threshold}
+    shown = axes[1].imshow(at_image, aspect=aspect, **colours)
+    bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
+    bar.set_ticks([0, threshold, 2 * threshold])
+    bar.set_ticklabels(["0", f"{threshold:.3g}\nthreshold", f"{2 * threshold:.3g}"])
+    fig.suptitle(plain(title), fontsize=11, parse_math=False)
+    save_figure(plt, fig, path)
 
 
-def draw_scores(title, scores, bad, threshold):
-    """Histogram of the image scores, good and defective, with the threshold.
+def telling_images(verdicts, bad, each=3):
+    """{index: prefix} of the images to show, the most telling first.
 
-    With defects also the threshold of the best F1 on these scores, which looks at the labels.
+    Good images that were called defective, defects that were not, defects that were, and the good
+    image that is nearest to the threshold.
     """
-    plt, fig, axis = new_figure(figsize=(6.4, 3.6))
-    low, high = min(scores.min(), threshold), max(scores.max(), threshold)
-    logarithmic = low > 0 and high > FAR * threshold
-    edges = np.linspace(low, high + 1e-6, 41)
-    if logarithmic:
-        edges = np.geomspace(low, high * (1 + 1e-6), 41)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(plt.NullFormatter())
-    for part, colour, name in ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective")):
-        if part.any():
-            label = f"{name} ({part.sum()})"
-            axis.hist(scores[part], edges, color=colour, alpha=0.65, label=label)
-    axis.axvline(threshold, color="black", label=f"threshold {threshold:.3g}")
-    if bad.any():
-        best = best_f1(scores, bad)
-        label = f"best F1, knowing the labels: {best:.3g}"
-        axis.axvline(best, color="black", linestyle=":", label=label)
-    unit = ", logarithmic" if logarithmic else ""
-    axis.set(xlabel=f"image score{unit}", ylabel="test images")
-    axis.set_title(shortened(title, 60), fontsize=11, parse_math=False)
-    axis.legend(fontsize=9)
-    return png_of(plt, fig)
+    scores = np.array([v.score for v in verdicts])
+    flagged = np.array([v.verdict == "defect" for v in verdicts])
+    rising = np.argsort(scores, kind="stable")
+    chosen = {
+        "false_alarm": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
+        "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
+        "hit": [j for j in rising[::-1] if bad[j] and flagged[j]][:each],
+        "good": [j for j in rising[::-1] if not bad[j] and not flagged[j]][:1],
+    }
+    return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
 
 
-def outcomes(bad, flagged):
-    """What the threshold made of each image: good, false_alarm, miss or hit."""
-    words = (("good", "false_alarm"), ("miss", "hit"))
-    return [words[int(b)][int(f)] for b, f in zip(bad, flagged, strict=True)]
+def distinct_names(paths, root):
+    """A name for the picture of each path under root: its folders and stem, joined by "_".
 
-
-def prefixes_of(scores, bad, flagged, which="worst", each=3):
-    """{index: prefix} of the images to show, like "miss1_": its outcome, the most telling first.
-
-    which: "all", or "worst": the two highest good scores, the lowest and the highest defective.
+    The suffix as well where two would be the same, a number where they still are.
     """
-    order = np.argsort(scores, kind="stable")
-    good, defective = [j for j in order[::-1] if not bad[j]], [j for j in order if bad[j]]
-    half = len(defective) // 2
-    lowest, highest = defective[:half], defective[half:][::-1]
-    if which == "worst":
-        good, lowest, highest = good[:2], lowest[:each], highest[:each]
-    words, count, prefixes = outcomes(bad, flagged), Counter(), {}
-    missed = [j for j in lowest if words[j] == "miss"]
-    hit = [j for j in reversed(lowest) if words[j] == "hit"]
-    # From the clearest on: hits from the highest score down, misses from the lowest up.
-    highest_hits = [j for j in highest if words[j] == "hit"]
-    more_missed = [j for j in reversed(highest) if words[j] == "miss"]
-    for j in (*good, *missed, *more_missed, *highest_hits, *hit):
-        count[words[j]] += 1
-        prefixes[j] = f"{words[j]}{count[words[j]]}_"
-    return prefixes
+    names = []
+    for path in paths:
+        inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+        names.append("_".join(inside.with_suffix("").parts))
+    known = {name: names.count(name) for name in names}
+    out = []
+    for path, name in zip(paths, names, strict=True):
+        if known[name] > 1:
+            name = f"{name}_{path.suffix[1:]}"
+        while name in out:
+            name += "_2"
+        out.append(name)
+    return out
 
 
-def write_picture(path, draw, failed):
-    """draw() -> bytes of a PNG -> path. Whether it is drawn; if not, why is added to `failed`.
-
-    A picture costs no model and no score. What cannot be written, and memory that ends, stop the
-    run as everywhere.
-    """
-    try:
-        png = draw()
-    except Exception as e:  # a font, a name, a backend: matplotlib raises what it likes
-        if no_memory(e):
-            raise
-        failed.append(f"{type(e).__name__}: {one_line(first_line(e))}")
-        return False
-    write_whole(path, lambda to: to.write_bytes(png))
-    return True
-
-
-def warn_of(failed, what):
-    """One line on stderr if something was not drawn."""
-    if failed:
-        many = "a picture was" if len(failed) == 1 else f"{len(failed)} pictures were"
-        print(f"warning: {one_line(what)}: {many} not drawn ({failed[0]})", file=sys.stderr)
-
-
-def draw_category(folder, category, maps, scores, sizes, normal, args):
-    """maps/*.png and scores.png of a category, as --maps says."""
+def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
+    """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
+    if which == "none" or not len(verdicts):
+        return
+    bad = np.array([item.kind != "good" for item in category.test])
+    prefixes = telling_images(verdicts, bad)
     for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
         old.unlink()
-    bad = np.array([item.kind != "good" for item in category.test])
-    threshold, p_values, flagged = judge(normal, scores, args.false_alarms)
-    prefixes = prefixes_of(scores, bad, flagged, args.maps)
-    words, names = outcomes(bad, flagged), item_names(category.test)
-    files, failed = file_names(names), []
-    for j, prefix in prefixes.items():
+    paths = [item.path for item in category.test]
+    names = distinct_names(paths, paths[0].parents[1])
+    for j in range(len(verdicts)) if which == "all" else prefixes:
+        item = category.test[j]
+        union = masks_of(item, sizes[j])[1] if item.masks else None
+        title = f"{category.name} / {item.kind} / {item.path.name}:  {said(verdicts[j])}"
+        path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
+        draw_map(path, read_image(item.path), union, maps[j], threshold, title)
+    scores = np.array([v.score for v in verdicts])
+    draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
 
-        def draw(j=j):
-            item = category.test[j]
-            union = masks_of(item, sizes[j])[1] if item.masks else None
-            title = (
-                f"{shortened(f'{category.name} / {names[j]}')}\n"
-                f"score {scores[j]:.4f}, threshold {threshold:.4f}, p {p_values[j]:.2g}: "
-                f"{words[j].replace('_', ' ')}"
-            )
-            return draw_map(read_image(item.path), union, maps[j], threshold, title)
 
-        write_picture(folder / "maps" / f"{prefix}{files[j]}.png", draw, failed)
-    histogram = partial(draw_scores, category.name, scores, bad, threshold)
-    write_picture(folder / "scores.png", histogram, failed)
-    warn_of(failed, category.name)
+def draw_scores(path, title, scores, bad, threshold):
+    """Histogram of the image scores, good and defective; the last bar is of all that are higher."""
+    plt, fig, axis = new_figure(figsize=(6, 3.4))
+    end = min(max(scores.max(), 1.1 * threshold), 3 * threshold)
+    edges = np.linspace(min(scores.min(), threshold), end, 41)
+    parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
+    for part, colour, name in parts:
+        label = f"{name} ({part.sum()})"
+        shown = np.minimum(scores[part], end)
+        axis.hist(shown, edges, color=colour, alpha=0.65, label=label)
+    axis.axvline(threshold, color="black", linestyle="--", label="threshold")
+    if bad.any() and not bad.all():
+        label = "best F1 (knows the labels)"
+        axis.axvline(min(best_f1(scores, bad), end), color="grey", linestyle=":", label=label)
+    above = ", the last bar: and above" if scores.max() > end else ""
+    axis.set(xlabel=f"image score{above}", ylabel="test images")
+    axis.set_title(plain(title), parse_math=False)
+    axis.legend()
+    save_figure(plt, fig, path)
+
+
+@contextlib.contextmanager
+def drawing_may_fail():
+    """A picture that cannot be drawn is one line on stderr: what it shows is saved already.
+
+    What concerns the whole run, like a full disk, goes on as an error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        if no_memory(e):
+            raise
+        print(f"warning: a picture could not be drawn ({first_line(e)[:150]})", file=sys.stderr)
 
 
 def draw_contact_sheet(folder, names):
-    """contact-sheet.png of a data set: best hit and worst miss of each category, from maps/.
-
-    Without a miss, or defects, a false alarm or a good image takes the place.
-    """
-
-    def draw():
-        rows = []
-        for name in names:
-            maps = folder / name / "maps"
-            found = [
-                path
-                for word in ("hit", "miss", "false_alarm", "good")
-                for path in maps.glob(f"{word}1_*.png")
-            ]
-            rows.append([Image.open(path) for path in found[:2]])
-        rows = [row for row in rows if row]
-        w, h = rows[0][0].size
-        sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-        for i, row in enumerate(rows):
-            for j, picture in enumerate(row):
-                sheet.paste(picture, (j * w, i * h))
-        file = io.BytesIO()
-        sheet.save(file, format="PNG")
-        return file.getvalue()
-
-    if not any((folder / name / "maps").glob("*1_*.png") for name in names):
+    """contact-sheet.png of a data set: two pictures of each category, from maps/."""
+    rows = []
+    for name in names:
+        found = [
+            sorted((folder / name / "maps").glob(f"{kind}1_*.png"))
+            for kind in ("hit", "miss", "false_alarm", "good")
+        ]
+        rows.append([Image.open(paths[0]) for paths in found if paths][:2])
+    rows = [row for row in rows if row]
+    if not rows:
         return
-    failed = []
-    write_picture(folder / "contact-sheet.png", draw, failed)
-    warn_of(failed, "contact-sheet.png")
-
-
-# -- Scores and maps in files
-SCORE_COLUMNS = ("image", "kind", "score", "p_value", "verdict", "error")
-VERDICTS = ("good", "defect")
-
-
-def score_row(name, kind, score, p_value, flagged):
-    """A row of SCORE_COLUMNS, for an image that could be read."""
-    return name, kind, f"{score:.6f}", f"{p_value:.6g}", VERDICTS[int(flagged)], ""
-
-
-def save_scores(path, category, scores, normal, false_alarms):
-    """scores.csv of a category: one line for each test image."""
-    _, p_values, flagged = judge(normal, scores, false_alarms)
-    names = item_names(category.test)
-    with growing_csv(path, SCORE_COLUMNS) as write:
-        for name, item, *verdict in zip(
-            names, category.test, scores, p_values, flagged, strict=True
-        ):
-            write(score_row(name, item.kind, *verdict))
+    w, h = rows[0][0].size
+    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            sheet.paste(picture, (j * w, i * h))
+    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
 
 
 def save_maps(folder, category, maps, sizes):
     """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    place = folder / "anomaly_maps" / category.name / "test"
-    names = without_suffixes(item_names(category.test))
-    for y, name, size in zip(maps, names, sizes, strict=True):
-        save_map(place / f"{name}.tiff", y, size)
+    for y, item, size in zip(maps, category.test, sizes, strict=True):
+        image = Image.fromarray(at_size(y, size))
+        place = folder / "anomaly_maps" / category.name / "test" / item.kind
+        write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
 
 
-def save_map(path, y, size):
-    """An anomaly map (h, w) at an image's size (H, W) as a float32 TIFF."""
-    write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
+def as_image(value, white=None):
+    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
-
-# ---- 4. From Python: images in memory or on disk -> score, verdict, map --------------------------
-class Result(NamedTuple):
-    """What a model says of one image."""
-
-    score: float
-    p_value: float  # how often a good image scores as high
-    verdict: str  # "good" or "defect": above the threshold
-    threshold: float
-    map: np.ndarray  # float32 (H, W), the image's own size; larger = less normal
-
-
-def score(model, images, false_alarms=FALSE_ALARMS):
-    """Result of one image, or a list of Results of a list of images.
-
-    An image is a path, a PIL image, or a uint8 array (H, W, 3) RGB or (H, W) grey, of any size.
-    false_alarms: percent of good images that the threshold may flag. Raises InputError for any
-    other kind of image, saying how to convert it. The scores are those of the commands.
-
-        import evaluate
-        model = evaluate.load("runs/parts/screw/model.pt")
-        result = evaluate.score(model, image)       # image[..., ::-1] if OpenCV has read it
-        print(result.score, result.p_value, result.verdict, result.map.max())
+    Raises InputError that says how to convert anything else.
     """
-    if not isinstance(model, wtflow.Detector):
-        raise InputError(f"{type(model).__name__} is no model: give evaluate.load('model.pt')")
-    check_false_alarms(false_alarms)
-    if not isinstance(images, (list, tuple)):
-        return score(model, [images], false_alarms)[0]
-    normal, results = model.normal_scores.cpu(), []
-    for first, pixels, sizes in in_batches(model.recipe, images):
-        maps, scores = score_pixels(model, pixels)
-        threshold, p_values, flagged = judge(normal, scores, false_alarms)
-        for k, (y, size) in enumerate(zip(maps, sizes, strict=True)):
-            if np.isnan(scores[k]):
-                raise InputError(f"{name_of(images[first + k], first + k)}: {NOT_FINITE}")
-            verdict = VERDICTS[int(flagged[k])]
-            found = float(scores[k]), float(p_values[k]), verdict, threshold, at_size(y, size)
-            results.append(Result(*found))
-    return results
-
-
-NOT_FINITE = "features are not finite: check the weights and this image"
-
-
-def check_false_alarms(percent):
-    """Raises InputError unless it is a share of the good images, in percent."""
-    real = isinstance(percent, (int, float)) and not isinstance(percent, bool)
-    if not real or not 0 < percent < 100:
+    if isinstance(value, (str, Path)):
+        return read_image(Path(value), white)
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if not isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
+    if value.dtype != np.uint8:
         raise InputError(
-            f"false alarms of {percent!r}: give a percentage above 0 and below 100, like 1"
+            f"an image of {value.dtype}: give uint8 in 0..255, "
+            "as by np.clip(255 * image, 0, 255).astype(np.uint8) from 0..1"
         )
-
-
-def name_of(image, k):
-    return one_line(image) if isinstance(image, (str, os.PathLike)) else f"image {k}"
-
-
-def as_rgb(image, name):
-    """RGB PIL image of a path, a PIL image or a uint8 array. Raises InputError with the remedy."""
-    if isinstance(image, (str, os.PathLike)):
-        check_exists(Path(image))
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        if image.mode.startswith("I") or image.mode == "F":
-            raise InputError(
-                f"{name}: PIL image of mode {image.mode}, of unknown range: "
-                "convert it to 8 bits, or give its path"
-            )
-        return ImageOps.exif_transpose(image).convert("RGB")
-    if isinstance(image, torch.Tensor):
+    if value.ndim == 3 and value.shape[2] == 1:
+        value = value[..., 0]
+    if value.ndim != 2 and (value.ndim != 3 or value.shape[2] != 3) or not value.size:
         raise InputError(
-            f"{name}: a tensor: give a uint8 array (H, W, 3), of (3, H, W) "
-            "tensor.permute(1, 2, 0).cpu().numpy()"
+            f"an image of shape {value.shape}: give (H, W) or (H, W, 3) in RGB; "
+            "from channels first: image.transpose(1, 2, 0)"
         )
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"{name}: {type(image).__name__} is no image: "
-            "give a path, a PIL image or a uint8 array (H, W, 3)"
-        )
-    if fault := fault_of(image):
-        raise InputError(f"{name}: {image.dtype} array {image.shape}: {fault}")
-    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    return Image.fromarray(value).convert("RGB")
 
 
-def fault_of(array):
-    """Why an array is no uint8 image (H, W, 3) or (H, W), and what to do. "" if it is one."""
-    shape = array.shape
-    if array.size == 0:
-        return "it is empty"
-    if array.ndim == 4:
-        return "several images: give list(array)"
-    if array.ndim not in (2, 3):
-        return "give (H, W, 3) or (H, W)"
-    if array.ndim == 3 and shape[2] != 3:
-        if shape[2] == 4:
-            return "four channels: give array[..., :3]"
-        if shape[2] == 1:
-            return "one channel: give array[..., 0]"
-        if shape[0] in (1, 3, 4):
-            return "channels come first: give array.transpose(1, 2, 0)"
-        return f"{shape[2]} channels: give three, RGB, or (H, W)"
-    if array.dtype == np.uint8:
-        return ""
-    if array.dtype == bool:
-        return "give array.astype(np.uint8) * 255"
-    if array.dtype.kind not in "iuf":
-        return "give uint8"
-    if not np.isfinite(array).all():
-        return "it holds NaN or infinity: replace them, and give uint8"
-    return range_fault(array.min(), array.max(), array.dtype.kind == "f")
+def score(detector, images, false_alarms=1.0):
+    """Score images from Python: a Verdict of one image, or a list of them for a list.
 
+    images: what as_image takes, or a list of it. false_alarms: percent of good images that may be
+    called defective. Raises InputError.
 
-def range_fault(low, high, real):
-    """How to make uint8 of numbers from low to high; real: they are floating-point."""
-    spread = f"values from {low:g} to {high:g}"
-    if low < 0:
-        return f"{spread}: scale them to 0..255 as in training, and give uint8"
-    if real and high <= 1:
-        return f"{spread}: give (array * 255).round().astype(np.uint8)"
-    if high <= 255:
-        return f"{spread}: give array.{'round().' if real else ''}astype(np.uint8)"
-    if high <= 65535:
-        return (
-            f"{spread}: scale them to 0..255 as in training, "
-            "16 full bits by (array / 257).round().astype(np.uint8)"
-        )
-    return f"{spread}: scale them to 0..255 as in training, and give uint8"
-
-
-def to_pixels(images, shape):
-    """RGB PIL images -> uint8 (B, 3, *shape), antialiased bilinear: what a detector sees."""
-    resized = [np.asarray(image.resize(shape[::-1], Image.BILINEAR)) for image in images]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
-
-
-def in_batches(recipe, images):
-    """(number of the first, pixels (B, 3, h, w), sizes [(H, W)]) of BATCH images at a time."""
-    if not len(images):
-        raise InputError("no images: the list is empty")
-    shape = wtflow.image_shape(recipe)
-    for first in range(0, len(images), BATCH):
-        batch = enumerate(images[first : first + BATCH], first)
-        pictures = [as_rgb(image, name_of(image, k)) for k, image in batch]
-        yield first, to_pixels(pictures, shape), [picture.size[::-1] for picture in pictures]
-
-
-def size_of(image, k):
-    """(H, W) of image k of a list; of a file from its header alone."""
-    if isinstance(image, (str, os.PathLike)):
-        return image_sizes([Path(image)])[0]
-    return as_rgb(image, name_of(image, k)).size[::-1]
-
-
-def features_of(detector, images):
-    """`extract` of a list of images in memory or on disk: (n, d, h, w) float16."""
-    out = None
-    for first, pixels, _ in in_batches(detector.recipe, images):
-        x = detector.features(pixels).to(torch.float16)
-        for k in (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-            raise InputError(f"{name_of(images[first + k], first + k)}: {NOT_FINITE}")
-        if out is None:
-            layout = torch.channels_last  # a location's features side by side
-            size = (len(images), *x.shape[1:])
-            out = torch.empty(size, dtype=torch.float16, memory_format=layout)
-        out[first : first + len(x)] = x
-    return out
-
-
-def score_pixels(detector, pixels, euler_steps=1):
-    """Maps (B, h, w) and scores (B,) float64 of pixels (B, 3, h, w), by the way of `extract`.
-
-    So the same image has the same score in a table, in a folder and alone. The score is NaN where
-    the features are not finite.
+        detector = evaluate.load_model("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)
+        result.score, result.p_value, result.verdict, result.map
     """
-    x = detector.features(pixels).to(torch.float16)
-    bad = ~x.isfinite().flatten(1).all(1)
-    x[bad] = 0
-    maps, scores = detector.score(detector.normalise(x, out=x), euler_steps)
-    scores = scores.double().numpy()
-    scores[bad.cpu().numpy()] = np.nan
-    return maps, scores
+    alone = not isinstance(images, (list, tuple))
+    images = [as_image(image) for image in ([images] if alone else images)]
+    if not images:
+        raise InputError("no images: give at least one")
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, false_alarms)
+    features, sizes = extract(detector, images)
+    maps, scores = detector.score(detector.normalise(features, out=features))
+    verdicts = judge(scores.double().numpy(), normal_scores, threshold)
+    out = [v._replace(map=at_size(y, z)) for v, y, z in zip(verdicts, maps, sizes, strict=True)]
+    return out[0] if alone else out
 
 
-def export(model, path, false_alarms=FALSE_ALARMS):
-    """Write image -> (map, score) as a torch.export program; the largest difference to the model.
-
-    The program takes uint8 (1, 3, h, w), RGB at the model's size: resizing is outside. It needs
-    torch, and nothing of this repository. The file "wtflow.json" inside holds h, w, the threshold
-    and the false alarms in percent that it is made for. No ONNX, no other batch. Checked here: it
-    is loaded again and agrees with the model on a random image, else InputError.
-
-        files = {"wtflow.json": ""}
-        program = torch.export.load("screw.pt2", extra_files=files).module()
-        map, score = program(pixels)
-        defect = score.item() > json.loads(files["wtflow.json"])["threshold"]
-    """
-    path = Path(path)
+def export_model(args):
+    """Write the model as a program of torch.export and compare the two on an image of noise."""
+    path = Path(args.export)
     if path.suffix != ".pt2":
-        raise InputError(f"{path}: give a name that ends in .pt2")
-    check_false_alarms(false_alarms)
-    h, w = wtflow.image_shape(model.recipe)
-    threshold, _, _ = judge(model.normal_scores.cpu(), [], false_alarms)
-    about = {"height": h, "width": w, "threshold": threshold, "false_alarms": false_alarms}
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8, generator=generator)
-    file = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about its own way of saving
-        program = torch.export.export(model, (image.to(model.device),))
-        torch.export.save(program, file, extra_files={"wtflow.json": json.dumps(about)})
-        file.seek(0)
-        again = torch.export.load(file).module()
-        pairs = zip(model(image), again(image.to(model.device)), strict=True)
-        difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-    if not difference <= 0.01 * max(threshold, 1e-3):  # NaN too
-        raise InputError(f"{path}: the exported program differs from the model by {difference:g}")
-    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
-    return difference
+        raise InputError(f"--export {path}: give a file that ends in .pt2")
+    detector = load_model(args.model, "cpu", args.weights)
+    height, width = wtflow.image_shape(detector.recipe)
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    program = torch.export.export(detector, (image,))
+
+    def write(to):
+        with open(to, "wb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # weights of no interest to the caller
+            torch.export.save(program, f)
+
+    write_whole(path, write)
+    pairs = zip(torch.export.load(path).module()(image), detector(image), strict=True)
+    difference = max(float((there - here).abs().max()) for there, here in pairs)
+    threshold = threshold_of(detector.normal_scores.numpy(), args.false_alarms)
+    print(
+        f"{path}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), scores (1,); "
+        f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
+        f"largest difference from the model on noise: {difference:.1e}\n"
+        "torch.export.load reads it without this repository. Resizing an image to that size "
+        "(antialiased, bilinear) is left to the caller; ONNX is not written."
+    )
 
 
-# ---- 5. Commands: what a user types. Each calls the rooms above ----------------------------------
+# ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
 class OneLineParser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        # A name cut short is refused: --image would be --image-size in train.py.
-        super().__init__(allow_abbrev=False, **options)
-
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
@@ -1333,8 +1260,6 @@ def exit_cleanly(main):
     An interruption exits with 130.
     """
     keep_memory()
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -1352,7 +1277,7 @@ def exit_cleanly(main):
         if not no_memory(e):
             raise
         message = "out of memory: give a smaller --image-size, or go on elsewhere with --resume"
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1365,262 +1290,166 @@ def pick_device(name):
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
-def evaluate_category(detector, category, x_0, sizes, args):
-    """Score a category's test x_0 and measure: its row, maps and scores."""
+class Judged(NamedTuple):
+    """The test images of a category, as a detector sees them."""
+
+    maps: torch.Tensor  # (n, h, w)
+    verdicts: list
+    threshold: float
+
+
+def judge_category(detector, category, x_0, args):
+    """Score a category's test x_0 (n, d, h, w), or None; says how many are above the threshold."""
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, args.false_alarms)
     maps, scores = torch.zeros(0, 1, 1), np.zeros(0)
-    if category.test:
+    if x_0 is not None:
         maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
         scores = scores.double().numpy()
-    row = measure(category, maps, scores, sizes)
-    normal = detector.normal_scores.cpu()
-    row |= measure_verdicts(category, normal, scores, args.false_alarms)
-    if row["why"]:
+    verdicts = judge(scores, normal_scores, threshold)
+    counts = {"good": [], "defective": []}
+    for item, verdict in zip(category.test, verdicts, strict=True):
+        kind = "good" if item.kind == "good" else "defective"
+        counts[kind].append(verdict.verdict == "defect")
+    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
+    of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
+    allowed = f"{args.false_alarms:g} % false alarms"
+    print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
+    return Judged(maps, verdicts, threshold)
+
+
+def measure_category(category, judged, sizes):
+    """The row of figures of a category; says why one is missing."""
+    scores = np.array([v.score for v in judged.verdicts])
+    row = measure(category, judged.maps, scores, sizes)
+    row |= alarm_rates([item.kind for item in category.test], judged.verdicts)
+    if row["why"] and category.test:
         print(f"{category.name}: {row['why']}", file=sys.stderr)
-    return row, maps, scores
+    return row
 
 
-def write_category(folder, detector, category, maps, scores, sizes, args):
-    """Pictures and maps of a category as they are asked for, and then scores.csv: all is there."""
-    if not category.test:
-        return
-    normal = detector.normal_scores.cpu()
-    if args.maps != "none":
-        draw_category(folder, category, maps, scores, sizes, normal, args)
+def write_scores(folder, category, judged):
+    """scores.csv of a category's test images."""
+    rows = [
+        score_row(item.path.name, item.kind, verdict)
+        for item, verdict in zip(category.test, judged.verdicts, strict=True)
+    ]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+
+
+def write_pictures(folder, category, judged, sizes, args):
+    """Pictures of a category's test images, and float maps if they are asked for."""
     if args.save_maps:
-        save_maps(folder.parent, category, maps, sizes)
-    save_scores(folder / "scores.csv", category, scores, normal, args.false_alarms)
-
-
-def extract_and_evaluate(detector, category, args):
-    """Row, maps, scores and sizes of a category's test images."""
-    x_0, sizes = None, []
-    if category.test:
-        features, sizes = extract(detector, [item.path for item in category.test])
-        x_0 = detector.normalise(features, out=features)
-    return *evaluate_category(detector, category, x_0, sizes, args), sizes
-
-
-def model_in(run, name, category):
-    """model.pt of a category under --run: the data set's folder, or the --out above it."""
-    places = [run / name / category / "model.pt", run / category / "model.pt"]
-    for place in places:
-        if place.is_file():
-            return place
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder: give --run the --out of train.py")
-    looked = f"{run}: no model of {category} (looked for {places[0]} and {places[1]})"
-    below = sorted(run.rglob("model.pt"))
-    if below:
-        raise InputError(f"{looked}: there is {below[0]}: give its data set, or --category")
-    raise InputError(f"{looked}: give --run the --out of train.py")
+        save_maps(folder.parent, category, judged.maps, sizes)
+    shown = judged.maps, judged.verdicts, sizes, judged.threshold
+    with drawing_may_fail():
+        draw_category(folder, category, *shown, args.maps)
 
 
 def evaluate_run(args, device):
     """The table again from the models under --run: the data set's folder or the --out above it."""
     name, categories = read_dataset(args.data, args.category)
-    models = [model_in(Path(args.run), name, category.name) for category in categories]
+    folder = Path(args.run)
+    if (folder / name).is_dir():
+        folder = folder / name
     rows = []
-    for category, model in zip(categories, models, strict=True):
+    for category in categories:
         began = time.monotonic()
-        detector = load_model(model, device, args.weights)
-        row, maps, scores, sizes = extract_and_evaluate(detector, category, args)
-        write_category(model.parent, detector, category, maps, scores, sizes, args)
+        detector = load_model(folder / category.name / "model.pt", device, args.weights)
+        x_0, sizes = None, []
+        if category.test:
+            features, sizes = extract(detector, [item.path for item in category.test])
+            x_0 = detector.normalise(features, out=features)
+        judged = judge_category(detector, category, x_0, args)
+        row = measure_category(category, judged, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
-    write_tables(models[0].parent.parent, rows)
+        write_scores(folder / category.name, category, judged)
+        write_pictures(folder / category.name, category, judged, sizes, args)
+    write_tables(folder, rows)
 
 
-def check_exists(path):
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-
-
-def images_under(folder):
-    """Image files of a folder and of all folders in it, sorted; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not path.is_dir()
-        and not any(part[0] == "." for part in path.relative_to(folder).parts)
-    )
-
-
-def table_place(out):
-    """Where the table of a folder's scores goes: --out if it is a .csv, else scores.csv in it.
-
-    Raises InputError if a file is there that is no such table.
-    """
-    out = Path(out or ".")
-    table = out if out.suffix.lower() == ".csv" else out / "scores.csv"
-    if table.exists():
-        with open(table, "rb") as f:
-            ours = f.readline().strip() == ",".join(SCORE_COLUMNS).encode()
-        if not ours:
-            raise InputError(f"{table}: is no table of scores: give another --out")
-    return table
-
-
-def picture_place(image, out):
-    """Where the picture of one image goes: --out, a .png or a folder; else the current folder."""
-    name = f"{file_names([image.name])[0]}_map.png"
-    if out is None:
-        return Path(name)
-    out = Path(out)
-    if out.is_dir() or not out.suffix:
-        return out / name
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: a picture is a PNG: give a name in .png, or a folder")
-    if out.exists() and out.samefile(image):
-        raise InputError(f"--out {out}: is the image itself: give another")
-    return out
-
-
-def small_and_size(path, shape):
-    """(pixels (1, 3, *shape), (H, W)) of an image file, or the InputError that says why not."""
-    try:
-        image = read_image(path)
-        return to_pixels([image], shape), image.size[::-1]
-    except InputError as e:
-        return e
+def features_of_each(detector, paths):
+    """(path, features (1, d, h, w) or None, error) of each image; a damaged one stops no other."""
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        try:
+            yield from zip(part, extract(detector, part)[0].split(1), [""] * len(part), strict=True)
+            continue
+        except InputError:
+            pass  # one of them: each alone
+        for path in part:
+            try:
+                yield path, extract(detector, [path])[0], ""
+            except InputError as e:
+                yield path, None, str(e)
 
 
 def score_images(args, device):
-    """Print score, threshold, p-value and verdict of --image, a file or a folder; write pictures.
+    """Print score, p-value and verdict of one image, or of each image under a folder.
 
-    One image has a picture unless --maps none. A folder is walked into; its scores go to scores.csv
-    too, and its pictures are written if --out names a folder. An image that cannot be read costs
-    one line on stderr, and exit code 2 at the end. Memory does not grow with the folder.
+    One image has a picture. Those of a folder have theirs, and scores.csv, under --out; with --out
+    FILE.csv that table alone. A damaged image costs one line and, at the end, exit code 2.
     """
-    image = Path(args.image)
-    check_exists(image)
+    path, out = Path(args.image), Path(args.out) if args.out else None
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder: give --image an image or a folder")
     detector = load_model(args.model, device, args.weights)
-    if args.euler_steps > 1:
-        print(
-            f"note: --euler-steps {args.euler_steps}: threshold and p are those of one step",
-            file=sys.stderr,
-        )
-    if not image.is_dir():
-        place = picture_place(image, args.out)
-        if score_paths(args, detector, [image], [image.name], [place]):
-            sys.exit(2)
-        return
-    table, paths = table_place(args.out), images_under(image)
-    folder = None if args.out is None or table == Path(args.out) else Path(args.out)
-    if folder is None and args.save_maps:
-        raise InputError("--save-maps: give --out, a folder for the maps")
-    if folder is not None:
-        paths = not_below(folder, image, paths)
+    normal_scores = detector.normal_scores.cpu().double().numpy()
+    threshold = threshold_of(normal_scores, args.false_alarms)
+    paths = images_under(path) if path.is_dir() else [path]
     if not paths:
-        raise InputError(f"{image}: no images ({', '.join(SUFFIXES)}) in this folder")
-    names = [path.relative_to(image).as_posix() for path in paths]
-    places = [None] * len(paths)
-    if folder is not None:
-        places = [folder / f"{name}_map.png" for name in file_names(names)]
-    with growing_csv(table, SCORE_COLUMNS) as write:
-        failed = score_paths(args, detector, paths, names, places, write)
-    print(f"scores: {one_line(table)}", file=sys.stderr)  # stdout: one line an image
-    if failed:
-        sys.exit(2)
-
-
-def not_below(out, image, paths):
-    """The paths that do not lie below --out: what is there are pictures of an earlier run."""
-    if out.resolve() == image.resolve():
-        raise InputError(f"--out {out}: is the folder of the images: give another")
-    kept = [path for path in paths if out.resolve() not in path.resolve().parents]
-    if len(kept) < len(paths):
-        print(f"note: {len(paths) - len(kept)} images in --out {out} left out", file=sys.stderr)
-    return kept
-
-
-def scored_files(detector, paths, euler_steps=1):
-    """(map, score, size) of each image file in order, or the InputError that says why not.
-
-    BATCH images are in memory at a time, resized.
-    """
-    read_small = partial(small_and_size, shape=wtflow.image_shape(detector.recipe))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), BATCH):
-            batch = paths[start : start + BATCH]
-            read = list(pool.map(read_small, batch))
-            pixels = [found[0] for found in read if not isinstance(found, InputError)]
-            scored = iter(())
-            if pixels:
-                scored = zip(*score_pixels(detector, torch.cat(pixels), euler_steps), strict=True)
-            for path, found in zip(batch, read, strict=True):
-                if isinstance(found, InputError):
-                    yield found
-                    continue
-                y, score_of_one = next(scored)
-                if np.isnan(score_of_one):
-                    yield InputError(f"{path}: {NOT_FINITE}")
-                else:
-                    yield y, score_of_one, found[1]
-
-
-def score_paths(args, detector, paths, names, places, write=None):
-    """Score, print and draw image files, with a row of the table for each: how many failed.
-
-    places: a picture's path, or None, for each; write: see growing_csv.
-    """
-    normal = detector.normal_scores.cpu()
-    failed, not_drawn = 0, []
-    everything = zip(
-        paths, names, places, scored_files(detector, paths, args.euler_steps), strict=True
-    )
-    for path, name, place, found in everything:
-        kind = str(PurePosixPath(name).parent).lstrip(".")
-        if isinstance(found, InputError):
+        raise InputError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
+    table = out if out and out.suffix.lower() == ".csv" else None
+    if table is None and path.is_dir():
+        table = out / "scores.csv" if out else None
+    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms")
+    rows, failed = [], 0
+    names = distinct_names(paths, path if path.is_dir() else path.parent)
+    named = zip(features_of_each(detector, paths), names, strict=True)
+    for (file, features, error), name in named:
+        shown = str(file.relative_to(path)) if path.is_dir() else file.name
+        if error:
             failed += 1
-            print(f"error: {one_line(found)}", file=sys.stderr)
-            if write is not None:
-                write((name, kind, "", "", "", str(found)))
+            print(f"error: {error}", file=sys.stderr)
+            rows.append(score_row(shown, "", error=error))
             continue
-        y, s, size = found
-        threshold, (p,), (flagged,) = judge(normal, [s], args.false_alarms)
-        figures = f"score {s:.4f}  threshold {threshold:.4f}  p {p:.4f}  {VERDICTS[int(flagged)]}"
-        line = f"{one_line(name)}  {figures}"
-        if place is not None and args.maps != "none":
-            title = f"{shortened(name)}\n{figures}"
-            if write_picture(place, partial(draw_file, path, y, threshold, title), not_drawn):
-                line += f"  {one_line(place)}"
-        if place is not None and args.save_maps:
-            save_map(place.with_suffix(".tiff"), y, size)
-        print(line)
-        if write is not None:
-            write(score_row(name, kind, s, p, flagged))
-    warn_of(not_drawn, args.image)
-    return failed
-
-
-def draw_file(path, y, threshold, title):
-    """draw_map of an image file without a mask."""
-    return draw_map(read_image(path), None, y, threshold, title)
-
-
-def percentage(text):
-    """--false-alarms as a number."""
-    try:
-        percent = float(text)
-        check_false_alarms(percent)
-    except ValueError:  # InputError is one too
-        raise argparse.ArgumentTypeError(
-            f"{text}: give a percentage above 0 and below 100, like 1"
-        ) from None
-    return percent
+        x_0 = detector.normalise(features, out=features)
+        maps, scores = detector.score(x_0, args.euler_steps)
+        (verdict,) = judge(scores.double().numpy(), normal_scores, threshold)
+        rows.append(score_row(shown, "", verdict))
+        picture = None
+        if not path.is_dir():
+            picture = out if out and out != table else Path(f"{file.stem}_map.png")
+        elif out and out != table:
+            picture = out / f"{name}_map.png"
+        print(f"{shown}  {said(verdict)}" + (f", {picture}" if picture else ""), flush=True)
+        if picture:
+            with drawing_may_fail():
+                title = f"{shown}:  {said(verdict)}"
+                draw_map(picture, read_image(file), None, maps[0], threshold, title)
+    if table:
+        write_csv(table, SCORES, rows)
+    if failed:
+        raise InputError(f"{failed} of {len(paths)} images could not be read: they have no score")
 
 
 def add_common_options(parser):
     """What train.py and evaluate.py share."""
     add = parser.add_argument
     add(
+        "--data",
+        metavar="DIR",
+        help="data set root or one category's folder (default: train.py makes a demo)",
+    )
+    add(
         "--category",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="only these categories of --data (default: all)",
+        help="only these (default: all)",
     )
     add(
         "--weights",
@@ -1631,95 +1460,82 @@ def add_common_options(parser):
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where to compute; auto: a GPU if torch finds one (default: auto)",
+        help="auto: a GPU if there is one (default: auto)",
     )
     add(
         "--false-alarms",
-        type=percentage,
-        default=FALSE_ALARMS,
+        type=float,
+        default=1.0,
         metavar="PERCENT",
-        help="good images that the threshold may flag, in percent "
-        f"(default: {FALSE_ALARMS:g}; n training images cannot give less than 100 / (n + 1))",
+        help="of good images that the threshold may call defective (default: 1)",
     )
     add(
         "--maps",
         choices=("all", "worst", "none"),
         default="worst",
-        help="pictures: of all test images, of the most telling, none (default: worst)",
+        help="pictures: all, or those that tell most (default: worst)",
     )
     add(
         "--save-maps",
         action="store_true",
-        help="float32 TIFF maps too, as MVTec's script reads them (default: no)",
+        help="float32 TIFF maps as MVTec's script reads them (default: none)",
     )
 
 
-def parser_of_commands():
+def check_options(args):
+    """Raises InputError for a share of false alarms that is none."""
+    if not 0 <= args.false_alarms < 100:
+        raise InputError(f"--false-alarms {args.false_alarms:g}: give a percentage, 0 or more")
+
+
+def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n")[0])
+    add_common_options(parser)
     add = parser.add_argument
-    add("--data", help="with --run: data set root or one category's folder (default: none)")
-    add("--run", help="folder that train.py wrote: its table again (default: none)")
-    add("--model", help="a model.pt, for --image or --export (default: none)")
-    add("--image", help="an image, or a folder of images to walk into (default: none)")
+    add(
+        "--run",
+        metavar="DIR",
+        help="folder that train.py wrote: its table again, with --data (default: none)",
+    )
+    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
+    add(
+        "--image",
+        metavar="PATH",
+        help="an image, or a folder of images at any depth (default: none)",
+    )
     add(
         "--out",
-        help="with --image FILE: the picture, or its folder (default: the current folder). With "
-        "--image FOLDER: folder of scores.csv and of the pictures, or a .csv alone "
-        "(default: scores.csv in the current folder, without pictures)",
+        metavar="PATH",
+        help="picture of --image FILE (default: NAME_map.png); folder of pictures and scores.csv, "
+        "or a FILE.csv, of --image FOLDER (default: none)",
     )
     add(
         "--export",
         metavar="FILE.pt2",
-        help="write the model as a torch.export program, uint8 (1, 3, H, W) -> (map, score); "
-        "no ONNX, no resizing (default: none)",
+        help="write the model as a program of torch.export (default: none)",
     )
     add(
         "--euler-steps",
         type=int,
         default=1,
         metavar="K",
-        help="steps from t = 0 to 1; thresholds are those of one (default: 1)",
+        help="steps from t = 0 to 1 (default: 1)",
     )
-    add_common_options(parser)
-    return parser
-
-
-def export_model(args, device):
-    """Write --export and print what the program takes, its threshold and the check."""
-    model = load_model(args.model, device, args.weights)
-    difference = export(model, args.export, args.false_alarms)
-    h, w = wtflow.image_shape(model.recipe)
-    limit = threshold_text(model.normal_scores.cpu(), args.false_alarms)
-    print(
-        f"{one_line(args.export)}: uint8 (1, 3, {h}, {w}) RGB -> map, score; {limit}; "
-        f"largest difference to the model {difference:.2g}"
-    )
-
-
-# The options of each command, and what it does
-COMMANDS = {
-    ("run", "data"): evaluate_run,
-    ("model", "image"): score_images,
-    ("model", "export"): export_model,
-}
-
-
-def main(argv=None):
-    args = parser_of_commands().parse_args(argv)
+    args = parser.parse_args(argv)
+    check_options(args)
     device = pick_device(args.device)
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
-    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
-    for names, command in COMMANDS.items():
-        if given == set(names):
-            if args.out is not None and "image" not in given:
-                raise InputError("--out: goes with --image")
-            command(args, device)
-            return
-    raise InputError(
-        "give --run and --data, or --model and --image, or --model and --export, and no other of "
-        "these (see --help)"
-    )
+    if args.model and args.export:
+        export_model(args)
+    elif args.model and args.image:
+        score_images(args, device)
+    elif args.run and args.data:
+        evaluate_run(args, device)
+    else:
+        raise InputError(
+            "give --run and --data, --model and --image, or --model and --export (see --help)"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 import sys
 import time
@@ -34,23 +35,19 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
     model_file, state_file = folder / "model.pt", folder / "state.pt"
-    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
+    train_sizes = evaluate.image_sizes(category.train)
+    recipe = wtflow.recipe_for(recipe, train_sizes)
+    print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
     mine, state = signature(category, recipe, seed), None
-    mine["false_alarms"], source = args.false_alarms, source_of(category)
     if args.resume and model_file.exists():
-        row = continued(model_file, mine)["row"]
-        if category.test and not (folder / "scores.csv").exists():  # stopped while drawing
-            detector = evaluate.load_model(model_file, device, args.weights)
-            _, *found = evaluate.extract_and_evaluate(detector, category, args)
-            evaluate.write_category(folder, detector, category, *found, args)
-        return row
-    refuse_another_source(model_file, source)
+        return continued(model_file, mine)["row"]
     if args.resume and state_file.exists():
         state = continued(state_file, mine)
         began -= state["seconds"]
 
     # Features. The test images come first: a broken one stops the run before training.
     detector = wtflow.Detector(recipe, args.weights).to(device)
+    detector.white = evaluate.grey_level(category.train)
     test_paths = [item.path for item in category.test]
     test, sizes = evaluate.extract(
         detector, test_paths, progress.of("features, test images", test_paths)
@@ -78,83 +75,37 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Evaluation.
     test_x_0 = detector.normalise(test, out=test) if category.test else None
-    row, maps, scores = evaluate.evaluate_category(detector, category, test_x_0, sizes, args)
+    judged = evaluate.judge_category(detector, category, test_x_0, args)
+    row = evaluate.measure_category(category, judged, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
-    # Saving: the model first, then what can be drawn again.
-    (folder / "scores.csv").unlink(missing_ok=True)  # of an earlier model
-    evaluate.save_model(model_file, detector, signature=mine, row=row, source=source)
+    # Saving. Pictures last: one that fails costs no training.
+    evaluate.write_scores(folder, category, judged)
+    evaluate.save_model(model_file, detector, signature=mine, row=row)
     state_file.unlink(missing_ok=True)
-    evaluate.write_category(folder, detector, category, maps, scores, sizes, args)
+    evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
 
 
-def source_of(category):
-    """A digest of the folder that holds the training images: it does not tell the path."""
-    folder = Path(os.path.commonpath([path.parent for path in category.train])).resolve()
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+SHRUNK = 2.5  # times, from which a larger --image-size is named
 
 
-def refuse_another_source(model_file, source):
-    """Raises InputError if a model of another folder's images would be replaced."""
-    if not model_file.exists():
-        return
-    try:
-        had = evaluate.load_checkpoint(model_file).get("source")
-    except InputError:  # damaged, or of another version: nothing that is lost
-        return
-    if had not in (None, source):
-        raise InputError(
-            f"{model_file}: a model of another folder's images: give another --out, or remove it"
-        )
-
-
-def fit(images, weights=None, device="auto", seed=0, report=None, **settings):
-    """A detector of good images: a list of paths, PIL images or uint8 arrays, or a folder's path.
-
-    settings: of wtflow.Recipe, like steps=400. report(step, steps, loss): called now and then.
-    Raises InputError for an image or a setting that is not valid, saying how to mend it.
-
-        import evaluate, train
-        model = train.fit(images, steps=400)        # arrays (H, W, 3) uint8 RGB
-        evaluate.save_model("model.pt", model)
-        print(evaluate.score(model, image).verdict)
-    """
-    if isinstance(images, (str, os.PathLike)):
-        evaluate.check_exists(Path(images))
-        images = evaluate.images_under(Path(images))
-    if not isinstance(images, (list, tuple)):
-        raise InputError(f"{type(images).__name__}: give a list of images, or a folder")
-    if not images:
-        raise InputError("no images: the list is empty")
-    recipe = changed(wtflow.Recipe(), settings)
-    sizes = [evaluate.size_of(image, k) for k, image in enumerate(images)]
-    recipe = wtflow.recipe_for(recipe, sizes)
-    detector = wtflow.Detector(recipe, weights).to(evaluate.pick_device(device))
-    x = evaluate.features_of(detector, images)
-    detector.fit_whitening(x)
-    x_0 = detector.normalise(x, out=x)
-    wtflow.train_field(detector, x_0, seed, report)
-    detector.calibrate(x_0)
-    return detector
-
-
-def changed(recipe, settings):
-    """The recipe with other settings. Raises InputError, "setting=value: remedy"."""
-    for name, value in settings.items():
-        if name not in asdict(recipe):
-            known = ", ".join(asdict(recipe))
-            raise InputError(f"{name}={value}: no such setting: choose from {known}")
-        default = getattr(recipe, name)
-        number = isinstance(default, float) and type(value) is int
-        if type(value) is not type(default) and not number:
-            raise InputError(f"{name}={value}: give a value like {default!r}")
-    if settings.get("steps", 1) < 1 and not settings.get("epochs", recipe.epochs):
-        raise InputError(f"steps={settings['steps']}: give at least 1")
-    recipe = replace(recipe, **settings)
-    if recipe.batch == 1:
-        raise InputError("batch=1: give at least 2: batch normalisation compares samples")
-    return recipe
+def resolution(recipe, sizes):
+    """One line: what the network sees of images of sizes (H, W), and how large a defect must be."""
+    height, width = wtflow.image_shape(recipe)
+    areas = sorted((h * w, h, w) for h, w in sizes)
+    _, h, w = areas[len(areas) // 2]
+    shrunk = math.sqrt(h * w / (height * width))
+    cell = recipe.cell * shrunk
+    line = (
+        f"images of {w} x {h} are read at {width} x {height}; a cell of the map covers "
+        f"{cell:.0f} x {cell:.0f} of their pixels, and a defect needs about as much"
+    )
+    if shrunk > SHRUNK:
+        unit = math.lcm(recipe.cell, max(recipe.strides))
+        larger = min(2048, round(math.sqrt(h * w) / 2 / unit) * unit)
+        line += f": for smaller ones give --image-size, up to {larger}"
+    return line
 
 
 def signature(category, recipe, seed):
@@ -241,8 +192,12 @@ def run(args, recipe, seed, out, data, device):
 @contextlib.contextmanager
 def locked(folder):
     """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    import fcntl  # here: not on every platform
-
+    try:
+        import fcntl
+    except ImportError:  # not on this platform: two runs are told apart by the user
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
@@ -264,6 +219,27 @@ def locked(folder):
         lock.flush()
         yield
         (folder / ".lock").unlink(missing_ok=True)
+
+
+def fit(images, seed=0, **settings):
+    """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
+
+    images: a list of what evaluate.as_image takes; settings: of wtflow.Recipe. Raises InputError.
+
+        detector = train.fit(images, steps=200)
+        evaluate.save_model(Path("model.pt"), detector)
+    """
+    images = [evaluate.as_image(image) for image in images]
+    if not images:
+        raise InputError("no images: give at least one")
+    recipe = wtflow.recipe_for(wtflow.Recipe(**settings), [image.size[::-1] for image in images])
+    detector = wtflow.Detector(recipe)
+    features, _ = evaluate.extract(detector, images)
+    detector.fit_whitening(features)
+    x_0 = detector.normalise(features, out=features)
+    wtflow.train_field(detector, x_0, seed)
+    detector.calibrate(x_0)
+    return detector
 
 
 # ---- 3. The demo: two categories in the layout of MVTec AD ---------------------------------------
@@ -348,40 +324,34 @@ def make_demo(root, train=48, good=16, each=8, n=256):
 
 # ---- 4. The command ------------------------------------------------------------------------------
 def parse(argv):
-    default = wtflow.Recipe()
-    choices = wtflow.CHOICES
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
+    evaluate.add_common_options(parser)
     add = parser.add_argument
-    add("--data", help="data set root or one category's folder (default: a demo, made here)")
     add("--out", default="runs", help="where results go (default: runs)")
-    add(
-        "--paper",
-        action="store_true",
-        help="the released recipe, wtflow.PAPER, and its defaults for what follows (default: no)",
-    )
-    add(
-        "--backbone",
-        metavar="NAME",
-        help=f"{', '.join(choices['backbone'])} (default: {default.backbone})",
-    )
+    default = wtflow.Recipe()
+    add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
+    names = ", ".join(wtflow.CHOICES["backbone"])
+    add("--backbone", metavar="NAME", help=f"{names} (default: {default.backbone})")
     add(
         "--image-size",
         type=int,
         metavar="N",
-        help=f"an image gets N x N pixels, at its aspect (default: {default.image_size})",
+        help="an image gets at most N x N pixels, at its aspect "
+        f"(default: {default.image_size}, never enlarged)",
     )
     add(
         "--steps",
         type=int,
         metavar="N",
-        help=f"of training (default: {default.steps}; the demo: {DEMO_STEPS})",
+        help=f"training steps of each field (default: {default.steps}, the demo {DEMO_STEPS})",
     )
-    add("--coupling", help=f"{', '.join(choices['coupling'])} (default: {default.coupling})")
+    names = ", ".join(wtflow.CHOICES["coupling"])
+    add("--coupling", metavar="NAME", help=f"{names} (default: {default.coupling})")
     add(
         "--strength",
         type=float,
         metavar="R",
-        help=f"of worst transport, 0 (rFM) to 1 (default: {default.strength:g})",
+        help=f"of worst transport, 0 (rFM) to 1 (default: {default.strength})",
     )
     add(
         "--set",
@@ -389,39 +359,26 @@ def parse(argv):
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of wtflow.Recipe (default: as it says there)",
+        help="any other setting of wtflow.Recipe (default: its own)",
     )
-    seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")
-    seeds.add_argument(
+    add("--seed", type=int, default=0, metavar="N", help="of weights and noise (default: 0)")
+    add(
         "--seeds",
         type=int,
         nargs="+",
         metavar="N",
-        help="several: mean and spread, each run in OUT/seedN (default: one run)",
+        help="several: mean and spread, each run in OUT/seedN (default: one)",
     )
     add(
         "--resume",
         action="store_true",
-        help="go on from the last whole state in --out (default: begin anew)",
+        help="go on from the last whole state in --out (default: anew)",
     )
-    evaluate.add_common_options(parser)
     args = parser.parse_args(argv)
-    check_options(args)
+    evaluate.check_options(args)
+    if args.seeds and len({*args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: give each once")
     return args
-
-
-def check_options(args):
-    """Raises InputError for what argparse does not see."""
-    if args.data == "":
-        raise InputError("--data is empty: give a folder, or leave it out for the demo")
-    option = "--seeds" if args.seeds else "--seed"
-    for seed in args.seeds or [args.seed]:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"{option} {seed}: give whole numbers from 0 to 2^63 - 1")
-    if args.seeds and len(set(args.seeds)) < len(args.seeds):
-        given = " ".join(map(str, args.seeds))
-        raise InputError(f"--seeds {given}: give each seed once")
 
 
 def recipe_of(args):
@@ -433,23 +390,22 @@ def recipe_of(args):
     changes = {name: value for name, value in changes.items() if value is not None}
     for text in args.set:
         name, _, value = text.partition("=")
-        default = getattr(recipe, name, None) if name in asdict(recipe) else ""
+        if name not in asdict(recipe):
+            known = ", ".join(asdict(recipe))
+            raise InputError(f"--set {text}: no such setting: choose from {known}")
+        default = getattr(recipe, name)
         try:
-            changes[name] = value
-            if not isinstance(default, str):
-                literal = ast.literal_eval(value)
-                changes[name] = type(default)(literal)
-                if changes[name] != literal:  # an integer of 2.5
-                    raise ValueError
+            is_text = isinstance(default, str)
+            changes[name] = value if is_text else type(default)(ast.literal_eval(value))
         except (ValueError, TypeError, SyntaxError):
             raise InputError(f"--set {text}: give a value like {default!r}") from None
     try:
-        return changed(recipe, changes)
+        return replace(recipe, **changes)
     except InputError as e:  # "setting=value: remedy"
         setting, _, remedy = str(e).partition(": ")
         name, _, value = setting.partition("=")
         option = f"--set {setting}"
-        if getattr(args, name, None) is not None and name in OWN_OPTIONS:
+        if name in OWN_OPTIONS:
             option = f"--{name.replace('_', '-')} {value}"
         raise InputError(f"{option}: {remedy}") from None
 

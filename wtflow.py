@@ -244,6 +244,7 @@ def whiten(x, mean, W):
 
 
 # ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
+FEW = 20  # images below which each is left out of the pooled covariance by itself
 BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
 
 
@@ -268,27 +269,26 @@ def fit_blocks(e):
 
     [ours] Sums in float64, PART images at a time: memory does not grow with their number.
     """
-    n, total, products = len(e), 0.0, 0.0
+    n = len(e)
+    mean = sum(to_blocks(part.float()).sum(1).double() for part in e.split(PART)) / n
+    mean = mean.float()
+    S = 0.0
     for part in e.split(PART):
-        blocks = to_blocks(part.float())
-        rows = blocks.flatten(1, 2)
-        total = total + blocks.sum(1).double()
-        products = products + (rows.mT @ rows).double()
-    mean = total / n
-    S = (products - n * mean.mT @ mean) / (max(n - 1, 1) * mean.shape[1])
-    return mean.float(), S.float()
+        z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2)
+        S = S + (z.mT @ z).double()
+    return mean, (S / (max(n - 1, 1) * mean.shape[1])).float()
 
 
-def towards_pooled(S, n, prior, scale=1.0):
+def towards_pooled(S, n, prior, scale=1.0, pooled=None):
     """(1-r) S_l + r S, r = prior d / (prior d + n): covariances drawn to their mean S. [ours]
 
     As if `prior` d more images had been seen at every place. With few images it is one covariance
     for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021).
-    scale: a factor of S_l alone.
+    scale: a factor of S_l alone; pooled: another S.
     """
     d = S.shape[-1]
     r = prior * d / (prior * d + n)
-    pooled = S.mean(0)
+    pooled = S.mean(0) if pooled is None else pooled
     ridge = 1e-5 * pooled.diagonal().mean().clamp_min(0.1)  # constant images have none
     return (1 - r) * scale * S + r * pooled + ridge * torch.eye(d, device=S.device)
 
@@ -310,26 +310,31 @@ def block_distance(e, mean, W):
     return from_blocks(square, *e.shape[2:])
 
 
-def left_out_distance(e, mean, S, prior):
+def left_out_distance(e, mean, S, prior, folds):
     """block_distance of images e (n, d, h, w), n >= 3, each under the law of the n - 1 others.
 
     [derived] Leaving an image out moves the mean and takes c z z' from the covariance, z (d,
     BLOCK^2) the image's deviations in the block. With G = z' base^(-1) z, base the covariance
     before that, the squared distances are the diagonal of G (1 - c G)^(-1) times (n/(n-1))^2
-    (Sherman, Morrison & Woodbury). The pooled covariance stays that of all images.
+    (Sherman, Morrison & Woodbury). The pooled covariance is that of all images but the fold of the
+    image, k % folds of image k; folds = n: but the image itself.
     """
     n, d, cells = len(e), S.shape[-1], mean.shape[1]
-    W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2)))
     own = (n - 1) / (prior * d + n - 1)  # 1 - r
     c = own * n / ((n - 1) * (n - 2) * cells)
     eye = torch.eye(cells, device=S.device)
-    distances = []
-    for part in e.split(SCORED):
-        z = (to_blocks(part.float()) - mean[:, None]) @ W[:, None].mT
-        G = z @ z.mT
-        square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
-        distances.append(from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:]))
-    return torch.cat(distances)
+    distances = torch.empty(n, *e.shape[2:], device=S.device)
+    for k in range(folds):
+        pooled = fit_blocks(e[torch.arange(n) % folds != k])[1].mean(0)
+        W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2), pooled))
+        found = []
+        for part in e[k::folds].split(SCORED):
+            z = (to_blocks(part.float()) - mean[:, None]) @ W[:, None].mT
+            G = z @ z.mT
+            square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
+            found.append(from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:]))
+        distances[k::folds] = torch.cat(found)
+    return distances
 
 
 # ---- 6. From log p to the anomaly map and the image's score --------------------------------------
@@ -506,7 +511,7 @@ class Detector(nn.Module):
             self.register_buffer("normal_mean", torch.zeros(rows * columns, BLOCK**2, d))
             self.register_buffer("normal_whitening", torch.zeros(rows * columns, d, d))
         self.register_buffer("normal_scores", torch.zeros(0))
-        self.fold_fields = []  # between train_field and calibrate alone
+        self.folds = []  # between train_field and calibrate: (field, whitening) of each fold
         self.eval()
 
     @property
@@ -514,7 +519,7 @@ class Detector(nn.Module):
         return self.normal_scores.device
 
     # images -> x_0
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images):
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float32, not normalised."""
         at_a_time = 1 if self.device.type == "cpu" else len(images)  # one fits into a CPU's cache
@@ -550,7 +555,7 @@ class Detector(nn.Module):
         return out
 
     # x_0 -> x1_hat -> log p
-    @torch.inference_mode()
+    @torch.no_grad()
     def arrival(self, x_0, euler_steps=1, field=None):
         """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
 
@@ -563,7 +568,7 @@ class Detector(nn.Module):
             e = e - landing(x_0, self.recipe.strength)
         return e
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def calibrate(self, x_0):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
@@ -572,12 +577,13 @@ class Detector(nn.Module):
         has not seen it, and scored (normal_scores) under the law of all the others: so a good image
         of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
-        fields = self.fold_fields or [self.field]
-        for k, field in enumerate(fields):
-            for part in x_0[k :: len(fields)].split(SCORED):
-                e = self.arrival(part.to(self.device).float(), field=field)
-                part.copy_(within(e, part.dtype))
-        self.fold_fields = []
+        folds = self.folds or [(self.field, None)]
+        for k, (field, whitening) in enumerate(folds):
+            for part in x_0[k :: len(folds)].split(SCORED):
+                x = part.to(self.device).float()
+                x = x if whitening is None else whiten(x, *whitening)
+                part.copy_(within(self.arrival(x, field=field), part.dtype))
+        self.folds = []
         n, e = len(x_0), x_0.to(self.device)
         if self.recipe.calibrate:
             mean, S = fit_blocks(e)
@@ -587,7 +593,8 @@ class Detector(nn.Module):
         if not self.recipe.calibrate:
             distances = torch.cat([-2 * log_density(part.float()) for part in e.split(SCORED)])
         elif n > 2:
-            distances = left_out_distance(e, mean, S, self.recipe.prior)
+            folds = n if n < FEW else max(2, self.recipe.folds)
+            distances = left_out_distance(e, mean, S, self.recipe.prior, folds)
         else:
             distances = block_distance(e.float(), mean, self.normal_whitening)
         scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
@@ -685,14 +692,28 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def training_sets(recipe, n):
-    """The images that each field is fitted to, [(.,) indices]: all but a fold, ..., all. [ours]
+def count_fields(recipe, n):
+    """How many fields are fitted to n images: one for each fold, and one to all. [ours]
 
-    Image k is of fold k % folds. Where there are fewer than two images for each: all.
+    Image k is of fold k % folds. Without folds where there are fewer than two images for each.
     """
-    everyone = torch.arange(n)
-    folds = recipe.folds if n >= 2 * recipe.folds else 0
-    return [everyone[everyone % folds != k] for k in range(folds)] + [everyone]
+    return 1 + (recipe.folds if n >= 2 * recipe.folds else 0)
+
+
+def without_fold(x_0, k, recipe):
+    """x_0 (n, d, h, w) of all images but those of fold k, and the whitening that was put on them.
+
+    As if those of the fold did not exist: the others are whitened anew, by themselves. With few
+    images this takes back what the whitening owes to the ones left out.
+    """
+    others = x_0[torch.arange(len(x_0)) % recipe.folds != k]
+    others = others.contiguous(memory_format=torch.channels_last)
+    if recipe.norm != "zca":
+        return others, None
+    whitening = fit_zca(others, recipe.shrinkage)
+    for part in others.split(PART):
+        part.copy_(within(whiten(part.float(), *whitening), part.dtype))
+    return others, whitening
 
 
 def train_field(detector, x_0, seed, report=None, save=None, state=None):
@@ -704,13 +725,15 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
     and at the end of each field; with such a state the run goes on from there, the same to the last
     bit. Raises InputError if the loss is not finite.
     """
-    recipe, sets = detector.recipe, training_sets(detector.recipe, len(x_0))
+    recipe, count = detector.recipe, count_fields(detector.recipe, len(x_0))
     finished, running = ([], None) if state is None else (state["finished"], state["running"])
-    fields = []
-    for k, images in enumerate(sets):
+    fields, whitenings = [], []
+    for k in range(count):
+        x, whitening = (x_0, None) if k == count - 1 else without_fold(x_0, k, recipe)
         torch.manual_seed(seed)  # the field's initial weights
         field = new_field(recipe, x_0.shape[1]).to(detector.device)
         fields.append(field)
+        whitenings.append(whitening)
         if k < len(finished):
             field.load_state_dict(finished[k])
             field.eval()
@@ -718,19 +741,20 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
 
         def report_all(step, loss, before=k * recipe.steps):
             if report is not None:
-                report(before + step, len(sets) * recipe.steps, loss)
+                report(before + step, count * recipe.steps, loss)
 
         def save_all(running, done=fields[:-1]):
             if save is not None:
                 save({"finished": [f.state_dict() for f in done], "running": running})
 
-        fit_velocity(field, recipe, x_0, images, seed, report_all, save_all, running)
+        fit_velocity(field, recipe, x, seed, report_all, save_all, running)
         running = None
-    *detector.fold_fields, detector.field = fields
+    detector.field = fields.pop()
+    detector.folds = [*zip(fields, whitenings, strict=False)]
 
 
-def fit_velocity(field, recipe, x_0, images, seed, report, save, running=None):
-    """Fit one field to the images (.,) of x_0 (n, d, h, w); the last step is the model.
+def fit_velocity(field, recipe, x_0, seed, report, save, running=None):
+    """Fit one field to x_0 (n, d, h, w); the last step is the model.
 
     report(step, loss), save(running): see train_field.
     """
@@ -745,17 +769,15 @@ def fit_velocity(field, recipe, x_0, images, seed, report, save, running=None):
         optimizer.load_state_dict(running["optimizer"])
         generator.set_state(running["generator"])
     if recipe.field == "point":  # every location of every image is a sample with its own t [ours]
-        cells = x_0[0, 0].numel()
         x_0 = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
-        images = (images[:, None] * cells + torch.arange(cells)).flatten()
 
     field.train()
     saved = time.monotonic()
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        drawn = torch.randint(len(images), (recipe.batch,), generator=generator, device=device)
-        batch = x_0[images[drawn.cpu()].to(x_0.device)].to(device).float()
+        drawn = torch.randint(len(x_0), (recipe.batch,), generator=generator, device=device)
+        batch = x_0[drawn.to(x_0.device)].to(device).float()
         with autocast(device):
             loss = flow_matching_loss(field, batch, couple, generator, t_max=recipe.t_max).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -815,6 +837,7 @@ def check_recipe(recipe):
         need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
     need(recipe.steps or recipe.epochs, "steps", "give at least 1")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
+    need(recipe.batch > 1 or recipe.field == "unet", "batch", "give at least 2 locations")
     low, high = (1, 1e9) if recipe.coupling == "candidates" else (-1, 1)
     need(low <= recipe.strength <= high, "strength", f"give at least {low} and at most {high:g}")
     strides = {*recipe.strides}

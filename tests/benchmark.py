@@ -104,10 +104,10 @@ def flows(sample, recipes, seed):
         if as_trained not in fields:
             wtflow.train_field(detector, x_0, seed)
             took = time.perf_counter() - began
-            fields[as_trained] = detector.field, detector.fold_fields, took
+            fields[as_trained] = detector.field, detector.folds, took
             began = time.perf_counter()
-        detector.field, fold_fields, took = fields[as_trained]
-        detector.fold_fields = [*fold_fields]
+        detector.field, folds, took = fields[as_trained]
+        detector.folds = [*folds]
         detector.calibrate(x_0)
         took += time.perf_counter() - began
 

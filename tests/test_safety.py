@@ -22,7 +22,7 @@ import evaluate
 import train
 import wtflow
 
-PLAIN = (*TINY, "--maps", "none")  # drawing is most of a tiny run
+DRAWN = (*TINY, "--maps", "worst")
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -66,7 +66,7 @@ def no_table(folder):
 def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
     path = make_mvtec(tmp_path / "d") / "bolt" / where
     path.write_bytes(path.read_bytes()[:50] if blob is None else blob)
-    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *PLAIN), path.name)
+    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY), path.name)
     assert no_table(tmp_path / "d")
 
 
@@ -205,7 +205,7 @@ def test_two_runs_into_one_folder(data, tmp_path):
         lock.write("4242")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fails(run("train.py", "--data", data, "--out", tmp_path, *PLAIN), "4242", "--out")
+        fails(run("train.py", "--data", data, "--out", tmp_path, *TINY), "4242", "--out")
 
 
 # ---- kills ---------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def resumed_is_whole(folder, whole):
 
 def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
     """Killed at 25 moments (or KILLS), resumed each time: bit-identical to an uninterrupted run."""
-    options = ("--data", data, *TINY, "--steps", 30, "--maps", "none", "--resume")
+    options = ("--data", data, *TINY, "--steps", 30, "--resume")
     succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
     cut, log = tmp_path / "cut", tmp_path / "log"
     rng, kills, finished = np.random.default_rng(0), 0, 0
@@ -272,7 +272,7 @@ def dies_at(name, call):
 def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, maps):
     """SIGKILL at the n-th flush, rename, metric, picture or table: what stands is whole.
 
-    Twelve renames are of states, four for each of three fields; the next is of the model.
+    Twelve renames are of states, four for each of three fields; then scores.csv, the model.
     """
     options = ("--data", data, "--out", tmp_path, *TINY, "--maps", maps)
     process = train_apart(tmp_path / "log", *options, prepare=lambda: dies_at(when, call))
@@ -302,7 +302,7 @@ def test_full_disk(data, trained, tmp_path, share):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no permission to mount")
     try:
-        result = run("train.py", "--data", data, "--out", small, *TINY)
+        result = run("train.py", "--data", data, "--out", small, *DRAWN)
         fails(result, "cannot be written", "--out")
         assert no_table(small) and not list(small.rglob("*.tmp"))
     finally:
@@ -350,7 +350,7 @@ def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, modul
             torch.empty(1 << 50)
         return f(*args, **options)
 
-    options = ("--data", data, "--out", tmp_path, *(TINY if name == "draw_map" else PLAIN))
+    options = ("--data", data, "--out", tmp_path, *(DRAWN if name == "draw_map" else TINY))
     monkeypatch.setattr(module, name, greedy)
     fails(run("train.py", *options), "out of memory", "--resume")
     monkeypatch.undo()

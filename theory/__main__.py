@@ -1,18 +1,30 @@
 """python -m theory [--out DIR]: a table of all claims, predicted beside measured; the figures."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from theory import concentration, draw, learned_field, singularity, worst_transport
+from theory import (
+    blind_field,
+    concentration,
+    draw,
+    learned_field,
+    singularity,
+    strength,
+    worst_transport,
+)
+
+CLAIMS = (singularity, concentration, worst_transport, strength, blind_field)
 
 
 def line(row):
-    """A Row as a line of the table; the relative error of a predicted 0 is a dash."""
+    """A Row as a line of the table; the relative error of a predicted 0 or nan is a dash."""
     numbers = f"{row.predicted:11.5g} {row.measured:11.5g}"
-    relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if row.predicted else f"{'-':>10}"
+    known = row.predicted != 0 and not math.isnan(row.predicted)
+    relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if known else f"{'-':>10}"
     return f"{row.claim:5} {row.what:66} {numbers} {relative} {row.se:10.1e}"
 
 
@@ -20,7 +32,7 @@ def print_table(errors, results):
     """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
     head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
     print(f"{'claim':5} {'what':66} {head}")
-    for module in (singularity, concentration, worst_transport):
+    for module in CLAIMS:
         for row in module.table():
             print(line(row))
     for row in learned_field.table(errors, results):
@@ -34,6 +46,8 @@ def save_figures(out, errors, results):
         "concentration": draw.concentration_figure(),
         "worst_transport": draw.worst_transport_figure(),
         "fields": draw.fields_figure(),
+        "strength": draw.strength_figure(),
+        "blind_field": draw.blind_field_figure(),
         "learned_field": draw.learned_field_figure(errors, results),
     }
     paths = []

@@ -12,6 +12,15 @@ from matplotlib.figure import Figure
 
 import wtflow
 from theory import exponent, normal
+from theory.blind_field import (
+    BACKGROUND,
+    OBJECT,
+    displacement,
+    in_shell,
+    pairs_at_any_time,
+    radial_field,
+    scales_mixture,
+)
 from theory.concentration import (
     cosine_law,
     inward_probability,
@@ -20,7 +29,7 @@ from theory.concentration import (
     shell,
     turning,
 )
-from theory.learned_field import EDGES, OFFSETS, D, auroc, initial_radius
+from theory.learned_field import EARLY, EDGES, MODES, RADIUS, D, exact_auroc, initial_radius
 from theory.singularity import (
     ATOM_AXIS,
     ATOM_RADIUS,
@@ -38,6 +47,7 @@ from theory.singularity import (
     slope_between_atoms,
     variance,
 )
+from theory.strength import early_field, energy_law, gain, initial_field, mismatch
 from theory.worst_transport import (
     a_n,
     along_direction,
@@ -406,26 +416,183 @@ def shell_outline(axis):
     axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="coordinate 1")
 
 
+# ---- B: blind_field.py ------------------------------------------------------------------------
+def blind_field_figure(seed=0):
+    """Where one step of the field that is not told t lands: B1's jump, B3's two scales, B4's T."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, (jump, scales, range_of_t) = panels(1, 3, 4.6)
+    landing_off_data(jump, generator)
+    landing_by_energy(scales, generator)
+    landing_by_range(range_of_t, generator)
+    for axis in figure.axes:
+        legend(axis)
+    return figure
+
+
+def landed(x_t, u, edges):
+    """Mean radius and mean landing radius in each shell between `edges` that has 50 points."""
+    shells = [in_shell(x_t, u, *ends) for ends in zip(edges[:-1], edges[1:], strict=True)]
+    means = [(r.mean(), (r + v).mean()) for r, v in shells if len(r) >= 50]
+    return np.transpose(means)
+
+
+def landing_off_data(axis, generator):
+    """B1: data of thickness s across m = 20 directions; the told field lands at 0."""
+    m, delta = 20, np.geomspace(0.02, 8, 120)
+    for s, colour in coloured((0.0, 0.05, 0.2)):
+        exact = delta + (radial_field(delta, m, (s,)) if s else displacement(delta, m))
+        axis.plot(delta, exact, color=colour)
+        points = pairs_at_any_time(s * normal(generator, 60_000, m), wtflow.independent, generator)
+        label = f"thickness {s:g}" if s else "subspace"
+        dots(axis, *landed(*points, np.geomspace(0.03, 6, 14)), colour, label)
+    axis.axhline(0, color="k", ls=":", label="told $t$: 0 (C2)")
+    axis.set(
+        xscale="log",
+        ylim=(-0.3, 8),
+        xlabel="distance $\\delta$ off the data",
+        ylabel="landing radius across them",
+        title="B1: $m=20$; dots: wtflow pairs",
+    )
+
+
+def landing_by_energy(axis, generator):
+    """B2, B3: N(0, I) stays where it is; of two scales the lower one is sent out."""
+    d, r = 16, np.linspace(0.8, 7.5, 80)
+    for scales, colour, name in (
+        ((1.0,), BLUE, "B2: $N(0,I)$"),
+        ((BACKGROUND, OBJECT), RED, "B3: two scales"),
+    ):
+        axis.plot(r / 4, (r + radial_field(r, d, scales)) / 4, color=colour)
+        x_0 = scales_mixture(60_000, d, scales, generator)
+        points = pairs_at_any_time(x_0, wtflow.independent, generator)
+        dots(axis, *landed(*points, np.linspace(1, 7, 16)) / 4, colour, name)
+    for s, name in ((BACKGROUND, "background"), (OBJECT, "object")):
+        axis.axvline(s, color="0.6", ls="--", lw=1)
+        axis.annotate(name, (s + 0.03, 1.9), color="0.3", fontsize=8)
+    axis.axhline(0, color="k", ls=":")
+    axis.set(
+        ylim=(-0.1, 2),
+        xlabel="$|x|/\\sqrt{d}$",
+        ylabel="$|\\hat x_1|/\\sqrt{d}$",
+        title="B2, B3: $d=16$; told $t$: 0",
+    )
+
+
+def landing_by_range(axis, generator):
+    """B4: a subspace (solid, dots) keeps its jump below T sqrt(m); two scales contract (dashed)."""
+    d, r = 16, np.linspace(0.8, 7.5, 60)
+    for t_max, colour in coloured((1.0, 0.2, 0.05)):
+        delta = np.geomspace(0.02, min(8, 30 * t_max), 120)  # further off nothing is seen
+        axis.plot(delta, delta + displacement(delta, d, t_max), color=colour)
+        nothing = torch.zeros(60_000, d, dtype=torch.float64)
+        points = pairs_at_any_time(nothing, wtflow.independent, generator, t_max)
+        edges = np.geomspace(0.03, 6 * t_max, 12)
+        dots(axis, *landed(*points, edges), colour, f"$T={t_max:g}$")
+        axis.plot(r, r + radial_field(r, d, (BACKGROUND, OBJECT), t_max), "--", color=colour)
+    axis.plot([], [], "k-", label="off a subspace, $m=16$")
+    axis.plot([], [], "k--", label="two scales, $d=16$")
+    axis.set(
+        xscale="log",
+        ylim=(-0.3, 10),
+        xlabel="distance $\\delta$, or $|x|$",
+        ylabel="landing radius",
+        title="B4: $t\\sim U(0,T)$",
+    )
+
+
+# ---- W5, W6: strength.py ----------------------------------------------------------------------
+def strength_figure(seed=0):
+    """W5: law of the radius, signal to noise; W6: what the exact field near t = 0 leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, (radii, signal, left) = panels(1, 3, 4.6)
+    radius_by_strength(radii, generator)
+    gain_by_strength(signal)
+    mismatch_by_strength(left)
+    for axis in figure.axes:
+        legend(axis)
+    return figure
+
+
+def radius_by_strength(axis, generator):
+    """W5: |x_1| of wtflow.worst, and of the worst of 64 candidates, d = 152."""
+    d, r = 152, np.linspace(10, 15, 400)
+    x_0 = normal(generator, 20_000, d)
+    for rho, colour in coloured((0.0, 0.5, 0.9)):
+        radius = wtflow.worst(x_0, generator, rho).norm(dim=1).numpy()
+        axis.hist(radius, 60, density=True, color=colour, alpha=0.35)
+        density = 2 * r * energy_law(rho, d).pdf(r**2)
+        axis.plot(r, density, color=colour, label=f"$\\rho={rho:g}$")
+    radius = wtflow.worst_candidate(x_0, generator, 64).norm(dim=1).numpy()
+    axis.hist(radius, 60, density=True, histtype="step", color="k", label="worst of 64")
+    axis.axvline(d**0.5, color="0.5", ls=":")
+    axis.set(
+        ylim=(0, 1.45),
+        xlabel="$|x_1|$",
+        ylabel="density",
+        title="W5: $d=152$; bars: wtflow.worst; lines: exact",
+    )
+
+
+def gain_by_strength(axis):
+    """W5: signal to noise at t = 0 over rFM's."""
+    rho = np.linspace(-0.97, 0.97, 300)
+    for ratio, colour in coloured((0.25, 1.0, 4.0)):
+        axis.plot(rho, gain(rho, 1.0, ratio), color=colour, label=f"$|x|^2={ratio:g}\\,d$")
+    axis.plot([0.9, 0.97], gain(np.array([0.9, 0.97]), 1.0, 1.0), "kv", ms=5)
+    axis.axhline(1, color="0.5", ls=":")
+    axis.set(
+        yscale="log",
+        ylim=(1e-2, 1e3),
+        xlabel="strength $\\rho$",
+        ylabel="signal to noise over rFM's",
+        title="W5: triangles: 19 and 66 at $|x|^2=d$",
+    )
+
+
+def mismatch_by_strength(axis):
+    """W6: v - u_0 at |x| = s sqrt(d) is this times (T/2) x/s, for N(0, s^2 I)."""
+    t, rho = 1e-3, np.linspace(-0.97, 0.97, 200)
+    for s, colour in coloured((0.3, 0.5, 1.0)):
+        x = np.full((1, 3), s)
+        factor = [mismatch(x, -x / s**2, k, 2.0)[0, 0] for k in rho]
+        axis.plot(rho, factor, color=colour)
+        measured = [early_slope(x[0], t, s, k) for k in rho[::20]]
+        dots(axis, rho[::20], measured, colour, f"$s={s:g}$")
+    axis.axhline(0, color="0.5", ls=":")
+    axis.set(
+        xlabel="strength $\\rho$",
+        ylabel="$(v-u_0)\\cdot x\\ /\\ \\frac{T}{2}\\sqrt{d}\\,|x|$",
+        title="W6: $q=N(0,s^2I)$; dots: quadrature, $d=3$",
+    )
+
+
+def early_slope(x, t, s, rho):
+    """The first component of (u_t(x) - u_0(x)) / t for N(0, s^2 I), x (d,)."""
+    u = early_field(x, t, lambda y: -(y**2).sum(1) / (2 * s**2), rho)
+    return (u - initial_field(x[None], rho)[0])[0] / t
+
+
 # ---- learned_field.py -------------------------------------------------------------------------
+MODE_COLOURS = dict(zip(MODES, COLOURS, strict=False))
+
+
 def learned_field_figure(errors, results):
-    """(a) error by t; (b) v_theta(x, 0) beside the exact field; (c) landing radius and AUROC.
+    """(a) error by t; (b) one step by strength, by what is known of t, by data.
 
     errors, results: what learned_field.run returns.
     """
-    told, not_told = results[True], results[False]
     figure, axes = panels(2, 3, 4.4, 3.6)
     error_over_time(axes[0], errors)
-    inward_by_candidates(axes[1], told)
-    landing_by_distance(axes[2], told)
-    auroc_by_distance(axes[3], {n: fit.radius for n, fit in told.items()})
-    for (n, fit), colour in coloured(not_told.items(), (BLUE, RED)):
-        label = f"$n={n}$, not told $t$"
-        axes[3].plot(OFFSETS, aurocs(fit.radius), "s:", color=colour, label=label)
-    axes[3].set(title="(c) by $|\\hat x_1|$")
-    auroc_by_distance(axes[4], {n: fit.residual for n, fit in told.items()})
-    axes[4].set(title="(c) by $|v_\\theta(x,0)-u_0(x)|$")
-    auroc_by_candidates(axes[5], told)
-    for axis in axes:
+    inward_by_strength(axes[1], results["circle", "told t"])
+    landing_of_two_scales(axes[2], results)
+    for axis, data, kind in (
+        (axes[3], "circle", "off"),
+        (axes[4], "two scales", "louder"),
+        (axes[5], "two scales", "between"),
+    ):
+        auroc_by_strength(axis, results, data, kind)
+        axis.set(title=f"(b) W6: {data}, {kind}")
+    for axis in axes[:4]:
         legend(axis)
     return figure
 
@@ -442,64 +609,61 @@ def error_over_time(axis, errors):
         yscale="log",
         xlabel="$t$",
         ylabel="$E|v_\\theta-u_t|^2/d$",
-        title="(a) error of the learnt rFM field",
+        title="(a) S3: error of the learnt rFM field",
     )
 
 
-def inward_by_candidates(axis, told):
-    """(b) Inward part of v_theta(x, 0) and where it lands; told: {n: OneStep}."""
-    n = list(told)
-    exact_inward = [initial_radius() + a_n(k) for k in n]
-    axis.plot(n, exact_inward, "k--", label="exact: $|x|+a_n$")
-    inward = [fit.inward.mean() for fit in told.values()]
-    axis.plot(n, inward, "o", color=BLUE, label="learnt, inward part of $v_\\theta(x,0)$")
-    axis.plot(n, [a_n(k) for k in n], "k:", label="exact: $|\\hat x_1|=a_n$")
-    radius = [fit.radius[0.0].mean() for fit in told.values()]
-    axis.plot(n, radius, "s", color=RED, label="learnt, $|\\hat x_1|$, normal points")
+def inward_by_strength(axis, fields):
+    """(b) Inward part of v_theta(x, 0), told t, beside the exact one; fields: {rho: OneStep}."""
+    rho = np.array(list(fields))
+    axis.plot(rho, initial_radius() + rho * RADIUS, "k--", label="exact: $|x|+\\rho\\sqrt{d}$")
+    dots(axis, rho, [fit.inward().mean() for fit in fields.values()], BLUE, "learnt")
     axis.set(
-        xscale="log",
-        ylim=(0, 11),
-        xlabel="candidates $n$ (1: rFM)",
-        title="(b) at $t=0$, thick circle",
+        ylim=(0, 9),
+        xlabel="strength $\\rho$",
+        ylabel="inward part of $v_\\theta(x,0)$",
+        title="(b) W5: thick circle, told $t$",
     )
 
 
-def landing_by_distance(axis, told):
-    """(c) Mean landing radius by distance off the circle; told: {n: OneStep}."""
-    for (n, fit), colour in coloured(told.items()):
-        means = [values.mean() for values in fit.radius.values()]
-        axis.plot(list(fit.radius), means, "o-", color=colour, label=f"$n={n}$")
-    axis.axhline(D**0.5, color="0.5", ls=":")
+def landing_of_two_scales(axis, results):
+    """(b) B3: rFM's landing radius of 300 normal points by their energy; lines: exact."""
+    for mode in ("told t", "not told t"):
+        fit = results["two scales", mode][0.0]
+        radius = np.linalg.norm(fit.x["normal"], axis=1)
+        chosen = slice(0, 300)
+        landed = fit.distance("normal", False)[0]
+        colour = MODE_COLOURS[mode]
+        dots(axis, radius[chosen], landed[chosen], colour, f"learnt, {mode}", 2)
+    r = np.linspace(0.8, 8, 80)
+    axis.plot(r, r + radial_field(r, D, (BACKGROUND, OBJECT)), "k-", label="exact, not told t")
+    axis.axhline(0, color="k", ls=":", label="exact, told t")
     axis.set(
-        ylim=(1, 6),
-        xlabel="distance off the thick circle (0: normal)",
-        ylabel="mean $|\\hat x_1|$",
-        title="(c) landing radius; dotted: shell $\\sqrt{d}$",
+        xlim=(0.5, 8),
+        ylim=(-0.3, 8),
+        xlabel="$|x|$",
+        ylabel="$|\\hat x_1|$",
+        title="(b) B3: two scales, rFM",
     )
 
 
-def aurocs(scores):
-    """AUROC of points at each of OFFSETS against normal ones; scores: {distance: values (N,)}."""
-    return [auroc(scores[0.0], scores[off]) for off in OFFSETS]
-
-
-def auroc_by_distance(axis, scores_by_n):
-    """(c) AUROC over distance, a line for each n; scores_by_n: {n: {distance: values (N,)}}."""
-    for (n, scores), colour in coloured(scores_by_n.items()):
-        axis.plot(OFFSETS, aurocs(scores), "o-", color=colour, label=f"$n={n}$")
-    axis.set(ylim=(0.4, 1.02), xlabel="distance off", ylabel="AUROC")
-
-
-def auroc_by_candidates(axis, told):
-    """(c) AUROC at distance 0.8 by both scores; told: {n: OneStep}."""
-    by_radius = [auroc(fit.radius[0.0], fit.radius[0.8]) for fit in told.values()]
-    by_residual = [auroc(fit.residual[0.0], fit.residual[0.8]) for fit in told.values()]
-    axis.plot(list(told), by_radius, "o-", color=RED, label="$|\\hat x_1|$")
-    axis.plot(list(told), by_residual, "o-", color=BLUE, label="$|v_\\theta(x,0)-u_0(x)|$")
-    axis.set(
-        xscale="log",
-        ylim=(0.7, 1),
-        xlabel="candidates $n$ (1: rFM)",
-        ylabel="AUROC",
-        title="(c) at distance 0.8",
-    )
+def auroc_by_strength(axis, results, data, kind):
+    """(b) W6: AUROC over strength: from the landing point, dotted from the origin, by mode."""
+    for mode, colour in MODE_COLOURS.items():
+        fields = results[data, mode]
+        from_landing, se = np.transpose([fit.auroc(kind, True) for fit in fields.values()])
+        from_origin = [fit.auroc(kind, False)[0] for fit in fields.values()]
+        bars = {"marker": "o", "ms": 4, "capsize": 2, "color": colour, "label": mode}
+        axis.errorbar(list(fields), from_landing, 2 * se, **bars)
+        axis.plot(list(fields), from_origin, ":", color=colour)
+        straight = results.get((data, f"{mode}, straight"), {})
+        areas = [fit.auroc(kind, True)[0] for fit in straight.values()]
+        axis.plot(list(straight), areas, "x", ms=7, color=colour)
+    mode = f"t < {EARLY}"
+    fields = results[data, mode]
+    exact = [exact_auroc(data, mode, rho, fit, kind, True) for rho, fit in fields.items()]
+    label = f"exact, {mode}, to first order"
+    axis.plot(list(fields), exact, "--", color=MODE_COLOURS[mode], label=label)
+    axis.plot([], [], ":", color="0.4", label="from the origin")
+    axis.plot([], [], "x", color="0.4", label="linear $u_0$")
+    axis.set(ylim=(0.1, 1.02), xlabel="strength $\\rho$", ylabel="AUROC")

@@ -108,14 +108,14 @@ def along_direction(x_1, x_0):
 
 
 def signal_to_noise(u, e):
-    """|E u|^2 / tr Cov u for targets u (N, d) of one x_0, and its standard error (W3).
+    """|E u|^2 / tr Cov u for targets u (N, d) of one x_0, and its standard error (W3, W5).
 
-    The mean is taken along e (d,), where it lies. The error counts that of the mean alone.
+    The mean is taken along e (d,), where it lies.
     """
-    along = u @ e
-    mean, mean_error = mean_se(along)
-    ratio = mean**2 / u.var(0, correction=0).sum().item()
-    return ratio, ratio * 2 * mean_error / abs(mean)
+    mean, mean_error = mean_se(u @ e)
+    noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
+    ratio = mean**2 / noise
+    return ratio, ratio * np.hypot(2 * mean_error / mean, noise_error / noise)
 
 
 def kernel_field(x, x_t, u, h):

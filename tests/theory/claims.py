@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from theory import normal, singularity
-from theory.learned_field import OFFSETS, OneStep
+from theory.learned_field import MODES, OneStep
 
 EPS = np.finfo(float).eps
 Z = 7.0
@@ -39,7 +39,7 @@ dims_from_2 = st.integers(2, 40)
 times = st.floats(0.02, 0.98)
 scales = st.floats(0.05, 2.0)
 scales_or_0 = st.just(0.0) | scales  # 0: atoms
-rhos = st.floats(-0.95, 0.95)
+rhos = st.floats(-0.95, 0.95)  # correlations, and strengths of worst transport
 candidates = st.integers(1, 300)
 kinds = st.sampled_from(["gaussian", "atoms", "mixture", "circle"])
 
@@ -110,15 +110,15 @@ def within(estimate, predicted, slack=0.0):
 def check_rows(rows, name):
     """The rows of claim `name`: measured within Z standard errors, or 0.1 % where it is exact.
 
-    The standard error of an exponent is that of the fit, not of the next order in t: 0.1 % too. No
-    standard error may be so large that anything would pass.
+    The standard error of an exponent is that of the fit, not of the next order in t: 0.1 % too. A
+    limit is reached to 3 %. No standard error may be so large that anything would pass.
     """
     chosen = [row for row in rows if row.claim == name]
     assert chosen
     for row in chosen:
         exact = row.se == 0 or "exponent" in row.what
-        slack = 1e-3 * abs(row.predicted) if exact else 0.0
-        within((row.measured, row.se), row.predicted, slack)
+        slack = (0.03 if "limit" in row.what else 1e-3) if exact else 0.0
+        within((row.measured, row.se), row.predicted, slack * abs(row.predicted))
         assert row.se < 0.05 * abs(row.predicted), row
 
 
@@ -160,11 +160,27 @@ def field_condition(x, t, mu, s):
     return (1 + log_weights) * size**2 * (1 + 1 / t) * (1 + t / v) / (1 - t)
 
 
+def made_up_step():
+    """A OneStep of two networks: 1.5 and 0.5 inwards, AUROC 1 from the origin, 0.5 from landing.
+
+    Normal points from (4, 0) land at (1, 0) .. (4, 0), by the second network 1 further out; all
+    others 10 further out than those, which is where the exact field lands them.
+    """
+    start = np.array([[4.0, 0.0]] * 4)
+    landed = np.zeros((2, 4, 2))
+    landed[..., 0] = np.arange(1, 5) + np.array([[0], [1]])
+    away = np.array([10.0, 0.0])
+    kinds = ("off", "louder", "between", "background", "object")
+    return OneStep(
+        {"normal": start} | dict.fromkeys(kinds, start + away),
+        {"normal": landed} | dict.fromkeys(kinds, landed + away),
+        {"normal": 0 * start} | dict.fromkeys(kinds, 0 * start + away),
+    )
+
+
 def made_up_results():
-    """What learned_field.run returns, small and with known means."""
-    distances = (0.0, *OFFSETS)
-    wide = {off: np.array([1.0, 2.0, 3.0, 4.0]) + 10 * off for off in distances}
-    tied = {off: np.array([1.0, 3.0]) for off in distances}
-    fit = OneStep(np.array([3.0, 5.0]), wide, tied)
+    """What learned_field.run returns, with made_up_step in every place."""
     errors = {"circle": np.arange(14.0).reshape(7, 2)}
-    return errors, {True: {1: fit, 4: fit}, False: {64: fit}}
+    modes = {("circle", mode): (0.0, 0.9) for mode in (*MODES, "told t, straight")}
+    modes |= {("two scales", mode): (0.0, 0.9) for mode in (*MODES, "t < 0.05, straight")}
+    return errors, {key: dict.fromkeys(rhos, made_up_step()) for key, rhos in modes.items()}

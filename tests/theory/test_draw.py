@@ -8,12 +8,15 @@ from claims import made_up_results
 from matplotlib.colors import same_color
 
 from theory import draw
+from theory.learned_field import MODES
 
 FIGURES = {
     "singularity": draw.singularity_figure,
     "concentration": draw.concentration_figure,
     "worst_transport": draw.worst_transport_figure,
     "fields": draw.fields_figure,
+    "strength": draw.strength_figure,
+    "blind_field": draw.blind_field_figure,
     "learned_field": lambda: draw.learned_field_figure(*made_up_results()),
 }
 
@@ -47,6 +50,10 @@ def coordinates(axis, line):
         ("concentration", 2, 4, 0.1),
         ("concentration", 3, 3, 0.02),
         ("worst_transport", 0, 4, 0.05),
+        ("strength", 2, 3, 0.01),
+        ("blind_field", 0, 3, 0.1),
+        ("blind_field", 1, 2, 0.1),
+        ("blind_field", 2, 3, 0.05),
     ],
 )
 def test_dots_lie_on_lines(name, panel, curves, tolerance):
@@ -64,14 +71,18 @@ def test_dots_lie_on_lines(name, panel, curves, tolerance):
 
 
 def test_learned_field_panels():
-    """The means and AUROCs of the made-up results."""
+    """The means and AUROCs of the made-up results: from landing 0.5, from the origin 1."""
     axes = figure("learned_field").axes
     (circle,) = (container.lines[0] for container in axes[0].containers)
     assert list(circle.get_ydata()) == [0, 2, 4, 6, 8, 10, 12]
-    inward, landing = (line for line in axes[1].lines if line.get_marker() in "os")
-    assert list(inward.get_ydata()) == [4, 4] and list(landing.get_ydata()) == [2.5, 2.5]
-    assert axes[2].lines[0].get_ydata() == pytest.approx([2.5, 4.5, 6.5, 10.5, 18.5])
-    by_radius = [list(line.get_ydata()) for line in axes[3].lines]
-    assert by_radius == [[0.875, 1, 1, 1]] * 3
-    assert [list(line.get_ydata()) for line in axes[4].lines] == [[0.5] * 4] * 2
-    assert [list(line.get_ydata()) for line in axes[5].lines] == [[1, 1], [0.5, 0.5]]
+    (inward,) = (line for line in axes[1].lines if line.get_marker() == "o")
+    assert list(inward.get_ydata()) == [1, 1]
+    told, not_told = (line for line in axes[2].lines if line.get_marker() == "o")
+    assert list(told.get_ydata()) == list(not_told.get_ydata()) == [1, 2, 3, 4]
+    for axis in axes[3:]:
+        lines = [line for line in axis.lines if len(line.get_xdata())]
+        dotted = [list(line.get_ydata()) for line in lines if line.get_linestyle() == ":"]
+        assert dotted == [[1, 1]] * len(MODES)
+        for marker, count in (("o", len(MODES)), ("x", 1)):
+            areas = [list(line.get_ydata()) for line in lines if line.get_marker() == marker]
+            assert [area for area in areas if area] == [[0.5, 0.5]] * count

@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import theory
-from theory import Row, __main__, concentration, draw, learned_field, singularity, worst_transport
+from theory import (
+    Row,
+    __main__,
+    blind_field,
+    concentration,
+    draw,
+    learned_field,
+    singularity,
+    strength,
+    worst_transport,
+)
 
 
 def test_mean_and_its_standard_error():
@@ -59,12 +69,16 @@ SEEDED = [
     singularity.table,
     concentration.table,
     worst_transport.table,
+    strength.table,
+    blind_field.table,
     learned_field.experiment,
     learned_field.run,
     draw.singularity_figure,
     draw.concentration_figure,
     draw.worst_transport_figure,
     draw.fields_figure,
+    draw.strength_figure,
+    draw.blind_field_figure,
 ]
 
 
@@ -79,6 +93,7 @@ def test_seed_0_by_default(function):
     [
         (Row("S1", "constant", 100, 101), ["S1", "constant", "100", "101", "1.0e-02", "0.0e+00"]),
         (Row("W4", "radius", 0, 1.5, 0.2), ["W4", "radius", "0", "1.5", "-", "2.0e-01"]),
+        (Row("W6", "area", np.nan, 0.9), ["W6", "area", "nan", "0.9", "-", "0.0e+00"]),
     ],
 )
 def test_line_of_the_table(row, expected):
@@ -86,14 +101,16 @@ def test_line_of_the_table(row, expected):
 
 
 def test_command(monkeypatch, tmp_path, capsys):
-    """`python -m theory --out DIR` prints every row of every module and writes the five figures."""
+    """`python -m theory --out DIR` prints every row of every module and writes the figures."""
     errors, results = {"errors": 1}, {"results": 2}
     monkeypatch.setattr(learned_field, "run", lambda: (errors, results))
-    for module in (singularity, concentration, worst_transport, learned_field):
+    modules = (*__main__.CLAIMS, learned_field)
+    for module in modules:
         given = (errors, results) if module is learned_field else ()
         row = Row("S1", module.__name__, 1, 1)
         monkeypatch.setattr(module, "table", returns_if_given([row], given))
-    names = ["singularity", "concentration", "worst_transport", "fields", "learned_field"]
+    names = ["singularity", "concentration", "worst_transport", "fields", "strength"]
+    names += ["blind_field", "learned_field"]
     for inches, name in enumerate(names, 1):
         given = (errors, results) if name == "learned_field" else ()
         figure = Figure(figsize=(inches, 1))
@@ -103,8 +120,7 @@ def test_command(monkeypatch, tmp_path, capsys):
 
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["claim", "what", "predicted"]
-    modules = ["singularity", "concentration", "worst_transport", "learned_field"]
-    assert [line.split()[1] for line in lines] == [f"theory.{name}" for name in modules]
+    assert [line.split()[1] for line in lines] == [module.__name__ for module in modules]
     paths = [out / f"{name}.png" for name in names]
     assert last == "figures: " + ", ".join(map(str, paths))
     for inches, path in enumerate(paths, 1):

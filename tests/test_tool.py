@@ -1,0 +1,243 @@
+"""What a user of a trained model sees: threshold, verdicts, tables, pictures; from Python too."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, picture, run, save, succeeds
+from PIL import Image
+from test_cli import TINY
+
+import evaluate
+import train
+from evaluate import InputError
+
+DIRECT = dict(steps=4, image_size=64, base=16, batch=64)  # settings of train.fit
+
+
+def read_scores(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return trained[0] / "bolt/model.pt"
+
+
+# ---- threshold, p-value, verdict -----------------------------------------------------------------
+def test_threshold_and_p_value_by_hand():
+    known = np.arange(1.0, 201)  # 200 good images
+    assert evaluate.threshold_of(known, 1) == 199  # two are not below it, one is above
+    assert evaluate.threshold_of(known, 5) == 191
+    assert evaluate.threshold_of(known[:50], 1) == evaluate.threshold_of(known[:50], 0) == 50
+    verdicts = evaluate.judge([199.0, 199.5, 500.0, 0.0], known, 199.0)
+    assert [v.verdict for v in verdicts] == ["good", "defect", "defect", "good"]
+    assert [v.p_value * 201 for v in verdicts] == pytest.approx([3, 2, 1, 201])
+
+
+def test_rates_are_of_good_and_of_defective_images():
+    said = [evaluate.Verdict(0, 0, v) for v in ("defect", "good", "good", "good", "defect")]
+    rates = evaluate.alarm_rates(["good"] * 4 + ["dent"], said)
+    assert rates == {"false_alarms": 25.0, "found": 100.0}
+    assert evaluate.alarm_rates(["good"], said[:1])["found"] is None
+
+
+def test_every_score_has_a_verdict(data, trained, model, tmp_path):
+    detector = evaluate.load_model(model)
+    threshold = evaluate.threshold_of(detector.normal_scores.numpy(), 1)
+    assert f"bolt: threshold {threshold:.4f} at 1 % false alarms" in trained[1].stdout
+    rows = read_scores(trained[0] / "bolt/scores.csv")
+    assert [row["kind"] for row in rows] == ["dent"] * 3 + ["good"] * 3
+    for row in rows:
+        assert row["verdict"] == ("defect" if float(row["score"]) > threshold else "good")
+        assert 1 / 7 <= float(row["p_value"]) <= 1 and not row["error"]
+    image = data / "bolt/test/dent/000.png"
+    command = ("--model", model, "--image", image, "--out", tmp_path / "a.png")
+    out = succeeds(run("evaluate.py", *command)).stdout
+    for word in ("threshold", "score", " p ", rows[0]["verdict"]):
+        assert word in out
+    with_none = succeeds(run("evaluate.py", *command, "--false-alarms", 50)).stdout
+    assert "at 50 % false alarms" in with_none and with_none != out
+
+
+def test_good_images_alone_give_a_threshold(data, tmp_path):
+    where = data / "bolt/train/good"
+    out = succeeds(run("train.py", "--data", where, "--out", tmp_path, *TINY)).stdout
+    assert "threshold" in out and "best F1" not in out
+
+
+# ---- folders -------------------------------------------------------------------------------------
+def test_a_folder_is_walked_and_a_damaged_image_stops_no_other(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    for k, name in enumerate(("a.png", "b/a.png", "b/c/x.jpg", "a.jpg", "last.png")):
+        save(tmp_path / "line" / name, picture(k)[0])
+    broken = tmp_path / "line/b/broken.png"
+    broken.write_bytes((tmp_path / "line/a.png").read_bytes()[:90])
+    command = ("--model", model, "--image", tmp_path / "line", "--out", tmp_path / "o")
+    result = run("evaluate.py", *command)
+    assert result.returncode == 2 and "1 of 6 images" in result.stderr
+    assert result.stderr.count("broken.png") == 1
+    rows = {row["image"]: row for row in read_scores(tmp_path / "o/scores.csv")}
+    assert {*rows} == {"a.png", "a.jpg", "last.png", "b/a.png", "b/c/x.jpg", "b/broken.png"}
+    assert rows["b/broken.png"]["score"] == "" and "cannot be read" in rows["b/broken.png"]["error"]
+    pictures = {p.name for p in (tmp_path / "o").glob("*.png")}
+    assert len(pictures) == 5 and {"a_png_map.png", "a_jpg_map.png"} <= pictures
+    alone = run("evaluate.py", "--model", model, "--image", tmp_path / "line/last.png", "--out",
+                tmp_path / "x.png")  # fmt: skip
+    assert f"score {float(rows['last.png']['score']):.4f}" in alone.stdout
+    broken.unlink()
+    table = ("--model", model, "--image", tmp_path / "line", "--out", tmp_path / "t/all.csv")
+    succeeds(run("evaluate.py", *table))
+    assert [p.name for p in (tmp_path / "t").iterdir()] == ["all.csv"]
+
+
+def test_names_of_pictures_are_distinct(tmp_path):
+    paths = [tmp_path / p for p in ("a/b.png", "a_b.png", "a/b.jpg", "c.png", "d/c.png")]
+    names = evaluate.distinct_names(paths, tmp_path)
+    assert len({*names}) == 5 and names[3:] == ["c", "d_c"]
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+def test_colours_mean_the_same_in_every_picture(tmp_path, monkeypatch):
+    """0 is the first colour, the threshold the middle, twice the threshold and more the last."""
+    images = []
+    real = evaluate.new_figure
+
+    def new_figure(*args, **options):
+        plt, fig, axes = real(*args, **options)
+        imshow = axes[1].imshow
+        axes[1].imshow = lambda *a, **k: images.append(imshow(*a, **k)) or images[-1]
+        return plt, fig, axes
+
+    monkeypatch.setattr(evaluate, "new_figure", new_figure)
+    image = Image.fromarray(picture(0)[0].astype(np.uint8))
+    for level in (0.1, 5.0):
+        y = torch.full((8, 8), level)
+        evaluate.draw_map(tmp_path / "a.png", image, None, y, 1.5, "a")
+    assert [shown.get_clim() for shown in images[1::2]] == [(0, 3.0)] * 2  # after each photo
+
+
+@pytest.mark.parametrize("title", ["a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100])
+def test_any_title_can_be_drawn(tmp_path, title):
+    image = Image.fromarray(picture(0)[0].astype(np.uint8))
+    evaluate.draw_map(tmp_path / "a.png", image, None, torch.ones(8, 8), 1.5, title)
+    evaluate.draw_scores(tmp_path / "b.png", title, np.ones(3), np.array([True] * 3), 1.5)
+    assert Image.open(tmp_path / "a.png").size[0] > 600
+
+
+def test_telling_images_are_named_by_what_happened():
+    said = ("defect", "good", "good", "defect", "defect")
+    verdicts = [evaluate.Verdict(s, 0, v) for s, v in zip((5, 1, 2, 7, 6), said, strict=True)]
+    bad = np.array([True, True, False, False, True])
+    names = evaluate.telling_images(verdicts, bad)
+    assert names == {3: "false_alarm1_", 1: "miss1_", 4: "hit1_", 0: "hit2_", 2: "good1_"}
+
+
+def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(evaluate, "draw_map", broken)
+    options = ("--data", data / "bolt", "--out", tmp_path, *TINY, "--maps", "all")
+    result = succeeds(run("train.py", *options))
+    assert "warning: a picture could not be drawn (no font)" in result.stderr
+    assert (tmp_path / "tiny/bolt/model.pt").is_file() and (tmp_path / "tiny/results.csv").is_file()
+
+
+# ---- from Python ---------------------------------------------------------------------------------
+def test_python_and_the_command_agree(data, trained, model):
+    detector = evaluate.load_model(model)
+    path = data / "bolt/test/dent/000.png"
+    array = np.asarray(Image.open(path))
+    results = evaluate.score(detector, [path, array, Image.open(path), str(path)])
+    row = read_scores(trained[0] / "bolt/scores.csv")[0]
+    for result in results:
+        assert f"{result.score:.6g}" == row["score"] and result.verdict == row["verdict"]
+        assert result.map.shape == array.shape[:2]
+    one = evaluate.score(detector, array)
+    assert one.score == results[0].score
+    grey = array[..., 0]
+    both = [evaluate.score(detector, v).score for v in (grey, np.stack([grey] * 3, 2))]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    "image, word",
+    [
+        (np.zeros((8, 8, 3)), "uint8"),
+        (np.zeros((8, 8, 3), np.uint16), "uint8"),
+        (np.zeros((3, 8, 9), np.uint8), "transpose"),
+        (np.zeros((8, 8, 4), np.uint8), "(H, W, 3)"),
+        (np.zeros((0, 8, 3), np.uint8), "shape"),
+        (torch.zeros(3, 8, 8), "Tensor"),
+        ([], "at least one"),
+        ("none.png", "none.png"),
+    ],
+)
+def test_images_that_are_none_are_refused_by_name(model, image, word):
+    with pytest.raises(InputError) as refused:
+        evaluate.score(evaluate.load_model(model), image)
+    assert word in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_fitting_from_python(tmp_path):
+    images = [picture(k)[0].astype(np.uint8) for k in range(6)]
+    detector = train.fit(images, **DIRECT)
+    evaluate.save_model(tmp_path / "m.pt", detector)
+    loaded = evaluate.load_model(tmp_path / "m.pt")
+    assert evaluate.score(loaded, images[0]).score == evaluate.score(detector, images[0]).score
+    with pytest.raises(InputError, match="at least one"):
+        train.fit([])
+
+
+# ---- export, options -----------------------------------------------------------------------------
+def test_export_scores_as_the_model_does(model, tmp_path):
+    out = succeeds(run("evaluate.py", "--model", model, "--export", tmp_path / "m.pt2")).stdout
+    assert "threshold" in out and "ONNX is not written" in out
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    for there, here in zip(program(image), evaluate.load_model(model)(image), strict=True):
+        assert torch.allclose(there, here, rtol=1e-5)
+    fails(run("evaluate.py", "--model", model, "--export", tmp_path / "m.onnx"), ".pt2")
+
+
+@pytest.mark.parametrize(
+    "command, options, words",
+    [
+        ("train.py", ("--set", "batch=1"), ("batch=1", "at least 2")),
+        ("train.py", ("--steps", 0), ("--steps 0", "at least 1")),
+        ("train.py", ("--steps", -3), ("--steps -3", "at least 0")),
+        ("train.py", ("--seeds", 1, 1), ("--seeds 1 1", "once")),
+        ("train.py", ("--false-alarms", 100), ("--false-alarms 100",)),
+        ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
+        ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "no such file")),
+        ("evaluate.py", ("--model", ".", "--image", "."), ("a folder", "model.pt")),
+        ("evaluate.py", ("--run", ".", "--false-alarms", -1), ("--false-alarms -1",)),
+    ],
+)
+def test_slips_end_in_one_true_line(tmp_path, monkeypatch, data, command, options, words):
+    monkeypatch.chdir(tmp_path)
+    more = ("--data", data) if "--image" not in options else ()
+    fails(run(command, *more, *options), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_models_says_so(data, tmp_path):
+    fails(run("evaluate.py", "--run", tmp_path, "--data", data), "no such file", "model.pt")
+
+
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py"])
+def test_every_option_has_a_help_text(command):
+    out = run(command, "--help").stdout
+    options = out[out.index("options:") :].split("\n  --")[1:]
+    assert len(options) > 8
+    for text in options:
+        assert "(default" in text, text
+
+
+def test_a_share_of_false_alarms_is_checked():
+    with pytest.raises(InputError):
+        evaluate.check_options(SimpleNamespace(false_alarms=float("nan")))

@@ -1,0 +1,227 @@
+"""B1-B4: the field that is not told the time. Time runs from data (t = 0) to noise (t = 1).
+
+Trained on t ~ U(0, T), T = t_max, it learns v(x) = E[u_t(x) | x], the average over p(t | x),
+proportional to p_t(x). By the continuity equation div (v int_0^T p_t dt) = q - p_T (B1): data are
+sources, noise is a sink, and where q is isotropic Gauss's law gives v. All [derived]; that v_theta
+need not be told t is [ours]. Proofs: README.md. Figure: draw.blind_field_figure.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.integrate import quad
+from scipy.special import gamma, gammaln
+from scipy.stats import chi
+
+import wtflow
+from theory import Row, mean_se, normal
+from theory.singularity import variance
+from theory.worst_transport import gaussian_coupling, minibatch_worst
+
+SAMPLES = 40_000  # points behind each row of the table
+BACKGROUND, OBJECT = 0.5, 1.75**0.5  # two scales of equal weight, m2 = d (B3)
+
+
+# ---- Closed forms -----------------------------------------------------------------------------
+def chi_mean(k):
+    """E chi_k = sqrt(2) Gamma((k+1)/2) / Gamma(k/2), k > 0; close to sqrt(k)."""
+    return 2**0.5 * np.exp(gammaln((k + 1) / 2) - gammaln(k / 2))
+
+
+def displacement(delta, m, t_max=1.0):
+    """|v(x)| across a subspace of codimension m >= 2 at distance delta off it (B1, B4).
+
+    E[chi_{m-1} | chi_{m-1} > delta / T]: one step lands at radius delta plus this.
+    """
+    a = delta / t_max
+    return chi_mean(m - 1) * chi.sf(a, m) / chi.sf(a, m - 1)
+
+
+def radial_field(r, d, scales, t_max=1.0, rho=0.0):
+    """v_r (N,) at |x| = r (N,) for data of `scales` s, N(0, s^2 I_d) with equal weights (B1-B4).
+
+    Gauss's law: sum_s P(|x_0| < r) - P(|x_T| < r) over sum_s int_0^T of the density of |x_t| at r.
+    s = 0 is a point mass. Gaussian coupling of correlation -rho within each scale, 0 for rFM.
+    """
+    r = np.atleast_1d(np.asarray(r, float))
+    flux, density = np.zeros_like(r), np.zeros_like(r)
+    for s in scales:
+        inside = chi.cdf(r / s, d) if s else np.ones_like(r)
+        flux += inside - chi.cdf(r / variance(t_max, s, rho) ** 0.5, d)
+        density += [time_at_radius(radius, d, s, t_max, rho) for radius in r]
+    return flux / density
+
+
+def time_at_radius(r, d, s, t_max, rho):
+    """int_0^T of the density of |x_t| at r > 0 for N(0, s^2 I_d): time spent there."""
+    A, linear = 1 + s**2 + 2 * rho * s, s**2 + rho * s
+    root = np.sqrt(complex(linear**2 - A * (s**2 - r**2 / d))).real
+    likely = [linear / A, (linear - root) / A, (linear + root) / A]  # the dip; sigma_t^2 = r^2 / d
+    power = 2.0 ** np.arange(-4, 4)
+    factors = np.concatenate([1 + power / d**0.5, 1 - power / d**0.5, [1.0]])  # width of a peak
+    ends = np.concatenate([np.outer(likely, factors).ravel(), s * power])
+    log_norm = (d / 2 - 1) * np.log(2) + gammaln(d / 2)
+
+    def density(t):  # that of sigma_t chi_d at r
+        squared = variance(t, s, rho)
+        if squared == 0:
+            return 0.0
+        log_y = 0.5 * math.log(r**2 / squared)
+        return math.exp(d * log_y - r**2 / squared / 2 - log_norm) / r
+
+    ends = np.unique([0.0, *ends[(ends > 0) & (ends < t_max)], t_max])
+    return sum(quad(density, *pair, epsrel=1e-10)[0] for pair in pairwise(ends))
+
+
+def edge(delta, s, m):
+    """|v| for thickness s as m grows, while s and delta / sqrt(m) are small (B1).
+
+    sqrt(m) sqrt(1 - m s^2 / delta^2) from delta = s sqrt(m) on, 0 before: the jump of a subspace
+    has become a slope.
+    """
+    return (m * np.maximum(1 - m * s**2 / np.asarray(delta, float) ** 2, 0)) ** 0.5
+
+
+def edge_slope(s, m):
+    """Slope of v at delta = s sqrt(m) in the same limit, where edge has a kink (B1).
+
+    0.313 m^(1/4) / s: (Gamma(1) - Gamma(1/2) Gamma(3/4) / Gamma(1/4)) / Gamma(1/4) times
+    sqrt(8) m^(1/4) / s.
+    """
+    moments = gamma(1) - gamma(0.5) * gamma(0.75) / gamma(0.25)
+    return 8**0.5 * moments / gamma(0.25) * m**0.25 / s
+
+
+# ---- Estimators -------------------------------------------------------------------------------
+def pairs_at_any_time(x_0, couple, generator, t_max=1.0):
+    """(x_t, u), each (N, d), that wtflow.flow_matching_loss shows a field and asks of it."""
+    seen = {}
+
+    def field(x_t, t):
+        seen["x_t"] = x_t
+        return torch.zeros_like(x_t)
+
+    def noise(x_0, generator):
+        x_1 = couple(x_0, generator)
+        seen["u"] = x_1 - x_0
+        return x_1
+
+    wtflow.flow_matching_loss(field, x_0, noise, generator, t_max=t_max)
+    return seen["x_t"], seen["u"]
+
+
+def in_shell(x_t, u, low, high):
+    """Radii |x_t| (M,) between low and high, and the parts (M,) of u along x_t there; arrays."""
+    radius = x_t.norm(dim=1)
+    chosen = (radius > low) & (radius < high)
+    along = (x_t * u).sum(1)[chosen] / radius[chosen]
+    return radius[chosen].numpy(), along.numpy()
+
+
+def slope_on(u, predicted):
+    """Least-squares factor of `predicted` in u, both (N, d), and its standard error over rows."""
+    power = predicted.square().sum()
+    factor = (u * predicted).sum() / power
+    rest = ((u - factor * predicted) * predicted).sum(1)
+    return factor.item(), (rest.norm() / power).item()
+
+
+def scales_mixture(n, d, scales, generator):
+    """n points (n, d) of N(0, s^2 I), s drawn from `scales` with equal weights."""
+    chosen = torch.randint(len(scales), (n, 1), generator=generator)
+    return torch.tensor(scales, dtype=torch.float64)[chosen] * normal(generator, n, d)
+
+
+# ---- Table ------------------------------------------------------------------------------------
+def table(seed=0):
+    """Rows for B1-B4."""
+    generator = torch.Generator().manual_seed(seed)
+    yield from rows_B1(generator)
+    yield from rows_B2(generator)
+    yield from rows_B3(generator)
+    yield from rows_B4(generator)
+
+
+def rows_B1(generator):
+    """Rows for B1: a subspace of 8 dimensions, and points about it."""
+    k = 8
+    for m, low, high in ((20, 0.05, 0.2), (20, 0.5, 1.0), (100, 0.05, 0.2)):
+        x_0 = torch.zeros(SAMPLES, k + m, dtype=torch.float64)
+        x_0[:, :k] = normal(generator, SAMPLES, k)
+        x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
+        delta, landed = in_shell(x_t[:, k:], u[:, k:], low, high)
+        what = f"landing radius, m={m}, off by {low:g} to {high:g}"
+        predicted = (delta + displacement(delta, m)).mean()
+        yield Row("B1", what, predicted, *mean_se(delta + landed))
+        if m == 20 and high < 0.5:
+            near = x_t[:, k:].norm(dim=1) < high
+            fit = slope_on(u[near, :k], x_t[near, :k])
+            yield Row("B1", "  slope of u along the subspace there", -1, *fit)
+    s, m = 0.1, 20
+    x_0 = s * normal(generator, 2 * SAMPLES, m)
+    x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
+    for y in (1.0, 1.5, 3.0):
+        delta = y * s * m**0.5
+        radii, velocity = in_shell(x_t, u, 0.95 * delta, 1.05 * delta)
+        what = f"v across data of thickness {s:g}, m={m}, off by {y:g} s sqrt(m)"
+        predicted = np.interp(radii, *on_grid(radii, m, (s,))).mean()
+        yield Row("B1", what, predicted, *mean_se(velocity))
+    s, m = 0.001, 1000
+    below, above = radial_field(s * m**0.5 * np.array([0.999, 1.001]), m, (s,))
+    slope = (above - below) / (0.002 * s * m**0.5)
+    what = f"slope of v at s sqrt(m), thickness {s:g}, m={m} (limit)"
+    yield Row("B1", what, edge_slope(s, m), slope)
+
+
+def on_grid(radii, d, scales, t_max=1.0):
+    """17 radii (N,) that span `radii`, and radial_field there."""
+    grid = np.linspace(radii.min(), radii.max(), 17)
+    return grid, radial_field(grid, d, scales, t_max)
+
+
+def rows_B2(generator):
+    """Rows for B2: one step leaves whitened Gaussian data where they are, slope 1 of x1_hat."""
+    x_0 = normal(generator, 20_480, 16)
+    couplings = {
+        "rFM": wtflow.independent,
+        "correlation -0.9": lambda x, g: gaussian_coupling(x, g, 1.0, 0.9),
+        "minibatch worst": minibatch_worst,
+    }
+    for name, couple in couplings.items():
+        x_t, u = pairs_at_any_time(x_0, couple, generator)
+        fit = slope_on(u + x_t, x_t)
+        yield Row("B2", f"slope of x1_hat on x, N(0, I), {name}", 1, *fit)
+
+
+def rows_B3(generator):
+    """Rows for B3: where the blind field sends the two scales and what lies between."""
+    d = 16
+    scales = (BACKGROUND, OBJECT)
+    x_0 = scales_mixture(8 * SAMPLES, d, scales, generator)
+    x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
+    for s, name in ((BACKGROUND, "background"), (0.85, "between"), (OBJECT, "object")):
+        radii, velocity = in_shell(x_t, u, 0.95 * s * d**0.5, 1.05 * s * d**0.5)
+        what = f"landing radius from |x|/sqrt(d) = {s:.2f} ({name})"
+        predicted = (radii + np.interp(radii, *on_grid(radii, d, scales))).mean()
+        yield Row("B3", what, predicted, *mean_se(radii + velocity))
+
+
+def rows_B4(generator):
+    """Rows for B4, T = 0.05: what a subspace keeps, what N(0, s^2 I) loses."""
+    d, t_max = 20, 0.05
+    nothing = torch.zeros(SAMPLES, d, dtype=torch.float64)
+    x_t, u = pairs_at_any_time(nothing, wtflow.independent, generator, t_max)
+    for low, high in ((0.02, 0.1), (0.25, 0.3)):
+        delta, landed = in_shell(x_t, u, low, high)
+        what = f"landing radius, m={d}, off by {low:g} to {high:g}, T={t_max:g}"
+        predicted = (delta + displacement(delta, d, t_max)).mean()
+        yield Row("B4", what, predicted, *mean_se(delta + landed))
+    for s in (1.0, BACKGROUND):
+        x_0 = s * normal(generator, SAMPLES, d)
+        x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator, t_max)
+        radii, velocity = in_shell(x_t, u, 0.95 * s * d**0.5, 1.05 * s * d**0.5)
+        what = f"v_r from |x| = s sqrt(d), s={s:g}, T={t_max:g}"
+        predicted = np.interp(radii, *on_grid(radii, d, (s,), t_max)).mean()
+        yield Row("B4", what, predicted, *mean_se(velocity))
