@@ -1440,6 +1440,9 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout, like head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as e:  # what reading and writing do not name themselves, like a closed folder
         if e.filename is None:
             raise
@@ -1520,12 +1523,32 @@ def write_pictures(folder, category, judged, sizes, args):
     draw_category(folder, category, *shown, args.maps)
 
 
+def check_run(folder, categories):
+    """Raises InputError if a category has no model in the folder of a run."""
+    for category in categories:
+        model = folder / category.name / "model.pt"
+        if not model.exists():
+            other = next(iter(sorted(folder.rglob("model.pt"))), None)
+            hint = f", but {other}: give --category, or its --run" if other else ""
+            raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
+
+
+def draw_again(folder, detector, category, args):
+    """The pictures and maps of a finished category that was stopped before it had them."""
+    if category.test and (args.maps != "none" or args.save_maps):
+        features, sizes = extract(detector, [item.path for item in category.test])
+        x_0 = detector.normalise(features, out=features)
+        judged = judge_category(detector, category, x_0, args)
+        write_pictures(folder, category, judged, sizes, args)
+
+
 def evaluate_run(args, device):
     """The table again from the models under --run: the data set's folder or the --out above it."""
     name, categories = read_dataset(args.data, args.category)
     folder = Path(args.run)
     if (folder / name).is_dir():
         folder = folder / name
+    check_run(folder, categories)
     rows = []
     for category in categories:
         began = time.monotonic()

@@ -39,8 +39,14 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     recipe = wtflow.recipe_for(recipe, train_sizes)
     print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
     mine, state = signature(category, recipe, seed), None
+    source = source_of(category)
     if args.resume and model_file.exists():
-        return continued(model_file, mine)["row"]
+        row = continued(model_file, mine)["row"]
+        if not (folder / "scores.png").exists():  # stopped between the model and its pictures
+            detector = evaluate.load_model(model_file, device, args.weights)
+            evaluate.draw_again(folder, detector, category, args)
+        return row
+    refuse_another_source(model_file, source)
     if args.resume and state_file.exists():
         state = continued(state_file, mine)
         began -= state["seconds"]
@@ -81,10 +87,29 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
-    evaluate.save_model(model_file, detector, signature=mine, row=row)
+    (folder / "scores.png").unlink(missing_ok=True)  # drawn last: there when all pictures are
+    evaluate.save_model(model_file, detector, signature=mine, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
+
+
+def source_of(category):
+    """A digest of the folder that the training images are in: it does not tell the path."""
+    folder = Path(os.path.commonpath([path.parent for path in category.train])).resolve()
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+
+
+def refuse_another_source(model_file, source):
+    """Raises InputError if a model of another folder's images would be replaced."""
+    try:
+        had = evaluate.load_checkpoint(model_file).get("source")
+    except InputError:  # none, or one that is damaged or of another version
+        return
+    if had not in (None, source):
+        raise InputError(
+            f"{model_file}: a model of images in another folder: give another --out, or remove it"
+        )
 
 
 SHRUNK = 2.5  # times, from which a larger --image-size is named
