@@ -1071,6 +1071,16 @@ def distinct_names(paths, root):
     return out
 
 
+def item_names(items):
+    """A name for the map of each item, distinct within its kind: its stem where that is enough."""
+    names = {}
+    for kind in {item.kind for item in items}:
+        paths = [item.path for item in items if item.kind == kind]
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        names |= dict(zip(paths, distinct_names(paths, root), strict=True))
+    return [names[item.path] for item in items]
+
+
 def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
     """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
     if which == "none" or not len(verdicts):
@@ -1150,10 +1160,11 @@ def draw_contact_sheet(folder, names):
 
 def save_maps(folder, category, maps, sizes):
     """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    for y, item, size in zip(maps, category.test, sizes, strict=True):
+    names = item_names(category.test)
+    for y, item, name, size in zip(maps, category.test, names, sizes, strict=True):
         image = Image.fromarray(at_size(y, size))
         place = folder / "anomaly_maps" / category.name / "test" / item.kind
-        write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
+        write_whole(place / f"{name}.tiff", partial(image.save, format="TIFF"))
 
 
 def as_image(value, white=None):
