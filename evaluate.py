@@ -95,12 +95,23 @@ def images_in(folder):
     )
 
 
-def images_under(folder):
-    """Image files of a folder and of the folders in it, at any depth; hidden ones are left out."""
-    found = images_in(folder)
+def files_under(folder, above=()):
+    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
+
+    above: folders that lead here; a link back to one of them is not followed.
+    """
+    here = folder.resolve()
+    if here in above or not folder.is_dir():
+        return []
+    found = sorted(p for p in folder.iterdir() if p.name[0] != "." and not p.is_dir())
     for inner in folders_in(folder):
-        found += images_under(inner)
+        found += files_under(inner, (*above, here))
     return found
+
+
+def images_under(folder):
+    """Image files among files_under(folder)."""
+    return [path for path in files_under(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def folders_in(folder):
@@ -126,11 +137,13 @@ def is_good(folder):
 
 def good_images(folder):
     """Images of the folders in `folder` whose name says good, and of all folders in these."""
-    found = [inside for inside in folders_in(folder) if is_good(inside)]
-    for inside in found:
-        if inside.name != "good":
-            say_once(f"{inside}: taken as good images")
-    return [path for inside in found for path in images_under(inside)]
+    images = []
+    for inside in folders_in(folder):
+        if is_good(inside):
+            if inside.name != "good":
+                say_once(f"{inside}: taken as good images")
+            images += images_apart_from_masks(images_under(inside))[0]
+    return images
 
 
 def child(folder, name):
@@ -140,6 +153,11 @@ def child(folder, name):
     return next((p for p in sorted(folder.iterdir()) if p.name.casefold() == name.casefold()), None)
 
 
+def part_of(root, name):
+    """The folder "train" or "test" of a root, in any case; where there is none, as it is usual."""
+    return child(root, name) or root / name
+
+
 def mask_owner(path):
     """The stem of the image that a file name like 003_GT.png is the mask of, or None."""
     stem = path.stem.casefold()
@@ -147,21 +165,32 @@ def mask_owner(path):
     return stem.removesuffix(ends[0]) if ends else None
 
 
+def images_apart_from_masks(paths):
+    """(images, masks) of image files: a mask is named after an image beside it, like 003_GT.png."""
+    stems = {(path.parent, path.stem.casefold()) for path in paths}
+    masks = {path for path in paths if (path.parent, mask_owner(path)) in stems}
+    if masks:
+        first = min(masks)
+        say_once(f"{first.parent}: {len(masks)} files like {first.name} are read as masks")
+    return [path for path in paths if path not in masks], masks
+
+
 def find_mask(image, places):
     """The mask of an image in the first of the folders `places` that has one, or None.
 
-    A name with the image's suffix, 003_jpg_mask.png, goes before 003_mask.png.
+    A name with the image's suffix, 003_jpg_mask.png or 003_mask.jpg, goes before 003_mask.png.
     """
-    stem, suffix = image.stem.casefold(), image.suffix[1:].casefold()
-    wanted = [f"{stem}{joint}{suffix}{end}" for joint in "_." for end in MASK_ENDS]
+    stem, suffix = image.stem.casefold(), image.suffix.casefold()
+    wanted = [f"{stem}{joint}{suffix[1:]}{end}" for joint in "_." for end in MASK_ENDS]
     wanted += [stem + end for end in MASK_ENDS]
     for place in places:
         found = {}
         for path in images_in(place):
-            found.setdefault(path.stem.casefold(), path)
+            if path != image:
+                found.setdefault(path.stem.casefold(), []).append(path)
         for name in wanted:
-            if name in found and found[name] != image:
-                return found[name]
+            if name in found:
+                return min(found[name], key=lambda path: path.suffix.casefold() != suffix)
     return None
 
 
@@ -171,49 +200,71 @@ def read_mvtec(root):
     Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
     """
     truth = next((p for name in TRUTH if (p := child(root, name)) is not None), None)
-    test, owners = [], {}
-    for folder in folders_in(root / "test"):
-        images = images_under(folder)
-        stems = {(path.parent, path.stem.casefold()) for path in images}
-        beside = [p for p in images if (p.parent, mask_owner(p)) in stems]
-        if is_good(folder):
-            if folder.name != "good":
-                say_once(f"{folder}: taken as good images")
-            test += [Item(path, "good", ()) for path in images if path not in beside]
-            continue
-        for path in images:
-            if path in beside:
-                continue
-            inside = path.parent.relative_to(folder)
-            kind = child(truth, folder.name) if truth else None
-            places = [truth] if truth and not kind else []
-            if kind:
-                places += [kind / inside, kind]
-            if beside:
-                places.append(path.parent)
-            mask = find_mask(path, places)
-            if mask is not None:
-                if mask in owners:
-                    say_once(f"{mask}: the mask of {owners[mask].name} and of {path.name}")
-                owners[mask] = path
-            expected = (truth or root) / folder.name / f"{path.stem}_mask.png"
-            masks = (mask or expected,) if truth or beside else None
-            test.append(Item(path, folder.name, masks))
-    category = Category(root.name, "MVTec AD", good_images(root / "train"), test, None)
-    name_skipped(category, (root / "train", root / "test"), owners)
+    kinds = [folder for folder in folders_in(part_of(root, "test")) if not is_good(folder)]
+    test = [Item(path, "good", ()) for path in good_images(part_of(root, "test"))]
+    if kinds and not test:
+        names = ", ".join(folder.name for folder in kinds)
+        say_once(
+            f"{root.name}: no good images in test (a folder {', '.join(GOOD)}): all of {names} are "
+            "taken as defects"
+        )
+    for folder in kinds:
+        test += defective_items(folder, truth)
+    owners = {}
+    for item in test:
+        for mask in item.masks or ():
+            check_owners(mask, owners.setdefault(mask, item.path), item.path)
+    test.sort(key=lambda item: item.path)
+    category = Category(root.name, "MVTec AD", good_images(part_of(root, "train")), test, None)
+    name_skipped(category, (part_of(root, "train"), part_of(root, "test")))
     return category
 
 
-def name_skipped(category, folders, masks=()):
+def defective_items(folder, truth):
+    """Items of a folder of defective images. truth: the folder of the set's masks, or None."""
+    images, beside = images_apart_from_masks(images_under(folder))
+    own = child(truth, folder.name) if truth else None  # the masks of this kind
+    direct = {path.stem.casefold() for path in images if path.parent == folder}
+    items = []
+    for path in images:
+        inside = path.parent.relative_to(folder)
+        places = [path.parent] if beside else []
+        if own:
+            places.append(own / inside)
+        if own and path.stem.casefold() not in direct:  # else the mask there is that of another
+            places.append(own)
+        if truth and not own:
+            places.append(truth)
+        mask = find_mask(path, places)
+        expected = (truth or folder) / folder.name / inside / f"{path.stem}_mask.png"
+        items.append(Item(path, folder.name, (mask or expected,) if truth or beside else None))
+    return items
+
+
+def check_owners(mask, one, other):
+    """Say that two images have one mask. Raises InputError if they lie in different folders."""
+    if one.parent != other.parent:
+        raise InputError(
+            f"{mask}: the mask of {one} or of {other}? "
+            "Let the folders of the masks be as those of the images"
+        )
+    if one != other:
+        say_once(f"{mask}: taken as the mask of {one.name} and of {other.name}")
+
+
+def name_skipped(category, folders):
     """Say which files of folders are not read, with their number: none is dropped silently."""
-    used = {*category.train, *(item.path for item in category.test), *masks}
+    used = {*category.train, *(item.path for item in category.test)}
+    used |= {mask for item in category.test for mask in item.masks or ()}
+    images = {(path.parent, path.stem.casefold()) for path in used}
     skipped = [
         path
         for folder in folders
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in used and path.name[0] != "."
+        for path in files_under(folder)
+        if path not in used
+        and path.name.casefold() not in NO_IMAGES
+        and (path.parent, mask_owner(path)) not in images
     ]
-    skipped = [p for p in skipped if p.name.casefold() not in NO_IMAGES]
     if skipped:
         names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
         more = ", ..." if len(skipped) > 4 else ""
@@ -222,14 +273,10 @@ def name_skipped(category, folders, masks=()):
 
 def read_flat(root):
     """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
-    parts, left_out = {"train": [], "test": []}, 0
+    parts = {"train": [], "test": []}
     for part, items in parts.items():
-        images = images_in(root / part)
-        stems = {path.stem.casefold() for path in images}
-        for path in images:
-            if mask_owner(path) in stems:
-                continue
-            mask = find_mask(path, [root / part])
+        for path in images_apart_from_masks(images_in(part_of(root, part)))[0]:
+            mask = find_mask(path, [path.parent])
             if mask is None:
                 raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
                                  "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
@@ -239,7 +286,10 @@ def read_flat(root):
     left_out = len(parts["train"]) - len(train)
     if left_out:
         say_once(f"{root.name}: {left_out} defective images in train are left out")
-    return Category(root.name, "KolektorSDD2", train, parts["test"], None)
+    category = Category(root.name, "KolektorSDD2", train, parts["test"], None)
+    named = category._replace(train=[item.path for item in parts["train"]])
+    name_skipped(named, [part_of(root, part) for part in parts])
+    return category
 
 
 def read_mvtec_loco(root):
@@ -262,7 +312,9 @@ def read_mvtec_loco(root):
             f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
         ) from None
     train = images_in(root / "train/good")
-    return Category(root.name, "MVTec LOCO AD", train, test, saturation)
+    category = Category(root.name, "MVTec LOCO AD", train, test, saturation)
+    name_skipped(category, (root / "train", root / "test"))
+    return category
 
 
 def read_mvtec_3d(root):
@@ -282,20 +334,22 @@ def read_visa(root):
         with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
-            row |= {name: row[name].replace("\\", "/") for name in ("image", "mask")}
+            row |= {name: (row[name] or "").replace("\\", "/") for name in ("image", "mask")}
             path = root.parent / row["image"]
             if row["split"] == "train":
                 train.append(path)
-            elif row["label"] == "normal":
+            elif row["label"].casefold() in GOOD:
                 test.append(Item(path, "good", ()))
             else:
                 test.append(Item(path, "anomaly", (root.parent / row["mask"],)))
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as e:
         raise InputError(
             f"{split}: not the split file of VisA ({e}): "
             "restore split_csv/1cls.csv from the download"
         ) from None
-    return Category(root.name, "VisA", train, test, None)
+    category = Category(root.name, "VisA", train, test, None)
+    name_skipped(category, (root / "Data/Images",))
+    return category
 
 
 def read_category(root):
@@ -304,9 +358,10 @@ def read_category(root):
         return read_visa(root)
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
-    if any(mask_owner(path) for path in images_in(root / "train")):
+    train, test = (images_in(part_of(root, name)) for name in ("train", "test"))
+    if train and any(mask_owner(path) for path in train + test):
         return read_flat(root)
-    if not any(is_good(folder) for folder in folders_in(root / "train")):
+    if not any(is_good(folder) for folder in folders_in(part_of(root, "train"))):
         return None
     if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
@@ -318,7 +373,15 @@ def read_images_only(folder):
     named = folder
     while named.name.casefold() in (*GOOD, "train", "rgb") and named.parent != named:
         named = named.parent
-    category = Category(named.name, "folder of good images", images_under(folder), [], None)
+    inner = [inside.name for inside in folders_in(folder) if images_under(inside)]
+    if unclear := [name for name in inner if name.casefold() in ("train", "test", *TRUTH)]:
+        raise InputError(
+            f"{folder}: images beside {', '.join(unclear)}: put the good ones under train/good"
+        )
+    if inner:
+        say_once(f"{folder}: images of {', '.join(inner)} are taken as good images too")
+    images = images_apart_from_masks(images_under(folder))[0]
+    category = Category(named.name, "folder of good images", images, [], None)
     name_skipped(category, (folder,))
     return named.parent.name, category
 
@@ -335,6 +398,16 @@ def read_products(data):
     return [read_images_only(folder)[1] for folder in folders]
 
 
+def name_unread(data, read):
+    """Say which images of a root lie in none of its categories, those named in `read`."""
+    others = [folder for folder in folders_in(data) if folder.name not in read]
+    unread = [f"{folder.name}/ (no train/good)" for folder in others if images_under(folder)]
+    unread += [path.name for path in images_in(data)]
+    if unread:
+        more = ", ..." if len(unread) > 4 else ""
+        say_once(f"{data}: {len(unread)} are not read: {', '.join(unread[:4])}{more}")
+
+
 def read_dataset(data, wanted=()):
     """(name, [Category]) of a data set's root, or of one category's folder.
 
@@ -344,15 +417,16 @@ def read_dataset(data, wanted=()):
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    one = read_category(data)
-    name = data.parent.name
-    if one is None and images_in(data):
+    one, name = read_category(data), data.parent.name
+    found = [one] if one else [c for c in map(read_category, folders_in(data)) if c]
+    if found and not one:
+        name = data.name
+        name_unread(data, [c.name for c in found])
+    if not found and images_in(data):
         name, one = read_images_only(data)
-    if one is not None:
         found = [one]
-    else:
-        name, found = data.name, [c for c in map(read_category, folders_in(data)) if c]
-        found = found or read_products(data)
+    if not found:
+        name, found = data.name, read_products(data)
     if not found:
         raise InputError(
             f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
@@ -1566,7 +1640,7 @@ def evaluate_run(args, device):
     write_tables(folder, rows)
 
 
-def files_under(folder, out):
+def images_outside(folder, out):
     """images_under, but for those below --out: what lies there are pictures of an earlier run."""
     paths = images_under(folder)
     if not paths:
@@ -1647,7 +1721,7 @@ def score_images(args, device):
     table_alone = out is not None and out.suffix.lower() == ".csv"
     table, paths, places = out if table_alone else None, [image], [None]
     if image.is_dir():
-        table, paths = table or (out or Path(".")) / "scores.csv", files_under(image, out)
+        table, paths = table or (out or Path(".")) / "scores.csv", images_outside(image, out)
         places = [None] * len(paths)
         if out is not None and not table_alone:
             places = [out / f"{name}_map.png" for name in distinct_names(paths, image)]

@@ -132,8 +132,8 @@ def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = data / "bolt/train/good"
     succeeds(run("train.py", "--data", good, "--out", tmp_path, *TINY))
-    assert rows(tmp_path / "train")[0]["image_auroc"] == ""
-    model = tmp_path / "train/good/model.pt"
+    assert rows(tmp_path / "tiny")[0]["image_auroc"] == ""
+    model = tmp_path / "tiny/bolt/model.pt"  # named by the product, not train/good
     succeeds(run("evaluate.py", "--model", model, "--image", data / "bolt/test/good"))
     succeeds(run("evaluate.py", "--run", tmp_path, "--data", good))
 

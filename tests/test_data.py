@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_mvtec, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,12 @@ def test_visa(tmp_path):
     assert name == "VisA" and counts(c) == ("VisA", 3, {"good": 2, "anomaly": 2})
     _, union = evaluate.masks_of(c.test[-1], (40, 48))
     assert union.sum() == 12 * 14  # masks hold 1 and 2, not 255
+    by_hand = "\r\n".join(rows).replace("/", "\\").replace("normal", "Normal")
+    (root / "split_csv/1cls.csv").write_bytes(b"\xef\xbb\xbf" + by_hand.encode())
+    assert read_dataset(root)[1] == [c]
+    (root / "split_csv/1cls.csv").write_text("\n".join(rows).replace(",", ";"))
+    with pytest.raises(InputError, match="1cls.csv"):
+        read_dataset(root)
     (root / "split_csv/1cls.csv").unlink()
     with pytest.raises(InputError, match="1cls.csv"):
         read_dataset(root)
@@ -392,6 +399,53 @@ def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
     assert "bolt: 2 files are not read: good/b.heic, dent/readme.txt" in said
 
 
+def test_a_link_back_to_a_folder_above_ends(tmp_path):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    (root / "train/good/loop").symlink_to(root / "train", target_is_directory=True)
+    assert len(read_dataset(root)[1][0].train) == 6
+
+
+def test_a_mask_is_not_that_of_an_image_of_the_same_number_in_another_folder(tmp_path):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    save(root / "test/dent/day2/000.png", picture(3)[0])
+    with pytest.raises(InputError, match="day2/000_mask.png: mask of 000.png is missing"):
+        read_dataset(root)
+    save(root / "test/dent/day2/070.png", picture(3)[0])
+    (root / "test/dent/day2/000.png").unlink()
+    truth = root / "ground_truth/dent"
+    (truth / "002_mask.png").rename(truth / "070_mask.png")
+    (root / "test/dent/002.png").unlink()
+    (one,) = [i for i in read_dataset(root)[1][0].test if i.path.name == "070.png"]
+    assert one.masks == (truth / "070_mask.png",)  # flat masks for deeper images of other names
+    save(root / "test/dent/day1/070.png", picture(3)[0])
+    with pytest.raises(InputError, match="day1/070.png or of .*day2/070.png"):
+        read_dataset(root)
+
+
+def test_what_lies_beside_the_categories_is_named_and_never_trained_on(tmp_path, capsys):
+    make_mvtec(tmp_path / "d", ("bolt", "nut"))
+    save(tmp_path / "d/overview.png", picture(1)[0])
+    save(tmp_path / "d/washer/1.png", picture(1)[0])
+    name, found = read_dataset(tmp_path / "d")
+    assert name == "d" and [counts(c)[:2] for c in found] == [("MVTec AD", 6)] * 2
+    said = capsys.readouterr().err
+    assert "2 are not read: washer/ (no train/good), overview.png" in said
+    save(tmp_path / "x/test/dent/1.png", picture(1)[0])
+    save(tmp_path / "x/1.png", picture(1)[0])
+    with pytest.raises(InputError, match="images beside test: put the good ones under train/good"):
+        read_dataset(tmp_path / "x")
+
+
+def test_train_and_test_in_capitals_and_no_folder_that_says_good(tmp_path, capsys):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    renamed(renamed(root, "train", "Train"), "test", "TEST")
+    shutil.rmtree(root / "ground_truth")
+    assert counts(read_dataset(root)[1][0])[1:] == (6, {"good": 3, "dent": 3})
+    renamed(root, "TEST/good", "TEST/gut")
+    assert counts(read_dataset(root)[1][0])[2] == {"gut": 3, "dent": 3}
+    assert "all of dent, gut are taken as defects" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", [".PNG", "_mask.PNG", ".tif", "_gt.png", "_GT.bmp", "_Mask.jpg"])
 @pytest.mark.parametrize("truth", ["ground_truth", "masks", "GT"])
 def test_masks_are_found_under_any_usual_name(tmp_path, end, truth):
@@ -421,13 +475,27 @@ def test_images_of_one_stem_are_two_with_a_mask_each(tmp_path, capsys):
     save(root / "test/dent/000.jpg", picture(3)[0])
     (c,) = read_dataset(tmp_path / "d")[1]
     assert counts(c)[2] == {"good": 3, "dent": 2}
-    assert "000_mask.png: the mask of 000.jpg and of 000.png" in capsys.readouterr().err
+    assert "000_mask.png: taken as the mask of 000.jpg and of 000.png" in capsys.readouterr().err
     save(root / "ground_truth/dent/000_jpg_mask.png", picture(3, defect=True)[1] * 255)
     (c,) = read_dataset(tmp_path / "d")[1]
     assert {i.path.name: i.masks[0].name for i in c.test if i.masks} == {
         "000.jpg": "000_jpg_mask.png",
         "000.png": "000_mask.png",
     }
+
+
+def test_float_maps_of_one_stem_do_not_overwrite_each_other(tmp_path):
+    paths = ["dent/000.png", "dent/000.jpg", "dent/day2/000.png", "good/000.png", "dent/1.png"]
+    items = [evaluate.Item(tmp_path / "test" / p, p[:4], ()) for p in paths]
+    one = evaluate.Category("bolt", "MVTec AD", [], items, None)
+    maps = np.arange(5.0)[:, None, None] * np.ones((5, 4, 4))
+    evaluate.save_maps(tmp_path, one, torch.from_numpy(maps), [(4, 4)] * 5)
+    written = {
+        str(p.relative_to(tmp_path / "anomaly_maps/bolt/test")): np.asarray(Image.open(p))[0, 0]
+        for p in tmp_path.rglob("*.tiff")
+    }
+    names = ["dent/000.png", "dent/000.jpg", "dent/day2/000", "good/000", "dent/1"]
+    assert written == {f"{name}.tiff": k for k, name in enumerate(names)}
 
 
 def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
