@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import hashlib
+import io
 import json
 import os
 import signal
@@ -18,9 +20,10 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +41,19 @@ import wtflow
 from wtflow import InputError
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads the data set, writes nothing ----
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm"),
+)
+GOOD = ("good", "ok", "okay", "normal", "pass")  # names of folders of good images, in any case
+TRUTH = ("ground_truth", "groundtruth", "masks", "mask", "gt")  # of folders of masks
+MASK_ENDS = ("_mask", "_gt", "-mask", "_label", "")  # of their files, after the image's stem
+NO_IMAGES = ("thumbs.db", "desktop.ini")  # what systems leave in folders
 BATCH = 16  # images that are read and turned into features together
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses these itself
+Image.MAX_IMAGE_PIXELS = 1 << 28  # a strip of 2048 x 131072; open_image refuses what has more
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Item(NamedTuple):
@@ -65,6 +76,12 @@ class Category(NamedTuple):
 
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@cache
+def say_once(text):
+    """A line on stderr about what was seen and how it is read, once in a run."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def images_in(folder):
@@ -92,16 +109,137 @@ def folders_in(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
+def is_good(folder):
+    """Whether a folder's name says that its images are good. Raises InputError if it may."""
+    name = folder.name.casefold()
+    if name in GOOD:
+        return True
+    for word in GOOD:
+        rest = name.removeprefix(word)
+        if rest != name and not rest[0].isalpha():
+            raise InputError(
+                f"{folder}: good images, or a defect? Put good ones under {word}/, or let the name "
+                f"of a defect not begin with {word}"
+            )
+    return False
+
+
+def good_images(folder):
+    """Images of the folders in `folder` whose name says good, and of all folders in these."""
+    found = [inside for inside in folders_in(folder) if is_good(inside)]
+    for inside in found:
+        if inside.name != "good":
+            say_once(f"{inside}: taken as good images")
+    return [path for inside in found for path in images_under(inside)]
+
+
+def child(folder, name):
+    """The file or folder of this name in any case, or None."""
+    if not folder.is_dir():
+        return None
+    return next((p for p in sorted(folder.iterdir()) if p.name.casefold() == name.casefold()), None)
+
+
+def mask_owner(path):
+    """The stem of the image that a file name like 003_GT.png is the mask of, or None."""
+    stem = path.stem.casefold()
+    ends = [end for end in MASK_ENDS if end and stem.endswith(end)]
+    return stem.removesuffix(ends[0]) if ends else None
+
+
+def find_mask(image, places):
+    """The mask of an image in the first of the folders `places` that has one, or None.
+
+    A name with the image's suffix, 003_jpg_mask.png, goes before 003_mask.png.
+    """
+    stem, suffix = image.stem.casefold(), image.suffix[1:].casefold()
+    wanted = [f"{stem}{joint}{suffix}{end}" for joint in "_." for end in MASK_ENDS]
+    wanted += [stem + end for end in MASK_ENDS]
+    for place in places:
+        found = {}
+        for path in images_in(place):
+            found.setdefault(path.stem.casefold(), path)
+        for name in wanted:
+            if name in found and found[name] != image:
+                return found[name]
+    return None
+
+
 def read_mvtec(root):
-    """MVTec AD, MPDD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png."""
-    truth, test = root / "ground_truth", []
+    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
+
+    Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
+    """
+    truth = next((p for name in TRUTH if (p := child(root, name)) is not None), None)
+    test, owners = [], {}
     for folder in folders_in(root / "test"):
-        for path in images_in(folder):
-            named = [truth / folder.name / (path.stem + end) for end in ("_mask.png", ".png")]
-            mask = next((m for m in named if m.is_file()), named[0])
-            masks = (mask,) if truth.is_dir() else None
-            test.append(Item(path, folder.name, () if folder.name == "good" else masks))
-    return Category(root.name, "MVTec AD", images_in(root / "train/good"), test, None)
+        images = images_under(folder)
+        stems = {(path.parent, path.stem.casefold()) for path in images}
+        beside = [p for p in images if (p.parent, mask_owner(p)) in stems]
+        if is_good(folder):
+            if folder.name != "good":
+                say_once(f"{folder}: taken as good images")
+            test += [Item(path, "good", ()) for path in images if path not in beside]
+            continue
+        for path in images:
+            if path in beside:
+                continue
+            inside = path.parent.relative_to(folder)
+            kind = child(truth, folder.name) if truth else None
+            places = [truth] if truth and not kind else []
+            if kind:
+                places += [kind / inside, kind]
+            if beside:
+                places.append(path.parent)
+            mask = find_mask(path, places)
+            if mask is not None:
+                if mask in owners:
+                    say_once(f"{mask}: the mask of {owners[mask].name} and of {path.name}")
+                owners[mask] = path
+            expected = (truth or root) / folder.name / f"{path.stem}_mask.png"
+            masks = (mask or expected,) if truth or beside else None
+            test.append(Item(path, folder.name, masks))
+    category = Category(root.name, "MVTec AD", good_images(root / "train"), test, None)
+    name_skipped(category, (root / "train", root / "test"), owners)
+    return category
+
+
+def name_skipped(category, folders, masks=()):
+    """Say which files of folders are not read, with their number: none is dropped silently."""
+    used = {*category.train, *(item.path for item in category.test), *masks}
+    skipped = [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in used and path.name[0] != "."
+    ]
+    skipped = [p for p in skipped if p.name.casefold() not in NO_IMAGES]
+    if skipped:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
+        more = ", ..." if len(skipped) > 4 else ""
+        say_once(f"{category.name}: {len(skipped)} files are not read: {names}{more}")
+
+
+def read_flat(root):
+    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
+    parts, left_out = {"train": [], "test": []}, 0
+    for part, items in parts.items():
+        images = images_in(root / part)
+        stems = {path.stem.casefold() for path in images}
+        for path in images:
+            if mask_owner(path) in stems:
+                continue
+            mask = find_mask(path, [root / part])
+            if mask is None:
+                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
+                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
+            good = not np.asarray(open_image(mask)).any()
+            items.append(Item(path, "good" if good else "defect", () if good else (mask,)))
+    train = [item.path for item in parts["train"] if item.kind == "good"]
+    left_out = len(parts["train"]) - len(train)
+    if left_out:
+        say_once(f"{root.name}: {left_out} defective images in train are left out")
+    return Category(root.name, "KolektorSDD2", train, parts["test"], None)
 
 
 def read_mvtec_loco(root):
@@ -141,9 +279,10 @@ def read_visa(root):
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
     split, train, test = root.parent / "split_csv/1cls.csv", [], []
     try:
-        with open(split, newline="") as f:
+        with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
+            row |= {name: row[name].replace("\\", "/") for name in ("image", "mask")}
             path = root.parent / row["image"]
             if row["split"] == "train":
                 train.append(path)
@@ -165,11 +304,35 @@ def read_category(root):
         return read_visa(root)
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
-    if not (root / "train/good").is_dir():
+    if any(mask_owner(path) for path in images_in(root / "train")):
+        return read_flat(root)
+    if not any(is_good(folder) for folder in folders_in(root / "train")):
         return None
     if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
     return read_mvtec(root)
+
+
+def read_images_only(folder):
+    """A folder of good images: a category named after it, or after the product it is of."""
+    named = folder
+    while named.name.casefold() in (*GOOD, "train", "rgb") and named.parent != named:
+        named = named.parent
+    category = Category(named.name, "folder of good images", images_under(folder), [], None)
+    name_skipped(category, (folder,))
+    return named.parent.name, category
+
+
+def read_products(data):
+    """Categories of a root whose sub-folders hold nothing but images, each a product."""
+    folders = [folder for folder in folders_in(data) if images_under(folder)]
+    parts = ("train", "test", "good", *TRUTH)
+    if data.name.casefold() in parts or any(f.name.casefold() in (*parts, *GOOD) for f in folders):
+        return []
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        say_once(f"{data}: taken as {len(folders)} products with good images only: {names}")
+    return [read_images_only(folder)[1] for folder in folders]
 
 
 def read_dataset(data, wanted=()):
@@ -182,17 +345,19 @@ def read_dataset(data, wanted=()):
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
     one = read_category(data)
+    name = data.parent.name
     if one is None and images_in(data):
-        one = Category(data.name, "folder of good images", images_in(data), [], None)
+        name, one = read_images_only(data)
     if one is not None:
-        name, found = data.parent.name, [one]
+        found = [one]
     else:
         name, found = data.name, [c for c in map(read_category, folders_in(data)) if c]
+        found = found or read_products(data)
     if not found:
         raise InputError(
-            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, LOCO), "
-            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), or images (a folder of good "
-            "ones) in it and in its sub-folders"
+            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
+            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), train/<id>_GT (KolektorSDD2) "
+            "or images (a folder of good ones) in it and in its sub-folders"
         )
     names = [c.name for c in found]
     for asked in wanted:
@@ -233,9 +398,15 @@ def unreadable(path):
 
 
 def open_image(path):
-    """PIL image, decoded. Raises InputError naming the file."""
+    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
     with unreadable(path):
         image = Image.open(path)
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            pages = []
+            for page in range(image.n_frames):
+                image.seek(page)
+                pages.append(image.width * image.height)
+            image.seek(pages.index(max(pages)))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
@@ -243,15 +414,16 @@ def open_image(path):
         return image
 
 
-def read_image(path):
+def read_image(path, white=None):
     """RGB PIL image as a person sees it. Raises InputError naming the file.
 
-    The first frame; EXIF orientation applied, as masks are drawn on the turned picture; palette and
-    CMYK converted; alpha dropped; 16 bits scaled to 8; floating point taken as 0..1 or 0..255.
+    The first frame, or the largest page; EXIF orientation applied, as masks are drawn on the turned
+    picture; palette and CMYK converted; alpha dropped; more than 8 bits scaled to 8, from 0 to
+    `white` (grey_level), by default that of this file alone.
     """
     image = open_image(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(path, image)
+    if has_levels(image):
+        image = to_8_bits(path, image, white)
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError) as e:
@@ -260,27 +432,82 @@ def read_image(path):
         ) from None
 
 
-def to_8_bits(path, image):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, with its EXIF."""
+def has_levels(image):
+    """Whether a PIL image has more than 8 bits, or is floating-point."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
+OVERSHOOT = 0.05  # of white, beyond both ends: clipped without a word, as sensors are calibrated
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
+
+
+def levels_of(path, image):
+    """Values (H, W) float64 of an image that has_levels, 0 black."""
     values = np.asarray(image, dtype=np.float64)
-    real = image.mode == "F"
-    known = np.isfinite(values).all() and values.min() >= 0
-    if not known or values.max() > (255 if real else 65535):
-        raise InputError(f"{path}: values outside 0..1, 0..255 and 16 bits: rescale it")
-    scale = 255 / 65535
-    if real:
-        scale = 255 if values.max() <= 1 else 1
-    small = Image.fromarray(np.round(values * scale).astype(np.uint8))
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: has values that are not finite: mend or remove it")
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
+        values = white_above(values.max(), image.mode == "F") - values
+    return values
+
+
+def white_above(largest, real):
+    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point."""
+    usual = (1.0, *WHITES) if real else WHITES
+    return float(next((w for w in usual if largest <= w * (1 + OVERSHOOT * real)), largest))
+
+
+def grey_level(paths):
+    """The white level of a data set, from its training images; None if all have 8 bits.
+
+    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
+    them, so that the same value is the same grey in every image. It is kept with the model.
+    """
+    largest, real = -np.inf, False
+    for path in paths:
+        with unreadable(path), Image.open(path) as image:
+            deep = has_levels(image)
+        if deep:
+            image = open_image(path)
+            real = real or image.mode == "F"
+            largest = max(largest, float(levels_of(path, image).max()))
+    return None if largest == -np.inf else white_above(largest, real)
+
+
+def to_8_bits(path, image, white=None):
+    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF."""
+    values = levels_of(path, image)
+    if white is None:
+        white = white_above(values.max(), image.mode == "F")
+    low, high = -OVERSHOOT * white, (1 + OVERSHOOT) * white
+    if values.min() < low:
+        raise InputError(f"{path}: has values down to {values.min():g}: rescale it to 0 and more")
+    if values.max() > high:
+        say_once(f"{path}: values up to {values.max():g} are cut at {white:g}, white in training")
+    values = np.clip(values / white, 0, 1)
+    small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
+
+
+GREYS, BRIGHT = 8, 128  # a mask with more values, up to this and higher, went through JPEG
 
 
 def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
-    Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
+    largest on; small numbers are labels, all of them defective. Says what it saw where that is no
+    plain mask. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
+    if image.mode == "P":
+        indices = np.asarray(image) != 0
+        image = image.convert("RGB")
+        if (indices != (np.asarray(image).max(2) != 0)).any():
+            say_once(f"{path}: a mask with a palette, read by its colours: black is defect-free")
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
@@ -290,12 +517,21 @@ def read_mask(path, size):
             f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
+    seen = np.unique(values)
+    if len(seen) > GREYS and seen[-1] >= BRIGHT:
+        half = (float(seen[0]) + float(seen[-1])) / 2
+        say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
+        values = np.where(values >= half, values, 0)
+    share = (values != 0).mean()
+    if share > 0.5:
+        say_once(f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?")
     return values
 
 
 def masks_of(item, size, saturation=None):
-    """Regions [(bool (H, W), pixels that saturate it)] and union (H, W) of an item's masks.
+    """Regions [(place, bool (h, w) there, pixels that saturate it)] and union (H, W) of the masks.
 
+    place: the slices of a region's bounding box, so that many small regions take little memory.
     Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
     with it (LOCO) a mask is one region, saturated at its threshold.
     """
@@ -305,13 +541,15 @@ def masks_of(item, size, saturation=None):
         mask = values != 0
         union |= mask
         if saturation is None:
-            labels, n = ndimage.label(mask, np.ones((3, 3)))
-            areas = np.bincount(labels.ravel())
-            regions += [(labels == k, areas[k]) for k in range(1, n + 1)]
+            labels, _ = ndimage.label(mask, np.ones((3, 3)))
+            for k, place in enumerate(ndimage.find_objects(labels), 1):
+                region = labels[place] == k
+                regions.append((place, region, region.sum()))
         elif mask.any():
             threshold, relative = saturation.get(int(values.max()), (1.0, True))
-            area = mask.sum()
-            regions.append((mask, min(area, int(threshold * area) if relative else threshold)))
+            area, everywhere = mask.sum(), np.s_[:, :]
+            most = min(area, int(threshold * area) if relative else threshold)
+            regions.append((everywhere, mask, most))
     return regions, union
 
 
@@ -325,15 +563,20 @@ def image_sizes(paths):
     return sizes
 
 
-def load_batch(paths, shape, pool):
+def load_batch(paths, shape, pool, white=None):
     """uint8 (B, 3, *shape), antialiased bilinear, and the original sizes [(H, W)].
 
-    paths: or what else as_image takes.
+    paths: or what else as_image takes; white: see grey_level.
     """
-    images = list(pool.map(as_image, paths))
+    images = list(pool.map(partial(as_image, white=white), paths))
     resized = pool.map(lambda image: image.resize(shape[::-1], Image.BILINEAR), images)
     pixels = np.stack([np.asarray(image) for image in resized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), [image.size[::-1] for image in images]
+
+
+def white_of(detector):
+    """The white level that a detector was trained with, None for 8 bits."""
+    return getattr(detector, "white", None)
 
 
 def extract(detector, paths, report=None):
@@ -346,7 +589,8 @@ def extract(detector, paths, report=None):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), BATCH):
             names = paths[start : start + BATCH]
-            images, batch_sizes = load_batch(names, wtflow.image_shape(detector.recipe), pool)
+            shape = wtflow.image_shape(detector.recipe)
+            images, batch_sizes = load_batch(names, shape, pool, white_of(detector))
             x = detector.features(images)
             bad = ~(x.abs().flatten(1).amax(1) <= torch.finfo(torch.float16).max)
             if bad.any():
@@ -421,6 +665,14 @@ def threshold_of(normal_scores, false_alarms):
     return float(np.quantile(normal_scores, 1 - false_alarms / 100, method="higher"))
 
 
+def few_images(normal_scores, false_alarms):
+    """In words, if there are too few good images for so few false alarms, else ""."""
+    n = len(normal_scores)
+    if false_alarms * (n + 1) >= 100:
+        return ""
+    return f" ({n} good images can promise {100 / (n + 1):.2g} % at best)"
+
+
 def judge(scores, normal_scores, threshold):
     """A Verdict of each score (m,). p = (1 + number of good images that score as high) / (n + 1).
 
@@ -487,8 +739,9 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
         inside = np.bincount(index[union], minlength=len(edges) + 1)
         positive += inside
         negative += np.bincount(index.ravel(), minlength=len(edges) + 1) - inside
-        for region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[region], minlength=len(edges) + 1)[::-1])
+        for place, region, saturates_at in regions:
+            inside = index[place][region]
+            hits = np.cumsum(np.bincount(inside, minlength=len(edges) + 1)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
             n_regions += 1
     auroc, ap = auroc_ap(positive, negative)
@@ -601,19 +854,58 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
-        raise InputError(
-            f"{path}: cannot be written ({e}): free some space or give another --out"
-        ) from None
+        raise cannot_write(path, e) from None
+
+
+def cannot_write(path, e):
+    return InputError(f"{path}: cannot be written ({e}): free some space or give another --out")
+
+
+@contextlib.contextmanager
+def writable(path):
+    """Turn what the system says when it cannot write into InputError naming the file."""
+    try:
+        yield
+    except OSError as e:
+        raise cannot_write(path, e) from None
 
 
 def write_csv(path, columns, rows):
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+    with growing_csv(path, columns) as write:
+        for row in rows:
+            write(row)
 
-    def write(to):
-        with open(to, "w", newline="") as f:
-            csv.writer(f).writerows(lines)
 
-    write_whole(path, write)
+@contextlib.contextmanager
+def growing_csv(path, columns):
+    """A function that writes one row (a dict); `path` is there once all rows are.
+
+    Rows go to a temporary file as they come: memory does not grow with the table.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
+        f = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")
+        table = csv.writer(f)
+
+    def write(row):
+        with writable(path):
+            table.writerow([cell_text(row[c]) for c in columns])
+
+    try:
+        with writable(path):
+            table.writerow(columns)
+        yield write
+        with writable(path):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, which has been named
+            f.close()
+        temporary.unlink(missing_ok=True)
 
 
 def said(verdict):
@@ -709,7 +1001,8 @@ def load_checkpoint(path):
 
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    save_checkpoint(path, detector.recipe, model=detector.state_dict(), **content)
+    content = {"white": white_of(detector), **content}
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
 def load_model(path, device="cpu", weights=None):
@@ -720,12 +1013,20 @@ def load_model(path, device="cpu", weights=None):
         detector.load_state_dict(state["model"])
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
+        detector.white = None if state.get("white") is None else float(state["white"])
         return detector.to(device)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(
             f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
         ) from None
+
+
+DRAWN = 1200  # pixels of an image's longer side in a picture, at most
+FILE_NAME = 150  # bytes of a name in the name of a picture: file systems take 255
+
+
+load = load_model  # as a notebook calls it
 
 
 def new_figure(*args, **options):
@@ -739,12 +1040,15 @@ def new_figure(*args, **options):
 
 
 def save_figure(plt, fig, path):
+    """Drawn in memory first: a figure that cannot be drawn is no disk that cannot be written."""
+    file = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-            write_whole(path, partial(fig.savefig, format="png", dpi=100))
+            fig.savefig(file, format="png", dpi=100)
     finally:
         plt.close(fig)
+    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
 
 
 def best_f1(scores, defective):
@@ -755,31 +1059,41 @@ def best_f1(scores, defective):
     return float(scores[order][f1.argmax()])
 
 
+def one_line(text):
+    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def plain(text, length=90):
     """A title of one line: line breaks become spaces, a long middle dots."""
-    text = " ".join(text.split())
+    text = one_line(" ".join(text.split()))
     if len(text) <= length:
         return text
     return f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def draw_map(path, image, union, y, threshold, title):
-    """Picture of one image: itself with the outline of its mask, and its anomaly map.
+    """Picture of one image: itself with the outline of its mask, and its anomaly map (h, w).
 
     The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
     middle, to twice the threshold and more.
     """
     plt, fig, axes = new_figure(1, 2, figsize=(8.2, 4))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
+    shrunk = min(1, DRAWN / max(image.size))
+    size = tuple(max(1, round(shrunk * side)) for side in image.size)
+    image = image.resize(size, Image.BILINEAR)
     for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
         axis.imshow(np.asarray(image), aspect=aspect)
         axis.set(title=name, xticks=[], yticks=[])
     if union is not None and union.any():
         axes[0].set_title("image, outline of its mask")
+        # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
+        union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
         axes[0].contour(union, [0.5], colors="black", linewidths=3)
         axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
     # viridis reads the same to a colour-blind person
-    at_image = at_size(y, image.size[::-1])
+    at_image = at_size(y, size[::-1])
     colours = {"cmap": "viridis", "vmin": 0, "vmax": 2 * threshold}
     shown = axes[1].imshow(at_image, aspect=aspect, **colours)
     bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
@@ -810,21 +1124,36 @@ def telling_images(verdicts, bad, each=3):
 def distinct_names(paths, root):
     """A name for the picture of each path under root: its folders and stem, joined by "_".
 
-    The suffix as well where two would be the same, a number where they still are.
+    The suffix as well where two would be the same, a number where they still are, or differ in case
+    alone, which not every file system sees. A very long name ends in a digest of itself.
     """
     names = []
     for path in paths:
         inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         names.append("_".join(inside.with_suffix("").parts))
-    known = {name: names.count(name) for name in names}
-    out = []
+    known, taken, out = Counter(name.casefold() for name in names), set(), []
     for path, name in zip(paths, names, strict=True):
-        if known[name] > 1:
+        if known[name.casefold()] > 1:
             name = f"{name}_{path.suffix[1:]}"
-        while name in out:
+        encoded = os.fsencode(name)
+        if len(encoded) > FILE_NAME:
+            digest = hashlib.sha256(encoded).hexdigest()[:8]
+            name = f"{encoded[:FILE_NAME].decode(errors='ignore')}_{digest}"
+        while name.casefold() in taken:
             name += "_2"
+        taken.add(name.casefold())
         out.append(name)
     return out
+
+
+def names_of(items):
+    """[kind/file] of test images; the folders between are kept where a kind has several."""
+    names = {}
+    for kind in {item.kind for item in items}:
+        paths = [item.path for item in items if item.kind == kind]
+        shared = os.path.commonpath([path.parent for path in paths])
+        names |= {(kind, path): Path(kind) / path.relative_to(shared) for path in paths}
+    return [names[item.kind, item.path] for item in items]
 
 
 def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
@@ -835,16 +1164,19 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
     prefixes = telling_images(verdicts, bad)
     for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
         old.unlink()
-    paths = [item.path for item in category.test]
-    names = distinct_names(paths, paths[0].parents[1])
+    inside, failed = names_of(category.test), []
+    names = distinct_names(inside, Path("."))
     for j in range(len(verdicts)) if which == "all" else prefixes:
         item = category.test[j]
-        union = masks_of(item, sizes[j])[1] if item.masks else None
-        title = f"{category.name} / {item.kind} / {item.path.name}:  {said(verdicts[j])}"
+        title = f"{category.name} / {inside[j].as_posix()}:  {said(verdicts[j])}"
         path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
-        draw_map(path, read_image(item.path), union, maps[j], threshold, title)
+        with drawing_may_fail(failed):
+            union = masks_of(item, sizes[j])[1] if item.masks else None
+            draw_map(path, read_image(item.path), union, maps[j], threshold, title)
     scores = np.array([v.score for v in verdicts])
-    draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
+    with drawing_may_fail(failed):
+        draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
+    warn_of(failed)
 
 
 def draw_scores(path, title, scores, bad, threshold):
@@ -869,8 +1201,8 @@ def draw_scores(path, title, scores, bad, threshold):
 
 
 @contextlib.contextmanager
-def drawing_may_fail():
-    """A picture that cannot be drawn is one line on stderr: what it shows is saved already.
+def drawing_may_fail(failed):
+    """A picture that cannot be drawn is added to the list `failed`: what it shows is saved already.
 
     What concerns the whole run, like a full disk, goes on as an error.
     """
@@ -881,7 +1213,14 @@ def drawing_may_fail():
     except Exception as e:
         if no_memory(e):
             raise
-        print(f"warning: a picture could not be drawn ({first_line(e)[:150]})", file=sys.stderr)
+        failed.append(one_line(first_line(e))[:150])
+
+
+def warn_of(failed):
+    """One line on stderr for the pictures that could not be drawn, if there are any."""
+    if failed:
+        others = f", nor could {len(failed) - 1} others" if len(failed) > 1 else ""
+        print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
 
 
 def draw_contact_sheet(folder, names):
@@ -896,102 +1235,176 @@ def draw_contact_sheet(folder, names):
     rows = [row for row in rows if row]
     if not rows:
         return
-    w, h = rows[0][0].size
-    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * w, i * h))
-    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
+    failed = []
+    with drawing_may_fail(failed):
+        w, h = rows[0][0].size
+        sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
+        for i, row in enumerate(rows):
+            for j, picture in enumerate(row):
+                sheet.paste(picture, (j * w, i * h))
+        write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
+    warn_of(failed)
 
 
 def save_maps(folder, category, maps, sizes):
     """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    for y, item, size in zip(maps, category.test, sizes, strict=True):
-        image = Image.fromarray(at_size(y, size))
-        place = folder / "anomaly_maps" / category.name / "test" / item.kind
-        write_whole(place / f"{item.path.stem}.tiff", partial(image.save, format="TIFF"))
+    place, names = folder / "anomaly_maps" / category.name / "test", names_of(category.test)
+    stems = Counter(name.with_suffix("") for name in names)
+    for y, name, size in zip(maps, names, sizes, strict=True):
+        if stems[name.with_suffix("")] == 1:  # else 000.png and 000.jpg would be one map
+            name = name.with_suffix("")
+        save_map(place / f"{name}.tiff", y, size)
 
 
-def as_image(value):
+def save_map(path, y, size):
+    """An anomaly map (h, w) at the size (H, W) of its image, float32."""
+    write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
+
+
+def as_image(value, white=None):
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
     Raises InputError that says how to convert anything else.
     """
-    if isinstance(value, (str, Path)):
-        return read_image(Path(value))
+    if isinstance(value, (str, os.PathLike)):
+        return read_image(Path(value), white)
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        if has_levels(value):
+            raise InputError(
+                f"a PIL image of mode {value.mode}: its white is not known: "
+                "give its path, or convert it to 8 bits"
+            )
+        return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
         raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
-    if value.dtype != np.uint8:
-        raise InputError(
-            f"an image of {value.dtype}: give uint8 in 0..255, "
-            "as by np.clip(255 * image, 0, 255).astype(np.uint8) from 0..1"
-        )
     if value.ndim == 3 and value.shape[2] == 1:
         value = value[..., 0]
-    if value.ndim != 2 and (value.ndim != 3 or value.shape[2] != 3) or not value.size:
-        raise InputError(
-            f"an image of shape {value.shape}: give (H, W) or (H, W, 3) in RGB; "
-            "from channels first: image.transpose(1, 2, 0)"
-        )
-    return Image.fromarray(value).convert("RGB")
+    fault = fault_of_shape(value.shape) or fault_of_values(value)
+    if fault:
+        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
+    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
+
+
+def fault_of_shape(shape):
+    """What to do with an array that has not the shape of an image, "" if it has."""
+    if len(shape) == 4:
+        return "several images: give list(images)"
+    if 0 in shape or len(shape) not in (2, 3):
+        return "give (H, W) or (H, W, 3) in RGB"
+    if len(shape) == 2 or shape[2] == 3:
+        return ""
+    if shape[2] == 4:
+        return "give (H, W, 3): image[..., :3] without transparency"
+    if shape[0] in (1, 3, 4):
+        return "channels come first: give image.transpose(1, 2, 0)"
+    return "give (H, W) or (H, W, 3) in RGB"
+
+
+def fault_of_values(array):
+    """How to make uint8 of an array of another type, "" if it is of uint8."""
+    if array.dtype == np.uint8:
+        return ""
+    if array.dtype == bool:
+        return "give 255 * image.astype(np.uint8)"
+    if array.dtype.kind not in "iuf":
+        return "give uint8 in 0..255"
+    if not np.isfinite(array).all():
+        return "holds NaN or infinity: replace them, and give uint8 in 0..255"
+    low, high, rounded = array.min(), array.max(), ""
+    if array.dtype.kind == "f":
+        rounded = ".round()"
+        if 0 <= low and high <= 1:
+            return "give uint8: (255 * image).round().astype(np.uint8)"
+    if 0 <= low and high <= 255:
+        return f"give uint8: image{rounded}.astype(np.uint8)"
+    return (
+        f"values from {low:g} to {high:g}: give uint8 in 0..255, scaled as in training: "
+        "(image * (255 / white)).round().astype(np.uint8), white the same for all"
+    )
 
 
 def score(detector, images, false_alarms=1.0):
     """Score images from Python: a Verdict of one image, or a list of them for a list.
 
-    images: what as_image takes, or a list of it. false_alarms: percent of good images that may be
-    called defective. Raises InputError.
+    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
+    it. false_alarms: percent of good images that may be called defective. Raises InputError.
 
-        detector = evaluate.load_model("runs/parts/screw/model.pt")
-        result = evaluate.score(detector, image)
+        detector = evaluate.load("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
         result.score, result.p_value, result.verdict, result.map
     """
+    if not isinstance(detector, wtflow.Detector):
+        kind = type(detector).__name__
+        raise InputError(f"a detector of type {kind}: give evaluate.load('model.pt')")
+    check_false_alarms(false_alarms)
     alone = not isinstance(images, (list, tuple))
-    images = [as_image(image) for image in ([images] if alone else images)]
+    images = [images] if alone else images
     if not images:
         raise InputError("no images: give at least one")
-    normal_scores = detector.normal_scores.cpu().double().numpy()
-    threshold = threshold_of(normal_scores, false_alarms)
-    features, sizes = extract(detector, images)
-    maps, scores = detector.score(detector.normalise(features, out=features))
-    verdicts = judge(scores.double().numpy(), normal_scores, threshold)
-    out = [v._replace(map=at_size(y, z)) for v, y, z in zip(verdicts, maps, sizes, strict=True)]
+    normal_scores = detector.normal_scores.cpu().numpy()
+    threshold, out = threshold_of(normal_scores, false_alarms), []
+    for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
+        features, sizes = extract(detector, images[start : start + BATCH])
+        maps, scores = detector.score(detector.normalise(features, out=features))
+        verdicts = judge(scores.double().numpy(), normal_scores, threshold)
+        for verdict, y, size in zip(verdicts, maps, sizes, strict=True):
+            out.append(verdict._replace(map=at_size(y, size)))
     return out[0] if alone else out
 
 
+CONSTANTS = "wtflow.json"  # file of an exported program: its threshold and size
+AGREES = 1e-3  # of the threshold: how far an exported program may be from its model
+
+
 def export_model(args):
-    """Write the model as a program of torch.export and compare the two on an image of noise."""
+    """Write the model as a program of torch.export, if it gives what the model gives on noise.
+
+    Read without this repository, which the program does not need:
+
+        files = {"wtflow.json": ""}
+        program = torch.export.load("screw.pt2", extra_files=files).module()
+        y, score = program(image)                   # uint8 (1, 3, H, W)
+        defect = score > json.loads(files["wtflow.json"])["threshold"]
+    """
     path = Path(args.export)
     if path.suffix != ".pt2":
         raise InputError(f"--export {path}: give a file that ends in .pt2")
     detector = load_model(args.model, "cpu", args.weights)
     height, width = wtflow.image_shape(detector.recipe)
-    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
-    program = torch.export.export(detector, (image,))
-
-    def write(to):
-        with open(to, "wb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # weights of no interest to the caller
-            torch.export.save(program, f)
-
-    write_whole(path, write)
-    pairs = zip(torch.export.load(path).module()(image), detector(image), strict=True)
-    difference = max(float((there - here).abs().max()) for there, here in pairs)
     threshold = threshold_of(detector.normal_scores.numpy(), args.false_alarms)
+    constants = {"height": height, "width": width, "white": white_of(detector)}
+    constants |= {"threshold": threshold, "false_alarms": args.false_alarms}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
+        program = torch.export.export(detector, (image,))
+        torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
+        file.seek(0)
+        again = torch.export.load(file).module()
+    pairs = zip(again(image), detector(image), strict=True)
+    difference = max(float((there - here).abs().max()) for there, here in pairs)
+    if not difference <= AGREES * threshold:  # nor where it is NaN
+        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
+    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
     print(
-        f"{path}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), scores (1,); "
-        f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
+        f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), "
+        f"scores (1,); threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
         f"largest difference from the model on noise: {difference:.1e}\n"
-        "torch.export.load reads it without this repository. Resizing an image to that size "
-        "(antialiased, bilinear) is left to the caller; ONNX is not written."
+        f"torch.export.load reads it without this repository, the threshold as {CONSTANTS}. "
+        "Resizing an image to that size (antialiased, bilinear) is left to the caller; ONNX is not "
+        "written."
     )
 
 
 # ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
 class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # No option cut short: --image would be --image-size in train.py.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
@@ -1016,6 +1429,8 @@ def exit_cleanly(main):
     An interruption exits with 130.
     """
     keep_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -1025,6 +1440,9 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout, like head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as e:  # what reading and writing do not name themselves, like a closed folder
         if e.filename is None:
             raise
@@ -1033,7 +1451,7 @@ def exit_cleanly(main):
         if not no_memory(e):
             raise
         message = "out of memory: give a smaller --image-size, or go on elsewhere with --resume"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1070,6 +1488,7 @@ def judge_category(detector, category, x_0, args):
     counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     allowed = f"{args.false_alarms:g} % false alarms"
+    allowed += few_images(normal_scores, args.false_alarms)
     print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
     return Judged(maps, verdicts, threshold)
 
@@ -1087,8 +1506,10 @@ def measure_category(category, judged, sizes):
 def write_scores(folder, category, judged):
     """scores.csv of a category's test images."""
     rows = [
-        score_row(item.path.name, item.kind, verdict)
-        for item, verdict in zip(category.test, judged.verdicts, strict=True)
+        score_row(name.as_posix(), item.kind, verdict)
+        for name, item, verdict in zip(
+            names_of(category.test), category.test, judged.verdicts, strict=True
+        )
     ]
     if rows:
         write_csv(folder / "scores.csv", SCORES, rows)
@@ -1099,8 +1520,26 @@ def write_pictures(folder, category, judged, sizes, args):
     if args.save_maps:
         save_maps(folder.parent, category, judged.maps, sizes)
     shown = judged.maps, judged.verdicts, sizes, judged.threshold
-    with drawing_may_fail():
-        draw_category(folder, category, *shown, args.maps)
+    draw_category(folder, category, *shown, args.maps)
+
+
+def check_run(folder, categories):
+    """Raises InputError if a category has no model in the folder of a run."""
+    for category in categories:
+        model = folder / category.name / "model.pt"
+        if not model.exists():
+            other = next(iter(sorted(folder.rglob("model.pt"))), None)
+            hint = f", but {other}: give --category, or its --run" if other else ""
+            raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
+
+
+def draw_again(folder, detector, category, args):
+    """The pictures and maps of a finished category that was stopped before it had them."""
+    if category.test and (args.maps != "none" or args.save_maps):
+        features, sizes = extract(detector, [item.path for item in category.test])
+        x_0 = detector.normalise(features, out=features)
+        judged = judge_category(detector, category, x_0, args)
+        write_pictures(folder, category, judged, sizes, args)
 
 
 def evaluate_run(args, device):
@@ -1109,6 +1548,7 @@ def evaluate_run(args, device):
     folder = Path(args.run)
     if (folder / name).is_dir():
         folder = folder / name
+    check_run(folder, categories)
     rows = []
     for category in categories:
         began = time.monotonic()
@@ -1126,69 +1566,148 @@ def evaluate_run(args, device):
     write_tables(folder, rows)
 
 
-def features_of_each(detector, paths):
-    """(path, features (1, d, h, w) or None, error) of each image; a damaged one stops no other."""
+def files_under(folder, out):
+    """images_under, but for those below --out: what lies there are pictures of an earlier run."""
+    paths = images_under(folder)
+    if not paths:
+        raise InputError(f"{folder}: no images in this folder ({', '.join(SUFFIXES)})")
+    if out is None or out.suffix.lower() == ".csv":
+        return paths
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out}: is the folder of the images: give another")
+    kept = [path for path in paths if out.resolve() not in path.resolve().parents]
+    if len(kept) < len(paths):
+        print(f"{len(paths) - len(kept)} images in --out {out} are left out", file=sys.stderr)
+    return kept
+
+
+def check_table(path):
+    """Raises InputError if a file is there that is not a table of scores, which may be replaced."""
+    if path.is_file():
+        with open(path, "rb") as f:
+            if f.readline().strip() == ",".join(SCORES).encode():
+                return
+    if path.exists():
+        raise InputError(f"{path}: is there, and not a table of scores: give another --out")
+
+
+def picture_place(image, out):
+    """Where the picture of one image goes: --out FILE.png or folder, else the current folder."""
+    name = f"{distinct_names([Path(image.name)], Path('.'))[0]}_map.png"
+    if out is None:
+        return Path(name)
+    if out.is_dir() or not out.suffix:
+        return out / name
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: a picture is a PNG: give FILE.png or a folder")
+    if out.exists() and out.samefile(image):
+        raise InputError(f"--out {out}: is the image itself: give another")
+    return out
+
+
+def scored_files(detector, paths, euler_steps):
+    """(map, score) of each image file in its order, or the InputError that says why not.
+
+    BATCH images are in memory at a time; if one is damaged, each of them is read alone.
+    """
+
+    def score_of(part):
+        x_0, _ = extract(detector, part)
+        maps, scores = detector.score(detector.normalise(x_0, out=x_0), euler_steps)
+        return list(zip(maps, scores.double().tolist(), strict=True))
+
     for start in range(0, len(paths), BATCH):
         part = paths[start : start + BATCH]
         try:
-            yield from zip(part, extract(detector, part)[0].split(1), [""] * len(part), strict=True)
-            continue
+            found = score_of(part)
         except InputError:
-            pass  # one of them: each alone
+            found = []
+        if found:
+            yield from found
+            continue
         for path in part:
             try:
-                yield path, extract(detector, [path])[0], ""
+                alone = score_of([path])[0]
             except InputError as e:
-                yield path, None, str(e)
+                alone = e
+            yield alone
 
 
 def score_images(args, device):
-    """Print score, p-value and verdict of one image, or of each image under a folder.
+    """Print score, threshold, p-value and verdict of one image, or of each under a folder.
 
-    One image has a picture. Those of a folder have theirs, and scores.csv, under --out; with --out
-    FILE.csv that table alone. A damaged image costs one line and, at the end, exit code 2.
+    One image has a picture. The scores of a folder are written to scores.csv too, under --out or in
+    the current folder; with --out FOLDER its images have pictures. --out FILE.csv: the table alone.
+    A damaged image costs one line and, at the end, exit code 2.
     """
-    path, out = Path(args.image), Path(args.out) if args.out else None
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder: give --image an image or a folder")
+    image, out = Path(args.image), Path(args.out) if args.out else None
+    if not image.exists():
+        raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
     detector = load_model(args.model, device, args.weights)
-    normal_scores = detector.normal_scores.cpu().double().numpy()
+    table_alone = out is not None and out.suffix.lower() == ".csv"
+    table, paths, places = out if table_alone else None, [image], [None]
+    if image.is_dir():
+        table, paths = table or (out or Path(".")) / "scores.csv", files_under(image, out)
+        places = [None] * len(paths)
+        if out is not None and not table_alone:
+            places = [out / f"{name}_map.png" for name in distinct_names(paths, image)]
+    elif not table_alone:
+        places = [picture_place(image, out)]
+    if args.maps == "none":
+        places = [None] * len(paths)
+    if args.save_maps and places[0] is None:
+        raise InputError("--save-maps: goes with pictures: give --out FOLDER, and not --maps none")
+    if table is not None:
+        check_table(table)
+    normal_scores = detector.normal_scores.cpu().numpy()
     threshold = threshold_of(normal_scores, args.false_alarms)
-    paths = images_under(path) if path.is_dir() else [path]
-    if not paths:
-        raise InputError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
-    table = out if out and out.suffix.lower() == ".csv" else None
-    if table is None and path.is_dir():
-        table = out / "scores.csv" if out else None
-    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms")
-    rows, failed = [], 0
-    names = distinct_names(paths, path if path.is_dir() else path.parent)
-    named = zip(features_of_each(detector, paths), names, strict=True)
-    for (file, features, error), name in named:
-        shown = str(file.relative_to(path)) if path.is_dir() else file.name
-        if error:
-            failed += 1
-            print(f"error: {error}", file=sys.stderr)
-            rows.append(score_row(shown, "", error=error))
-            continue
-        x_0 = detector.normalise(features, out=features)
-        maps, scores = detector.score(x_0, args.euler_steps)
-        (verdict,) = judge(scores.double().numpy(), normal_scores, threshold)
-        rows.append(score_row(shown, "", verdict))
-        picture = None
-        if not path.is_dir():
-            picture = out if out and out != table else Path(f"{file.stem}_map.png")
-        elif out and out != table:
-            picture = out / f"{name}_map.png"
-        print(f"{shown}  {said(verdict)}" + (f", {picture}" if picture else ""), flush=True)
-        if picture:
-            with drawing_may_fail():
-                title = f"{shown}:  {said(verdict)}"
-                draw_map(picture, read_image(file), None, maps[0], threshold, title)
-    if table:
-        write_csv(table, SCORES, rows)
+    few = few_images(normal_scores, args.false_alarms)
+    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms{few}")
+    root = image if image.is_dir() else image.parent
+    failed = 0
+    with contextlib.nullcontext() if table is None else growing_csv(table, SCORES) as write:
+        for row in judged_files(args, detector, threshold, root, paths, places):
+            failed += bool(row["error"])
+            if write is not None:
+                write(row)
+    if table is not None:  # on stderr: stdout has one line an image
+        without = f", {failed} of {len(paths)} images have none" if failed else ""
+        print(f"scores: {one_line(table)}{without}", file=sys.stderr)
     if failed:
-        raise InputError(f"{failed} of {len(paths)} images could not be read: they have no score")
+        sys.exit(2)
+
+
+def judged_files(args, detector, threshold, root, paths, places):
+    """Score, print and draw image files: a row of scores.csv for each.
+
+    places: of its picture, or None, for each.
+    """
+    normal_scores, not_drawn = detector.normal_scores.cpu().numpy(), []
+    scored = scored_files(detector, paths, args.euler_steps)
+    for path, place, found in zip(paths, places, scored, strict=True):
+        name = path.relative_to(root)
+        kind = "" if name.parent == Path(".") else name.parent.as_posix()
+        if isinstance(found, InputError):
+            print(f"error: {one_line(found)}", file=sys.stderr)
+            yield score_row(name.as_posix(), kind, error=str(found))
+            continue
+        y, score_of_file = found
+        (verdict,) = judge([score_of_file], normal_scores, threshold)
+        line = (
+            f"{one_line(name.as_posix())}  score {verdict.score:.4f}  threshold {threshold:.4f}  "
+            f"p {verdict.p_value:.4f}  {verdict.verdict}"
+        )
+        if place is not None:
+            line += f"  {one_line(place)}"
+            with drawing_may_fail(not_drawn):
+                picture = read_image(path, white_of(detector))
+                title = f"{name.as_posix()}:  {said(verdict)}"
+                draw_map(place, picture, None, y, threshold, title)
+                if args.save_maps:
+                    save_map(place.with_suffix(".tiff"), y, picture.size[::-1])
+        print(line)
+        yield score_row(name.as_posix(), kind, verdict)
+    warn_of(not_drawn)
 
 
 def add_common_options(parser):
@@ -1238,10 +1757,18 @@ def add_common_options(parser):
     )
 
 
-def check_options(args):
+def check_false_alarms(percent):
     """Raises InputError for a share of false alarms that is none."""
-    if not 0 <= args.false_alarms < 100:
-        raise InputError(f"--false-alarms {args.false_alarms:g}: give a percentage, 0 or more")
+    number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+    if not number or not 0 <= percent < 100:
+        raise InputError(f"--false-alarms {percent}: give a percentage, 0 or more, below 100")
+
+
+def check_options(args):
+    """Raises InputError for what argparse lets pass."""
+    check_false_alarms(args.false_alarms)
+    if getattr(args, "data", None) == "":
+        raise InputError("--data is empty: give a folder")
 
 
 def main(argv=None):
@@ -1262,8 +1789,8 @@ def main(argv=None):
     add(
         "--out",
         metavar="PATH",
-        help="picture of --image FILE (default: NAME_map.png); folder of pictures and scores.csv, "
-        "or a FILE.csv, of --image FOLDER (default: none)",
+        help="picture of --image FILE, or its folder (default: NAME_map.png); folder of pictures "
+        "and scores.csv, or a FILE.csv, of --image FOLDER (default: scores.csv, no pictures)",
     )
     add(
         "--export",
@@ -1282,15 +1809,21 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
-    if args.model and args.export:
+    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
+    if args.out and "image" not in given:
+        raise InputError("--out: goes with --image: models and tables stay in --run")
+    if args.euler_steps > 1:
+        print("threshold and p-values are those of one Euler step", file=sys.stderr)
+    if given == {"model", "export"}:
         export_model(args)
-    elif args.model and args.image:
+    elif given == {"model", "image"}:
         score_images(args, device)
-    elif args.run and args.data:
+    elif given == {"run", "data"}:
         evaluate_run(args, device)
     else:
         raise InputError(
-            "give --run and --data, --model and --image, or --model and --export (see --help)"
+            "give --run and --data, --model and --image, or --model and --export, no other two "
+            "(see --help)"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate
+import train
+import wtflow
 from evaluate import InputError, read_dataset, read_image, read_mask
 
 
@@ -89,7 +92,7 @@ def test_loco(tmp_path):
     kinds = {"good": 3, "logical_anomalies": 2, "structural_anomalies": 1}
     assert counts(c) == ("MVTec LOCO AD", 6, kinds)
     regions, _ = evaluate.masks_of(c.test[-1], (40, 48), c.saturation)
-    assert [saturates_at for _, saturates_at in regions] == [84, 20]
+    assert [saturates_at for *_, saturates_at in regions] == [84, 20]
 
 
 def test_mvtec_3d(tmp_path):
@@ -345,3 +348,199 @@ def test_sizes_from_the_header_are_those_of_the_picture_as_shown(tmp_path):
     (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match="x.png"):
         evaluate.image_sizes([tmp_path / "x.png"])
+
+
+# ---- folders, masks and grey levels as people have them ------------------------------------------
+def renamed(root, old, new):
+    (root / new).parent.mkdir(parents=True, exist_ok=True)
+    (root / old).rename(root / new)
+    return root
+
+
+@pytest.mark.parametrize("name", ["ok", "OK", "Good", "normal"])
+def test_good_images_under_another_name_are_good(tmp_path, capsys, name):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    renamed(renamed(root, "train/good", f"train/{name}"), "test/good", f"test/{name}")
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert counts(c)[1:] == (6, {"good": 3, "dent": 3})
+    assert f"{name}: taken as good images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["good_monday", "ok-2", "normal.1"])
+def test_folders_that_may_be_good_or_not_are_refused(tmp_path, name):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    save(root / "test" / name / "000.png", picture(9)[0])
+    with pytest.raises(InputError, match=f"{name}: good images, or a defect"):
+        read_dataset(tmp_path / "d")
+
+
+def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    for k, suffix in enumerate((".webp", ".gif", ".PNG", ".ppm")):
+        save(root / f"train/good/day2/x{k}{suffix}", picture(k)[0])
+    save(root / "train/good/j.jfif", picture(7)[0], format="JPEG")
+    image, mask = picture(8, defect=True)
+    save(root / "test/dent/day2/a.png", image)
+    save(root / "ground_truth/dent/day2/a_mask.png", mask * 255)
+    (root / "test/dent/readme.txt").write_text("x")
+    (root / "train/good/b.heic").write_text("x")
+    (root / "train/good/Thumbs.db").write_text("x")
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert counts(c)[1:] == (11, {"good": 3, "dent": 4})
+    assert evaluate.masks_of(c.test[3], (40, 48))[1].sum() == mask.sum()
+    said = capsys.readouterr().err
+    assert "bolt: 2 files are not read: good/b.heic, dent/readme.txt" in said
+
+
+@pytest.mark.parametrize("end", [".PNG", "_mask.PNG", ".tif", "_gt.png", "_GT.bmp", "_Mask.jpg"])
+@pytest.mark.parametrize("truth", ["ground_truth", "masks", "GT"])
+def test_masks_are_found_under_any_usual_name(tmp_path, end, truth):
+    root = make_mvtec(tmp_path / "d", bad=1) / "bolt"
+    old = root / "ground_truth/dent/000_mask.png"
+    mask = np.asarray(Image.open(old))
+    old.unlink()
+    save(root / f"ground_truth/dent/000{end}", mask)
+    renamed(renamed(root, "ground_truth", "x"), "x", truth)
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert evaluate.masks_of(c.test[0], (40, 48))[1].sum() == (mask > 0).sum()
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path):
+    root = make_mvtec(tmp_path / "d") / "bolt"
+    for path in sorted((root / "ground_truth/dent").iterdir()):
+        path.rename(root / "test/dent" / path.name.replace("_mask", "_GT"))
+    (root / "ground_truth/dent").rmdir()
+    (root / "ground_truth").rmdir()
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert counts(c)[2] == {"good": 3, "dent": 3}
+    assert [m.name for item in c.test[:3] for m in item.masks] == [f"00{k}_GT.png" for k in "012"]
+
+
+def test_images_of_one_stem_are_two_with_a_mask_each(tmp_path, capsys):
+    root = make_mvtec(tmp_path / "d", bad=1) / "bolt"
+    save(root / "test/dent/000.jpg", picture(3)[0])
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert counts(c)[2] == {"good": 3, "dent": 2}
+    assert "000_mask.png: the mask of 000.jpg and of 000.png" in capsys.readouterr().err
+    save(root / "ground_truth/dent/000_jpg_mask.png", picture(3, defect=True)[1] * 255)
+    (c,) = read_dataset(tmp_path / "d")[1]
+    assert {i.path.name: i.masks[0].name for i in c.test if i.masks} == {
+        "000.jpg": "000_jpg_mask.png",
+        "000.png": "000_mask.png",
+    }
+
+
+def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
+    mask = picture(0, defect=True)[1]
+    rng = np.random.default_rng(0)
+    noisy = np.where(mask, 249, 0) + rng.integers(0, 7, mask.shape)
+    save(tmp_path / "noisy.png", noisy)
+    save(tmp_path / "inverted.png", 255 * ~mask)
+    palette = Image.fromarray((~mask).astype(np.uint8), "P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # defective white is index 0
+    palette.save(tmp_path / "palette.png")
+    save(tmp_path / "visa.png", mask * 4)
+    plain = ("noisy", "palette", "visa")
+    read = {n: read_mask(tmp_path / f"{n}.png", mask.shape) != 0 for n in plain}
+    assert all((values == mask).all() for values in read.values())
+    assert (read_mask(tmp_path / "inverted.png", mask.shape) != 0).sum() == (~mask).sum()
+    said = capsys.readouterr().err
+    for name, word in (("noisy", "grey values"), ("inverted", "inverted?"), ("palette", "palette")):
+        assert sum(name in line and word in line for line in said.splitlines()) == 1
+    assert "visa" not in said
+
+
+@pytest.mark.parametrize(
+    "dtype, top, white",
+    [
+        (np.uint16, 1023, 1023),
+        (np.uint16, 4000, 4095),
+        (np.uint16, 16383, 16383),
+        (np.uint16, 60000, 65535),
+        (np.int32, 255, 255),
+        (np.float32, 1.003, 1),
+        (np.float32, 4095, 4095),
+    ],
+)
+def test_grey_levels_fill_the_range_by_one_rule_for_a_data_set(tmp_path, dtype, top, white):
+    ramp = np.linspace(0, top, 240).reshape(12, 20)
+    paths = [tmp_path / f"{k}.tif" for k in range(2)]
+    for path, scale in zip(paths, (1, 0.1), strict=True):
+        Image.fromarray((ramp * scale).astype(dtype)).save(path)
+    assert evaluate.grey_level(paths) == white
+    dark = np.asarray(read_image(paths[1], white))[..., 0]
+    expected = np.round(255.0 * (ramp * 0.1).astype(dtype) / white)
+    assert np.abs(dark - expected).max() <= 1  # as dark beside the first as it was
+    assert np.asarray(read_image(paths[0]))[..., 0].max() >= 230  # and alone never near black
+
+
+def test_grey_levels_above_white_below_zero_and_turned_round(tmp_path, capsys):
+    ramp = np.linspace(0, 4095, 240).reshape(12, 20)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.tif")
+    cut = np.asarray(read_image(tmp_path / "a.tif", 1023))[..., 0]
+    assert cut.max() == 255 and "cut at 1023" in capsys.readouterr().err
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "w.tif", tiffinfo={262: 0})
+    turned = np.asarray(read_image(tmp_path / "w.tif"))[..., 0]
+    assert turned[0, 0] == 255 and turned[-1, -1] == 0
+    Image.fromarray((ramp - 2000).astype(np.int32)).save(tmp_path / "n.tif")
+    with pytest.raises(InputError, match="down to -2000"):
+        read_image(tmp_path / "n.tif")
+    assert evaluate.grey_level([]) is None
+
+
+def test_of_a_tiff_the_largest_page(tmp_path):
+    large, small = (Image.fromarray(np.full(size, 9, np.uint8)) for size in ((30, 40), (3, 4)))
+    small.save(tmp_path / "a.tif", save_all=True, append_images=[large])
+    assert read_image(tmp_path / "a.tif").size == (40, 30)
+
+
+def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
+    for part, n in (("train", 5), ("test", 4)):
+        for k in range(n):
+            image, mask = picture(k, defect=k == 0)
+            save(tmp_path / f"k/{part}/{k}.png", image)
+            save(tmp_path / f"k/{part}/{k}_GT.png", mask * 255)
+    (c,) = read_dataset(tmp_path / "k")[1]
+    assert counts(c) == ("KolektorSDD2", 4, {"good": 3, "defect": 1})
+    assert "1 defective images in train are left out" in capsys.readouterr().err
+
+
+def test_products_given_by_their_good_images_are_told_apart(tmp_path, capsys):
+    for name in ("screw", "nut"):
+        save(tmp_path / f"parts/{name}/train/good/0.png", picture(1)[0])
+        save(tmp_path / f"only/{name}/0.png", picture(1)[0])
+    for name in ("screw", "nut"):
+        dataset, (c,) = read_dataset(tmp_path / f"parts/{name}/train/good")
+        assert (dataset, c.name) == ("parts", name)
+    assert [c.name for c in read_dataset(tmp_path / "only")[1]] == ["nut", "screw"]
+    assert "taken as 2 products" in capsys.readouterr().err
+    save(tmp_path / "half/test/dent/0.png", picture(1)[0])
+    with pytest.raises(InputError, match="no category here"):
+        read_dataset(tmp_path / "half")
+
+
+def test_many_regions_take_their_own_boxes_alone(tmp_path):
+    mask = np.zeros((600, 600), bool)
+    mask[::20, ::20] = True
+    Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
+    regions, _ = evaluate.masks_of(evaluate.Item(None, "pore", (tmp_path / "m.png",)), mask.shape)
+    assert len(regions) == 900 and sum(region.size for _, region, _ in regions) == 900
+
+
+def test_a_tall_strip_is_read(tmp_path):
+    path = tmp_path / "strip.png"
+    Image.new("1", (2048, 48000), 1).save(path)
+    assert read_image(path).size == (2048, 48000)
+
+
+def test_resolution_says_what_a_defect_needs():
+    small = train.resolution(wtflow.Recipe(), [(320, 320)])
+    assert "a cell of the map covers 8 x 8" in small and "--image-size" not in small
+    large = train.resolution(wtflow.Recipe(aspect=0.75), [(1500, 2000)] * 3)
+    assert "covers 44 x 44" in large and "--image-size, up to 864" in large
+
+
+def test_without_file_locks_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with train.locked(tmp_path / "a"):
+        assert (tmp_path / "a").is_dir()

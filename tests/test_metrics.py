@@ -126,7 +126,7 @@ def test_regions_touching_at_a_corner_are_one(tmp_path):
     regions, union = evaluate.masks_of(
         Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",)), (8, 8)
     )
-    assert len(regions) == 1 and regions[0][1] == 2 and union.sum() == 2
+    assert len(regions) == 1 and regions[0][2] == 2 and union.sum() == 2
 
 
 def test_false_positive_rate_is_of_the_whole_set_not_per_image(tmp_path):
