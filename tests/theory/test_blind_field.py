@@ -421,3 +421,14 @@ def rows():
 @pytest.mark.parametrize("name", ["B1", "B2", "B3", "B4"])
 def test_table(rows, name):
     check_rows(rows, name)
+
+
+def test_values_of_the_table(rows):
+    """What README.md says of the cases that it names, to 1 %."""
+    predicted = [row.predicted for row in rows]
+    off_subspace, across = [4.43, -1, 5.05, 10.05], [1.184, 3.19, 4.09, 1759]
+    scales, early = [2.82, 4.20, 1.345], [4.36, 5.92, -4.46, -2.046]
+    expected = [*off_subspace, *across, 1, 1, 1, *scales, *early]
+    assert predicted == pytest.approx(expected, rel=0.01)
+    pair = (blind_field.BACKGROUND, blind_field.OBJECT)
+    assert (radial_field(4 * np.array(pair), 16, pair, 0.05) < 0).all()  # B4: both go inwards

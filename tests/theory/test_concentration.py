@@ -29,7 +29,7 @@ from scipy.integrate import quad
 from scipy.stats import binomtest, chi, kstest
 
 import wtflow
-from theory import concentration, mean_se, normal, singularity, worst_transport
+from theory import concentration, mean_se, normal, singularity, strength, worst_transport
 
 
 # ---- C1 ---------------------------------------------------------------------------------------
@@ -92,6 +92,15 @@ test_C2_centripetal_rejects = rejects(
     test_C2_centripetal,
     initial={"centrifugal": lambda x: x, "factor": lambda x: -2 * x},
 )
+
+
+def test_C2_row_near_t_0():
+    """At t = 1e-8 the row of the three Gaussians is off by t times W6's first order, not less."""
+    x, mu, width = np.array([[0.7, -0.2]]), np.array([[2.0, 1.0], [-1.0, 0.5], [0.0, -1.0]]), 0.5
+    score = (singularity.component_weights(x, 0.0, mu, width) @ mu - x) / width**2
+    first = strength.mismatch(x, score, 0.0, 2e-8)
+    (row,) = (row for row in concentration.rows_C2(rng(0)) if "three Gaussians" in row.what)
+    assert row.measured - row.predicted == pytest.approx((first * x).sum() / (x**2).sum(), rel=1e-4)
 
 
 # ---- C3 ---------------------------------------------------------------------------------------
