@@ -183,6 +183,7 @@ def test_B1_gauss(field, m, delta, t_max):
 
 def field_without_sink(r, d, scales, t_max=1.0, rho=0.0):
     """Forgets that the noise is where the flow ends."""
+    r = np.atleast_1d(r)
     flux = sum(chi.cdf(r / s, d) if s else 1.0 for s in scales)
     return flux / sum(blind_field.time_at_radius(r, d, s, t_max, rho) for s in scales)
 

@@ -62,6 +62,20 @@ test_C1_cosine_rejects = rejects(
 )
 
 
+# ---- Data -------------------------------------------------------------------------------------
+def test_C2_kinds_of_data():
+    """Widths from 0.1 to 2; atoms at 2, 3 and 4 on three axes; a circle of radius 4 in a plane."""
+    kinds = concentration.samples_by_kind(4000, rng(0))
+    assert list(kinds) == ["Gaussian", "three atoms", "circle in R^16"]
+    wide, atoms, circle = kinds.values()
+    assert wide.std(0).numpy() == pytest.approx(np.linspace(0.1, 2, 16), rel=0.1)
+    assert atoms.unique(dim=0)[:, :3].tolist() == [[0, 0, 4], [0, 3, 0], [2, 0, 0]]
+    assert not atoms[:, 3:].any() and not circle[:, 2:].any()
+    assert circle.norm(dim=1).numpy() == pytest.approx(np.full(4000, 4))
+    angle = np.arctan2(*circle[:, :2].T.numpy())
+    assert kstest(angle, "uniform", (-np.pi, 2 * np.pi)).pvalue > P
+
+
 # ---- C2 ---------------------------------------------------------------------------------------
 @claim(lambda x: -x, examples=20, kind=kinds, d=dims, s=scales, seed=seeds)
 def test_C2_centripetal(initial, kind, d, s, seed):

@@ -31,7 +31,9 @@ def test_mean_and_its_standard_error():
 
 
 def test_standard_deviation_and_its_standard_error():
-    """The spread over repetitions to 20 %, 5 of its own standard errors at 400."""
+    """By hand; the spread over repetitions to 20 %, 5 of its own standard errors at 400."""
+    std = (14 / 3 / 2) ** 0.5  # squares of 1, 2, 4 about their mean, over two degrees of freedom
+    assert theory.std_se([1, 2, 4]) == pytest.approx((std, std / 6**0.5))
     pairs = [theory.std_se(3 * theory.normal(rng(seed), 50)) for seed in range(400)]
     stds, errors = np.transpose(pairs)
     assert abs(stds.mean() - 3) < 0.1
