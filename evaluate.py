@@ -1172,6 +1172,7 @@ def draw_map(path, image, union, y, threshold, title):
     shown = axes[1].imshow(at_image, aspect=aspect, **colours)
     bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
     bar.set_ticks([0, threshold, 2 * threshold])
+    bar.ax.axhline(threshold, color="white", linewidth=2)
     bar.set_ticklabels(["0", f"{threshold:.3g}\nthreshold", f"{2 * threshold:.3g}"])
     fig.suptitle(plain(title), fontsize=11, parse_math=False)
     save_figure(plt, fig, path)

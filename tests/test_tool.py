@@ -1,6 +1,8 @@
 """What a user of a trained model sees: threshold, verdicts, tables, pictures; from Python too."""
 
 import csv
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from test_cli import TINY
 
 import evaluate
 import train
+import wtflow
 from evaluate import InputError
 
 DIRECT = dict(steps=4, image_size=64, base=16, batch=64)  # settings of train.fit
@@ -63,6 +66,11 @@ def test_every_score_has_a_verdict(data, trained, model, tmp_path):
     assert "at 50 % false alarms" in with_none and with_none != out
 
 
+def test_too_few_good_images_for_a_rate_say_which_they_can_promise():
+    assert evaluate.few_images(np.ones(99), 1) == "" == evaluate.few_images(np.ones(6), 20)
+    assert "98 good images can promise 1 %" in evaluate.few_images(np.ones(98), 1)
+
+
 def test_good_images_alone_give_a_threshold(data, tmp_path):
     where = data / "bolt/train/good"
     out = succeeds(run("train.py", "--data", where, "--out", tmp_path, *TINY)).stdout
@@ -92,6 +100,69 @@ def test_a_folder_is_walked_and_a_damaged_image_stops_no_other(model, tmp_path, 
     table = ("--model", model, "--image", tmp_path / "line", "--out", tmp_path / "t/all.csv")
     succeeds(run("evaluate.py", *table))
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["all.csv"]
+
+
+def test_scores_of_a_folder_without_out(model, tmp_path, monkeypatch):
+    """In the current folder, a table of an earlier run replaced, a foreign file never."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("line/a.png", "line/day\n2/b.png")):
+        save(tmp_path / name, picture(k)[0])
+    command = ("--model", model, "--image", "line")
+    for _ in range(2):
+        result = succeeds(run("evaluate.py", *command))
+    assert result.stderr == "scores: scores.csv\n"
+    assert len(result.stdout.splitlines()) == 3 and "day\\n2/b.png  score " in result.stdout
+    assert [row["kind"] for row in read_scores(tmp_path / "scores.csv")] == ["", "day\n2"]
+    (tmp_path / "scores.csv").write_text("mine")
+    fails(run("evaluate.py", *command), "scores.csv", "--out")
+    assert (tmp_path / "scores.csv").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"line", "scores.csv"}
+
+
+def test_pictures_are_neither_scored_nor_put_in_an_image_s_place(model, tmp_path):
+    save(tmp_path / "a.png", picture(0)[0])
+    before, command = (tmp_path / "a.png").read_bytes(), ("--model", model, "--image")
+    fails(run("evaluate.py", *command, tmp_path / "a.png", "--out", tmp_path / "a.png"), "itself")
+    fails(run("evaluate.py", *command, tmp_path / "a.png", "--out", tmp_path / "a.jpg"), "PNG")
+    fails(run("evaluate.py", *command, tmp_path, "--out", tmp_path), "--out")
+    assert (tmp_path / "a.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+    for _ in range(2):
+        result = succeeds(run("evaluate.py", *command, tmp_path, "--out", tmp_path / "o"))
+    assert len(read_scores(tmp_path / "o/scores.csv")) == 1 and "1 images in" in result.stderr
+    where = ("--out", tmp_path / "p", "--save-maps")  # a folder, for one image
+    succeeds(run("evaluate.py", *command, tmp_path / "a.png", *where))
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_map.png", "a_map.tiff"}
+
+
+def test_a_table_that_is_not_finished_is_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with evaluate.growing_csv(tmp_path / "s.csv", ("a",)) as write:
+            write({"a": "1"})
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def items(*names):
+    return [evaluate.Item(Path("/d/test") / name, name.split("/")[0], ()) for name in names]
+
+
+def test_names_of_test_images_keep_what_tells_them_apart(tmp_path):
+    names = evaluate.names_of(items("dent/0.png", "dent/0.jpg", "good/a/0.png", "good/b/0.png"))
+    assert [str(name) for name in names] == ["dent/0.png", "dent/0.jpg", "good/a/0.png",
+                                             "good/b/0.png"]  # fmt: skip
+    assert [str(name) for name in evaluate.names_of(items("good/rgb/0.png"))] == ["good/0.png"]
+    category = SimpleNamespace(name="x", test=items("dent/0.png", "dent/0.jpg", "good/1.png"))
+    evaluate.save_maps(tmp_path, category, torch.zeros(3, 4, 4), [(8, 8)] * 3)
+    maps = {p.relative_to(tmp_path / "anomaly_maps/x/test").as_posix()
+            for p in tmp_path.rglob("*.tiff")}  # fmt: skip
+    assert maps == {"dent/0.png.tiff", "dent/0.jpg.tiff", "good/1.tiff"}
+
+
+def test_names_of_pictures_are_short_and_differ_in_more_than_case():
+    long = [Path(f"{'零' * 80}{k}.png") for k in range(2)]
+    names = evaluate.distinct_names([*long, Path("A.png"), Path("a.png")], Path("."))
+    assert len({name.casefold() for name in names}) == 4
+    assert all(len(f"false_alarm10_{name}_map.png".encode()) < 240 for name in names)
 
 
 def test_names_of_pictures_are_distinct(tmp_path):
@@ -136,15 +207,36 @@ def test_telling_images_are_named_by_what_happened():
     assert names == {3: "false_alarm1_", 1: "miss1_", 4: "hit1_", 0: "hit2_", 2: "good1_"}
 
 
+def test_a_thin_scratch_is_outlined_in_a_picture_of_a_large_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "DRAWN", 60)
+    union = np.zeros((400, 600), bool)
+    union[100, 50:300] = True
+    sizes, outlined = [], []
+    for mask in (None, union):
+        path = tmp_path / f"{mask is None}.png"
+        evaluate.draw_map(path, Image.new("RGB", (600, 400)), mask, torch.zeros(8, 8), 1.5, "a")
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        sizes.append(pixels.shape)
+        outlined.append(((pixels[..., :2].min(2) > 200) & (pixels[..., 2] < 80)).sum())
+    assert outlined[1] > outlined[0] + 100 and sizes[0] == sizes[1]
+
+
 def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
-    def broken(*args):
+    """Whatever fails, the figure or matplotlib's own writing of it."""
+    import matplotlib.figure
+
+    def broken(*args, **options):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(evaluate, "draw_map", broken)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", broken)
     options = ("--data", data / "bolt", "--out", tmp_path, *TINY, "--maps", "all")
     result = succeeds(run("train.py", *options))
-    assert "warning: a picture could not be drawn (no font)" in result.stderr
+    assert "warning: a picture could not be drawn (no font), nor could 6 others" in result.stderr
+    assert result.stderr.count("warning") == 1
     assert (tmp_path / "tiny/bolt/model.pt").is_file() and (tmp_path / "tiny/results.csv").is_file()
+    monkeypatch.undo()  # what is missing is drawn on --resume
+    succeeds(run("train.py", *options, "--resume"))
+    assert len(list((tmp_path / "tiny/bolt/maps").iterdir())) == 6
 
 
 # ---- from Python ---------------------------------------------------------------------------------
@@ -164,14 +256,32 @@ def test_python_and_the_command_agree(data, trained, model):
     assert both[0] == both[1]
 
 
+def test_a_pil_image_is_turned_as_its_file_is(data, model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(data / "bolt/test/dent/000.png").save(tmp_path / "a.png", exif=exif)
+    detector, path = evaluate.load(model), tmp_path / "a.png"
+    results = evaluate.score(detector, [path, Image.open(path)])
+    assert results[0].score == results[1].score and results[0].map.shape == (48, 40)
+    assert results[1].map.shape == (48, 40)
+
+
 @pytest.mark.parametrize(
     "image, word",
     [
-        (np.zeros((8, 8, 3)), "uint8"),
-        (np.zeros((8, 8, 3), np.uint16), "uint8"),
+        (np.full((8, 8, 3), 0.5), "(255 * image).round().astype(np.uint8)"),
+        (np.full((8, 8, 3), 99.5), ": image.round().astype(np.uint8)"),
+        (np.full((8, 8, 3), np.nan), "NaN"),
+        (np.full((8, 8, 3), -0.5), "from -0.5"),
+        (np.full((8, 8), True), "255 * image"),
+        (np.full((8, 8, 3), 9, np.uint16), ": image.astype(np.uint8)"),
+        (np.full((8, 8, 3), 4000, np.uint16), "255 / white"),
+        (np.zeros((8, 8, 3), object), "uint8"),
         (np.zeros((3, 8, 9), np.uint8), "transpose"),
         (np.zeros((8, 8, 4), np.uint8), "(H, W, 3)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "list(images)"),
         (np.zeros((0, 8, 3), np.uint8), "shape"),
+        (Image.fromarray(np.zeros((8, 8), np.uint16)), "I;16"),
         (torch.zeros(3, 8, 8), "Tensor"),
         ([], "at least one"),
         ("none.png", "none.png"),
@@ -186,22 +296,39 @@ def test_images_that_are_none_are_refused_by_name(model, image, word):
 def test_fitting_from_python(tmp_path):
     images = [picture(k)[0].astype(np.uint8) for k in range(6)]
     detector = train.fit(images, **DIRECT)
-    evaluate.save_model(tmp_path / "m.pt", detector)
+    evaluate.save_model(str(tmp_path / "m.pt"), detector)
     loaded = evaluate.load_model(tmp_path / "m.pt")
     assert evaluate.score(loaded, images[0]).score == evaluate.score(detector, images[0]).score
-    with pytest.raises(InputError, match="at least one"):
-        train.fit([])
+    for given, settings, words in (
+        ([], {}, "at least one"),
+        ("folder", {}, "a list"),
+        (images, {"width": 3}, "width=3: no such setting"),
+        (images, {"steps": 2.5}, "steps=2.5: give a value like 400"),
+    ):
+        with pytest.raises(InputError, match=words):
+            train.fit(given, **settings)
+    with pytest.raises(InputError, match="evaluate.load"):
+        evaluate.score("m.pt", images[0])
 
 
 # ---- export, options -----------------------------------------------------------------------------
-def test_export_scores_as_the_model_does(model, tmp_path):
+def test_export_scores_as_the_model_does(model, tmp_path, monkeypatch):
     out = succeeds(run("evaluate.py", "--model", model, "--export", tmp_path / "m.pt2")).stdout
     assert "threshold" in out and "ONNX is not written" in out
-    program = torch.export.load(tmp_path / "m.pt2").module()
+    files = {evaluate.CONSTANTS: ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=files).module()
+    assert f"threshold {json.loads(files[evaluate.CONSTANTS])['threshold']:.4f}" in out
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     for there, here in zip(program(image), evaluate.load_model(model)(image), strict=True):
         assert torch.allclose(there, here, rtol=1e-5)
     fails(run("evaluate.py", "--model", model, "--export", tmp_path / "m.onnx"), ".pt2")
+    off = torch.full((1,), float("nan"))
+    saved = SimpleNamespace(module=lambda: lambda image: (off, off))
+    for name, result in (("export", None), ("save", None), ("load", saved)):
+        monkeypatch.setattr(torch.export, name, lambda *a, result=result, **k: result)
+    command = ("--model", model, "--export", tmp_path / "wrong.pt2")
+    fails(run("evaluate.py", *command), "differs from the model")
+    assert not (tmp_path / "wrong.pt2").exists()
 
 
 @pytest.mark.parametrize(
@@ -211,6 +338,13 @@ def test_export_scores_as_the_model_does(model, tmp_path):
         ("train.py", ("--steps", 0), ("--steps 0", "at least 1")),
         ("train.py", ("--steps", -3), ("--steps -3", "at least 0")),
         ("train.py", ("--seeds", 1, 1), ("--seeds 1 1", "once")),
+        ("train.py", ("--seed", 1, "--seeds", 1, 2), ("--seed and --seeds",)),
+        ("train.py", ("--seed", -1), ("seed -1",)),
+        ("train.py", ("--set", "batch=2.5"), ("batch=2.5", "1024")),
+        ("train.py", ("--image", "x.png"), ("--image",)),
+        ("train.py", ("--data", ""), ("--data is empty",)),
+        ("evaluate.py", ("--run", ".", "--out", "x"), ("--out", "--image")),
+        ("evaluate.py", ("--run", ".", "--model", "x.pt"), ("no other two",)),
         ("train.py", ("--false-alarms", 100), ("--false-alarms 100",)),
         ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "no such file")),
@@ -225,8 +359,21 @@ def test_slips_end_in_one_true_line(tmp_path, monkeypatch, data, command, option
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_models_says_so(data, tmp_path):
+def test_a_run_without_models_says_so(data, model, tmp_path):
     fails(run("evaluate.py", "--run", tmp_path, "--data", data), "no such file", "model.pt")
+    save(tmp_path / "seed0/tiny/bolt/good.png", picture(0)[0])
+    (tmp_path / "seed0/tiny/bolt/model.pt").write_bytes(model.read_bytes())
+    fails(run("evaluate.py", "--run", tmp_path, "--data", data), "seed0", "--run")
+
+
+def test_a_model_of_another_folder_is_never_replaced(data, tmp_path):
+    category = evaluate.read_dataset(data / "bolt")[1][0]
+    source, file = train.source_of(category), tmp_path / "model.pt"
+    evaluate.save_checkpoint(file, wtflow.Recipe(), source=source)
+    train.refuse_another_source(file, source)
+    train.refuse_another_source(tmp_path / "none.pt", source)
+    with pytest.raises(InputError, match="another --out"):
+        train.refuse_another_source(file, train.source_of(evaluate.read_dataset(data)[1][1]))
 
 
 @pytest.mark.parametrize("command", ["train.py", "evaluate.py"])
