@@ -468,20 +468,31 @@ def unreadable(path):
         ) from None
 
 
+def to_largest_page(image):
+    """Turn an opened TIFF to its largest page, as the first may be a preview; the first of many."""
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        areas = []
+        for page in range(image.n_frames):
+            image.seek(page)
+            areas.append(image.width * image.height)
+        image.seek(areas.index(max(areas)))
+
+
 def open_image(path):
     """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
     with unreadable(path):
         image = Image.open(path)
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            pages = []
-            for page in range(image.n_frames):
-                image.seek(page)
-                pages.append(image.width * image.height)
-            image.seek(pages.index(max(pages)))
+        to_largest_page(image)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+        halved = not has_levels(image) and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
+        if halved and max(high for _, high in image.convert("RGB").getextrema()) < NEARLY_BLACK:
+            say_once(
+                f"{path}: nearly black, as of 16 bits a colour the upper 8 are read: "
+                "save it in 8 bits, or in 16 as a grey image"
+            )
         return image
 
 
@@ -509,18 +520,16 @@ def has_levels(image):
 
 
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-OVERSHOOT = 0.05  # of white, beyond both ends: clipped without a word, as sensors are calibrated
+OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
+NEARLY_BLACK = 16  # of 256 grey levels: an image that has no more is named
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 
 
 def levels_of(path, image):
-    """Values (H, W) float64 of an image that has_levels, 0 black."""
+    """Values (H, W) float64 of an image that has_levels, as they are in the file."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has values that are not finite: mend or remove it")
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
-        values = white_above(values.max(), image.mode == "F") - values
     return values
 
 
@@ -531,33 +540,57 @@ def white_above(largest, real):
 
 
 def grey_level(paths):
-    """The white level of a data set, from its training images; None if all have 8 bits.
+    """The white level of a data set, from its training images; None if there are none.
 
     The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
-    them, so that the same value is the same grey in every image. It is kept with the model.
+    them, so that the same value is the same grey in every image. It is kept with the model. An
+    image of 8 bits is read as it is. Says so where most images use few of the grey levels.
     """
-    largest, real = -np.inf, False
+    highest, ranges, real = 0.0, [], False
     for path in paths:
         with unreadable(path), Image.open(path) as image:
+            to_largest_page(image)
             deep = has_levels(image)
         if deep:
             image = open_image(path)
             real = real or image.mode == "F"
-            largest = max(largest, float(levels_of(path, image).max()))
-    return None if largest == -np.inf else white_above(largest, real)
+            values = levels_of(path, image)
+            highest = max(highest, float(values.max()))
+            ranges.append(np.quantile(values, (0.001, 0.999)))  # without hot and dead pixels
+    if not ranges:
+        return 255.0 if paths else None
+    white = white_above(highest, real)
+    low, high = np.median(ranges, 0)
+    if high - low < NEARLY_BLACK / 256 * white:
+        levels = 256 * (high - low) / white
+        say_once(
+            f"{paths[0].parent}: most training images have values {low:.4g} to {high:.4g}, of 0 to "
+            f"the white level {white:g}: {levels:.0f} of 256 grey levels; mend images that reach "
+            "higher, or rescale all of them"
+        )
+    return white
 
 
 def to_8_bits(path, image, white=None):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF."""
-    values = levels_of(path, image)
-    if white is None:
-        white = white_above(values.max(), image.mode == "F")
-    low, high = -OVERSHOOT * white, (1 + OVERSHOOT) * white
-    if values.min() < low:
-        raise InputError(f"{path}: has values down to {values.min():g}: rescale it to 0 and more")
-    if values.max() > high:
-        say_once(f"{path}: values up to {values.max():g} are cut at {white:g}, white in training")
+    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF.
+
+    Of a TIFF whose least value is white, 0..white -> 255..0.
+    """
+    values, real = levels_of(path, image), image.mode == "F"
+    lowest, highest = values.min(), values.max()
+    in_training = white is not None
+    if not in_training:
+        white = white_above(highest, real)
+    if lowest < -OVERSHOOT * white:
+        raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
+    if highest > white * (1 + OVERSHOOT * real):
+        say_once(f"{path}: values up to {highest:g} are cut at {white:g}, white in training")
+    turned = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
+    if in_training and highest < NEARLY_BLACK / 256 * white and not turned:
+        say_once(f"{path}: nearly black: values up to {highest:g}, white in training is {white:g}")
     values = np.clip(values / white, 0, 1)
+    if turned:
+        values = 1 - values
     small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
@@ -629,6 +662,7 @@ def image_sizes(paths):
     sizes = []
     for path in paths:
         with unreadable(path), Image.open(path) as image:
+            to_largest_page(image)
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             sizes.append(image.size if turned else image.size[::-1])
     return sizes
@@ -646,7 +680,7 @@ def load_batch(paths, shape, pool, white=None):
 
 
 def white_of(detector):
-    """The white level that a detector was trained with, None for 8 bits."""
+    """The white level that a detector was trained with; None: each image has its own."""
     return getattr(detector, "white", None)
 
 
@@ -1155,7 +1189,7 @@ def item_names(items):
     return [names[item.path] for item in items]
 
 
-def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
+def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst", white=None):
     """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
     if which == "none" or not len(verdicts):
         return
@@ -1170,7 +1204,7 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
         union = masks_of(item, sizes[j])[1] if item.masks else None
         title = f"{category.name} / {item.kind} / {item.path.name}:  {said(verdicts[j])}"
         path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
-        draw_map(path, read_image(item.path), union, maps[j], threshold, title)
+        draw_map(path, read_image(item.path, white), union, maps[j], threshold, title)
     scores = np.array([v.score for v in verdicts])
     draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
 
@@ -1249,6 +1283,8 @@ def as_image(value, white=None):
     if isinstance(value, (str, Path)):
         return read_image(Path(value), white)
     if isinstance(value, Image.Image):
+        if has_levels(value):
+            raise InputError(f"a PIL image of mode {value.mode}: give its file, or 8 bits")
         return value.convert("RGB")
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
@@ -1279,7 +1315,8 @@ def score(detector, images, false_alarms=1.0):
         result.score, result.p_value, result.verdict, result.map
     """
     alone = not isinstance(images, (list, tuple))
-    images = [as_image(image) for image in ([images] if alone else images)]
+    white = white_of(detector)
+    images = [as_image(image, white) for image in ([images] if alone else images)]
     if not images:
         raise InputError("no images: give at least one")
     normal_scores = detector.normal_scores.cpu().double().numpy()
@@ -1381,6 +1418,7 @@ class Judged(NamedTuple):
     maps: torch.Tensor  # (n, h, w)
     verdicts: list
     threshold: float
+    white: float | None  # grey_level
 
 
 def judge_category(detector, category, x_0, args):
@@ -1400,7 +1438,7 @@ def judge_category(detector, category, x_0, args):
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     allowed = f"{args.false_alarms:g} % false alarms"
     print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
-    return Judged(maps, verdicts, threshold)
+    return Judged(maps, verdicts, threshold, white_of(detector))
 
 
 def measure_category(category, judged, sizes):
@@ -1429,7 +1467,7 @@ def write_pictures(folder, category, judged, sizes, args):
         save_maps(folder.parent, category, judged.maps, sizes)
     shown = judged.maps, judged.verdicts, sizes, judged.threshold
     with drawing_may_fail():
-        draw_category(folder, category, *shown, args.maps)
+        draw_category(folder, category, *shown, args.maps, judged.white)
 
 
 def evaluate_run(args, device):
@@ -1513,7 +1551,9 @@ def score_images(args, device):
         if picture:
             with drawing_may_fail():
                 title = f"{shown}:  {said(verdict)}"
-                draw_map(picture, read_image(file), None, maps[0], threshold, title)
+                draw_map(
+                    picture, read_image(file, white_of(detector)), None, maps[0], threshold, title
+                )
     if table:
         write_csv(table, SCORES, rows)
     if failed:

@@ -229,11 +229,13 @@ def fit(images, seed=0, **settings):
         detector = train.fit(images, steps=200)
         evaluate.save_model(Path("model.pt"), detector)
     """
-    images = [evaluate.as_image(image) for image in images]
+    white = evaluate.grey_level([Path(i) for i in images if isinstance(i, (str, Path))])
+    images = [evaluate.as_image(image, white) for image in images]
     if not images:
         raise InputError("no images: give at least one")
     recipe = wtflow.recipe_for(wtflow.Recipe(**settings), [image.size[::-1] for image in images])
     detector = wtflow.Detector(recipe)
+    detector.white = white
     features, _ = evaluate.extract(detector, images)
     detector.fit_whitening(features)
     x_0 = detector.normalise(features, out=features)

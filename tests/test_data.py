@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import struct
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -556,10 +558,83 @@ def test_grey_levels_above_white_below_zero_and_turned_round(tmp_path, capsys):
     assert evaluate.grey_level([]) is None
 
 
+def grey_files(folder, *arrays, **options):
+    """Files 0.tif, 1.tif, ... of arrays; their paths."""
+    paths = [folder / f"{k}.tif" for k in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        Image.fromarray(array).save(path, **options)
+    return paths
+
+
+def test_min_is_white_is_turned_about_the_white_level_of_the_data_set(tmp_path):
+    ramp = np.linspace(0, 4095, 240).reshape(12, 20)
+    arrays = [ramp.astype(np.uint16), (ramp / 5).astype(np.uint16)]  # the second below 1023
+    paths = grey_files(tmp_path, *arrays, tiffinfo={262: 0})
+    white = evaluate.grey_level(paths)
+    first, second = (np.asarray(read_image(path, white), float)[..., 0] for path in paths)
+    assert white == 4095 and np.abs((255 - second) - (255 - first) / 5).max() <= 1
+
+
+def test_training_images_that_would_be_nearly_black_are_named(tmp_path, capsys):
+    values = np.linspace(0, 4095, 30 * 40).reshape(30, 40).astype(np.uint16)
+    hot = values.copy()
+    hot[0, 0] = 65535
+    assert evaluate.grey_level(grey_files(tmp_path, values, values, hot)) == 65535
+    assert "to 4090, of 0 to the white level 65535" in capsys.readouterr().err
+    assert evaluate.grey_level(grey_files(tmp_path, values, values)) == 4095
+    radiance = (30000 + values / 8).astype(np.uint16)  # an offset, as of thermal cameras
+    assert evaluate.grey_level(grey_files(tmp_path, radiance)) == 65535
+    assert "2 of 256 grey levels" in capsys.readouterr().err
+
+
+def test_later_images_far_from_the_white_level_are_named(tmp_path, capsys):
+    values = np.linspace(0, 255, 240).reshape(12, 20)
+    dim, over = grey_files(tmp_path, values.astype(np.uint16), (values + 4000).astype(np.uint16))
+    assert np.asarray(read_image(dim, 4095.0)).max() == 16 and capsys.readouterr().err
+    dim, over = grey_files(tmp_path, (values / 3).astype(np.uint16), (values * 17).astype("uint16"))
+    read_image(dim, 4095.0), read_image(over, 4095.0)
+    said = capsys.readouterr().err
+    assert "0.tif: nearly black: values up to 85, white in training is 4095" in said
+    assert "1.tif: values up to 4335 are cut at 4095, white in training" in said
+    png = tmp_path / "8.png"
+    save(png, RGB)
+    assert evaluate.grey_level([png]) == 255
+
+
+def test_colours_of_16_bits_that_are_read_nearly_black_are_named(tmp_path, capsys):
+    deep = np.random.default_rng(0).integers(0, 4096, (12, 20, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    blob = b"\x89PNG\r\n\x1a\n"
+    for name, part in chunks:
+        blob += (
+            struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        )
+    (tmp_path / "rgb.png").write_bytes(blob)
+    assert np.asarray(read_image(tmp_path / "rgb.png")).max() == 15
+    assert "rgb.png: nearly black" in capsys.readouterr().err
+
+
 def test_of_a_tiff_the_largest_page(tmp_path):
-    large, small = (Image.fromarray(np.full(size, 9, np.uint8)) for size in ((30, 40), (3, 4)))
+    large = Image.fromarray(np.full((30, 40), 4000, np.uint16))
+    small = Image.fromarray(np.full((3, 4), 9, np.uint8))
     small.save(tmp_path / "a.tif", save_all=True, append_images=[large])
     assert read_image(tmp_path / "a.tif").size == (40, 30)
+    assert evaluate.image_sizes([tmp_path / "a.tif"]) == [(30, 40)]
+    assert evaluate.grey_level([tmp_path / "a.tif"]) == 4095
+
+
+def test_the_white_level_is_kept_with_the_model(tmp_path):
+    values = np.linspace(0, 4000, 64 * 64).reshape(64, 64)
+    paths = grey_files(tmp_path, *[(values / k).astype(np.uint16) for k in (1, 2, 5)])
+    detector = train.fit(paths, image_size=64, steps=2, base=8, folds=0)
+    evaluate.save_model(tmp_path / "m.pt", detector)
+    loaded = evaluate.load_model(tmp_path / "m.pt")
+    assert detector.white == loaded.white == 4095.0
+    by_level = evaluate.as_image(paths[2], 4095.0)
+    one, other = (evaluate.score(loaded, image).score for image in (paths[2], by_level))
+    assert one == other != evaluate.score(loaded, evaluate.as_image(paths[2])).score
 
 
 def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
