@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import hashlib
+import io
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -92,7 +95,7 @@ def images_in(folder):
     )
 
 
-def files_under(folder, above=()):
+def all_files(folder, above=()):
     """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
 
     above: folders that lead here; a link back to one of them is not followed.
@@ -102,13 +105,13 @@ def files_under(folder, above=()):
         return []
     found = sorted(p for p in folder.iterdir() if p.name[0] != "." and not p.is_dir())
     for inner in folders_in(folder):
-        found += files_under(inner, (*above, here))
+        found += all_files(inner, (*above, here))
     return found
 
 
 def images_under(folder):
-    """Image files among files_under(folder)."""
-    return [path for path in files_under(folder) if path.suffix.lower() in SUFFIXES]
+    """Image files among all_files(folder)."""
+    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def folders_in(folder):
@@ -257,7 +260,7 @@ def name_skipped(category, folders):
     skipped = [
         path
         for folder in folders
-        for path in files_under(folder)
+        for path in all_files(folder)
         if path not in used
         and path.name.casefold() not in NO_IMAGES
         and (path.parent, mask_owner(path)) not in images
@@ -770,6 +773,14 @@ def threshold_of(normal_scores, false_alarms):
     return float(np.quantile(normal_scores, 1 - false_alarms / 100, method="higher"))
 
 
+def few_images(normal_scores, false_alarms):
+    """In words, if there are too few good images for so few false alarms, else ""."""
+    n = len(normal_scores)
+    if false_alarms * (n + 1) >= 100:
+        return ""
+    return f" ({n} good images can promise {100 / (n + 1):.2g} % at best)"
+
+
 def judge(scores, normal_scores, threshold):
     """A Verdict of each score (m,). p = (1 + number of good images that score as high) / (n + 1).
 
@@ -951,19 +962,58 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
-        raise InputError(
-            f"{path}: cannot be written ({e}): free some space or give another --out"
-        ) from None
+        raise cannot_write(path, e) from None
+
+
+def cannot_write(path, e):
+    return InputError(f"{path}: cannot be written ({e}): free some space or give another --out")
+
+
+@contextlib.contextmanager
+def writable(path):
+    """Turn what the system says when it cannot write into InputError naming the file."""
+    try:
+        yield
+    except OSError as e:
+        raise cannot_write(path, e) from None
 
 
 def write_csv(path, columns, rows):
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+    with growing_csv(path, columns) as write:
+        for row in rows:
+            write(row)
 
-    def write(to):
-        with open(to, "w", newline="") as f:
-            csv.writer(f).writerows(lines)
 
-    write_whole(path, write)
+@contextlib.contextmanager
+def growing_csv(path, columns):
+    """A function that writes one row (a dict); `path` is there once all rows are.
+
+    Rows go to a temporary file as they come: memory does not grow with the table.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
+        f = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")
+        table = csv.writer(f)
+
+    def write(row):
+        with writable(path):
+            table.writerow([cell_text(row[c]) for c in columns])
+
+    try:
+        with writable(path):
+            table.writerow(columns)
+        yield write
+        with writable(path):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, which has been named
+            f.close()
+        temporary.unlink(missing_ok=True)
 
 
 def said(verdict):
@@ -1060,7 +1110,7 @@ def load_checkpoint(path):
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
     content = {"white": white_of(detector), **content}
-    save_checkpoint(path, detector.recipe, model=detector.state_dict(), **content)
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
 def load_model(path, device="cpu", weights=None):
@@ -1080,6 +1130,13 @@ def load_model(path, device="cpu", weights=None):
         ) from None
 
 
+DRAWN = 1200  # pixels of an image's longer side in a picture, at most
+FILE_NAME = 150  # bytes of a name in the name of a picture: file systems take 255
+
+
+load = load_model  # as a notebook calls it
+
+
 def new_figure(*args, **options):
     """pyplot, a figure and its axes, without a window."""
     import matplotlib  # here, because it takes longer to import than to score an image
@@ -1091,12 +1148,15 @@ def new_figure(*args, **options):
 
 
 def save_figure(plt, fig, path):
+    """Drawn in memory first: a figure that cannot be drawn is no disk that cannot be written."""
+    file = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-            write_whole(path, partial(fig.savefig, format="png", dpi=100))
+            fig.savefig(file, format="png", dpi=100)
     finally:
         plt.close(fig)
+    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
 
 
 def best_f1(scores, defective):
@@ -1107,31 +1167,41 @@ def best_f1(scores, defective):
     return float(scores[order][f1.argmax()])
 
 
+def one_line(text):
+    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def plain(text, length=90):
     """A title of one line: line breaks become spaces, a long middle dots."""
-    text = " ".join(text.split())
+    text = one_line(" ".join(text.split()))
     if len(text) <= length:
         return text
     return f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def draw_map(path, image, union, y, threshold, title):
-    """Picture of one image: itself with the outline of its mask, and its anomaly map.
+    """Picture of one image: itself with the outline of its mask, and its anomaly map (h, w).
 
     The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
     middle, to twice the threshold and more.
     """
     plt, fig, axes = new_figure(1, 2, figsize=(8.2, 4))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
+    shrunk = min(1, DRAWN / max(image.size))
+    size = tuple(max(1, round(shrunk * side)) for side in image.size)
+    image = image.resize(size, Image.BILINEAR)
     for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
         axis.imshow(np.asarray(image), aspect=aspect)
         axis.set(title=name, xticks=[], yticks=[])
     if union is not None and union.any():
         axes[0].set_title("image, outline of its mask")
+        # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
+        union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
         axes[0].contour(union, [0.5], colors="black", linewidths=3)
         axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
     # viridis reads the same to a colour-blind person
-    at_image = at_size(y, image.size[::-1])
+    at_image = at_size(y, size[::-1])
     colours = {"cmap": "viridis", "vmin": 0, "vmax": 2 * threshold}
     shown = axes[1].imshow(at_image, aspect=aspect, **colours)
     bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
@@ -1162,31 +1232,36 @@ def telling_images(verdicts, bad, each=3):
 def distinct_names(paths, root):
     """A name for the picture of each path under root: its folders and stem, joined by "_".
 
-    The suffix as well where two would be the same, a number where they still are.
+    The suffix as well where two would be the same, a number where they still are, or differ in case
+    alone, which not every file system sees. A very long name ends in a digest of itself.
     """
     names = []
     for path in paths:
         inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         names.append("_".join(inside.with_suffix("").parts))
-    known = {name: names.count(name) for name in names}
-    out = []
+    known, taken, out = Counter(name.casefold() for name in names), set(), []
     for path, name in zip(paths, names, strict=True):
-        if known[name] > 1:
+        if known[name.casefold()] > 1:
             name = f"{name}_{path.suffix[1:]}"
-        while name in out:
+        encoded = os.fsencode(name)
+        if len(encoded) > FILE_NAME:
+            digest = hashlib.sha256(encoded).hexdigest()[:8]
+            name = f"{encoded[:FILE_NAME].decode(errors='ignore')}_{digest}"
+        while name.casefold() in taken:
             name += "_2"
+        taken.add(name.casefold())
         out.append(name)
     return out
 
 
-def item_names(items):
-    """A name for the map of each item, distinct within its kind: its stem where that is enough."""
+def names_of(items):
+    """[kind/file] of test images; the folders between are kept where a kind has several."""
     names = {}
     for kind in {item.kind for item in items}:
         paths = [item.path for item in items if item.kind == kind]
-        root = Path(os.path.commonpath([path.parent for path in paths]))
-        names |= dict(zip(paths, distinct_names(paths, root), strict=True))
-    return [names[item.path] for item in items]
+        shared = os.path.commonpath([path.parent for path in paths])
+        names |= {(kind, path): Path(kind) / path.relative_to(shared) for path in paths}
+    return [names[item.kind, item.path] for item in items]
 
 
 def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst", white=None):
@@ -1197,16 +1272,19 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
     prefixes = telling_images(verdicts, bad)
     for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
         old.unlink()
-    paths = [item.path for item in category.test]
-    names = distinct_names(paths, paths[0].parents[1])
+    inside, failed = names_of(category.test), []
+    names = distinct_names(inside, Path("."))
     for j in range(len(verdicts)) if which == "all" else prefixes:
         item = category.test[j]
-        union = masks_of(item, sizes[j])[1] if item.masks else None
-        title = f"{category.name} / {item.kind} / {item.path.name}:  {said(verdicts[j])}"
+        title = f"{category.name} / {inside[j].as_posix()}:  {said(verdicts[j])}"
         path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
-        draw_map(path, read_image(item.path, white), union, maps[j], threshold, title)
+        with drawing_may_fail(failed):
+            union = masks_of(item, sizes[j])[1] if item.masks else None
+            draw_map(path, read_image(item.path, white), union, maps[j], threshold, title)
     scores = np.array([v.score for v in verdicts])
-    draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
+    with drawing_may_fail(failed):
+        draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
+    warn_of(failed)
 
 
 def draw_scores(path, title, scores, bad, threshold):
@@ -1231,8 +1309,8 @@ def draw_scores(path, title, scores, bad, threshold):
 
 
 @contextlib.contextmanager
-def drawing_may_fail():
-    """A picture that cannot be drawn is one line on stderr: what it shows is saved already.
+def drawing_may_fail(failed):
+    """A picture that cannot be drawn is added to the list `failed`: what it shows is saved already.
 
     What concerns the whole run, like a full disk, goes on as an error.
     """
@@ -1243,7 +1321,14 @@ def drawing_may_fail():
     except Exception as e:
         if no_memory(e):
             raise
-        print(f"warning: a picture could not be drawn ({first_line(e)[:150]})", file=sys.stderr)
+        failed.append(one_line(first_line(e))[:150])
+
+
+def warn_of(failed):
+    """One line on stderr for the pictures that could not be drawn, if there are any."""
+    if failed:
+        others = f", nor could {len(failed) - 1} others" if len(failed) > 1 else ""
+        print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
 
 
 def draw_contact_sheet(folder, names):
@@ -1258,21 +1343,30 @@ def draw_contact_sheet(folder, names):
     rows = [row for row in rows if row]
     if not rows:
         return
-    w, h = rows[0][0].size
-    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * w, i * h))
-    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
+    failed = []
+    with drawing_may_fail(failed):
+        w, h = rows[0][0].size
+        sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
+        for i, row in enumerate(rows):
+            for j, picture in enumerate(row):
+                sheet.paste(picture, (j * w, i * h))
+        write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
+    warn_of(failed)
 
 
 def save_maps(folder, category, maps, sizes):
     """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    names = item_names(category.test)
-    for y, item, name, size in zip(maps, category.test, names, sizes, strict=True):
-        image = Image.fromarray(at_size(y, size))
-        place = folder / "anomaly_maps" / category.name / "test" / item.kind
-        write_whole(place / f"{name}.tiff", partial(image.save, format="TIFF"))
+    place, names = folder / "anomaly_maps" / category.name / "test", names_of(category.test)
+    stems = Counter(name.with_suffix("") for name in names)
+    for y, name, size in zip(maps, names, sizes, strict=True):
+        if stems[name.with_suffix("")] == 1:  # else 000.png and 000.jpg would be one map
+            name = name.with_suffix("")
+        save_map(place / f"{name}.tiff", y, size)
+
+
+def save_map(path, y, size):
+    """An anomaly map (h, w) at the size (H, W) of its image, float32."""
+    write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
 
 
 def as_image(value, white=None):
@@ -1280,84 +1374,145 @@ def as_image(value, white=None):
 
     Raises InputError that says how to convert anything else.
     """
-    if isinstance(value, (str, Path)):
+    if isinstance(value, (str, os.PathLike)):
         return read_image(Path(value), white)
     if isinstance(value, Image.Image):
         if has_levels(value):
-            raise InputError(f"a PIL image of mode {value.mode}: give its file, or 8 bits")
-        return value.convert("RGB")
+            raise InputError(
+                f"a PIL image of mode {value.mode}: its white is not known: "
+                "give its path, or convert it to 8 bits"
+            )
+        return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
         raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
-    if value.dtype != np.uint8:
-        raise InputError(
-            f"an image of {value.dtype}: give uint8 in 0..255, "
-            "as by np.clip(255 * image, 0, 255).astype(np.uint8) from 0..1"
-        )
     if value.ndim == 3 and value.shape[2] == 1:
         value = value[..., 0]
-    if value.ndim != 2 and (value.ndim != 3 or value.shape[2] != 3) or not value.size:
-        raise InputError(
-            f"an image of shape {value.shape}: give (H, W) or (H, W, 3) in RGB; "
-            "from channels first: image.transpose(1, 2, 0)"
-        )
-    return Image.fromarray(value).convert("RGB")
+    fault = fault_of_shape(value.shape) or fault_of_values(value)
+    if fault:
+        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
+    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
+
+
+def fault_of_shape(shape):
+    """What to do with an array that has not the shape of an image, "" if it has."""
+    if len(shape) == 4:
+        return "several images: give list(images)"
+    if 0 in shape or len(shape) not in (2, 3):
+        return "give (H, W) or (H, W, 3) in RGB"
+    if len(shape) == 2 or shape[2] == 3:
+        return ""
+    if shape[2] == 4:
+        return "give (H, W, 3): image[..., :3] without transparency"
+    if shape[0] in (1, 3, 4):
+        return "channels come first: give image.transpose(1, 2, 0)"
+    return "give (H, W) or (H, W, 3) in RGB"
+
+
+def fault_of_values(array):
+    """How to make uint8 of an array of another type, "" if it is of uint8."""
+    if array.dtype == np.uint8:
+        return ""
+    if array.dtype == bool:
+        return "give 255 * image.astype(np.uint8)"
+    if array.dtype.kind not in "iuf":
+        return "give uint8 in 0..255"
+    if not np.isfinite(array).all():
+        return "holds NaN or infinity: replace them, and give uint8 in 0..255"
+    low, high, rounded = array.min(), array.max(), ""
+    if array.dtype.kind == "f":
+        rounded = ".round()"
+        if 0 <= low and high <= 1:
+            return "give uint8: (255 * image).round().astype(np.uint8)"
+    if 0 <= low and high <= 255:
+        return f"give uint8: image{rounded}.astype(np.uint8)"
+    return (
+        f"values from {low:g} to {high:g}: give uint8 in 0..255, scaled as in training: "
+        "(image * (255 / white)).round().astype(np.uint8), white the same for all"
+    )
 
 
 def score(detector, images, false_alarms=1.0):
     """Score images from Python: a Verdict of one image, or a list of them for a list.
 
-    images: what as_image takes, or a list of it. false_alarms: percent of good images that may be
-    called defective. Raises InputError.
+    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
+    it. false_alarms: percent of good images that may be called defective. Raises InputError.
 
-        detector = evaluate.load_model("runs/parts/screw/model.pt")
-        result = evaluate.score(detector, image)
+        detector = evaluate.load("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
         result.score, result.p_value, result.verdict, result.map
     """
+    if not isinstance(detector, wtflow.Detector):
+        kind = type(detector).__name__
+        raise InputError(f"a detector of type {kind}: give evaluate.load('model.pt')")
+    check_false_alarms(false_alarms)
     alone = not isinstance(images, (list, tuple))
-    white = white_of(detector)
-    images = [as_image(image, white) for image in ([images] if alone else images)]
+    images = [images] if alone else images
     if not images:
         raise InputError("no images: give at least one")
-    normal_scores = detector.normal_scores.cpu().double().numpy()
-    threshold = threshold_of(normal_scores, false_alarms)
-    features, sizes = extract(detector, images)
-    maps, scores = detector.score(detector.normalise(features, out=features))
-    verdicts = judge(scores.double().numpy(), normal_scores, threshold)
-    out = [v._replace(map=at_size(y, z)) for v, y, z in zip(verdicts, maps, sizes, strict=True)]
+    normal_scores = detector.normal_scores.cpu().numpy()
+    threshold, out = threshold_of(normal_scores, false_alarms), []
+    for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
+        features, sizes = extract(detector, images[start : start + BATCH])
+        maps, scores = detector.score(detector.normalise(features, out=features))
+        verdicts = judge(scores.double().numpy(), normal_scores, threshold)
+        for verdict, y, size in zip(verdicts, maps, sizes, strict=True):
+            out.append(verdict._replace(map=at_size(y, size)))
     return out[0] if alone else out
 
 
+CONSTANTS = "wtflow.json"  # file of an exported program: its threshold and size
+AGREES = 1e-3  # of the threshold: how far an exported program may be from its model
+
+
 def export_model(args):
-    """Write the model as a program of torch.export and compare the two on an image of noise."""
+    """Write the model as a program of torch.export, if it gives what the model gives on noise.
+
+    Read without this repository, which the program does not need:
+
+        files = {"wtflow.json": ""}
+        program = torch.export.load("screw.pt2", extra_files=files).module()
+        y, score = program(image)                   # uint8 (1, 3, H, W)
+        defect = score > json.loads(files["wtflow.json"])["threshold"]
+    """
     path = Path(args.export)
     if path.suffix != ".pt2":
         raise InputError(f"--export {path}: give a file that ends in .pt2")
     detector = load_model(args.model, "cpu", args.weights)
     height, width = wtflow.image_shape(detector.recipe)
-    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
-    program = torch.export.export(detector, (image,))
-
-    def write(to):
-        with open(to, "wb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # weights of no interest to the caller
-            torch.export.save(program, f)
-
-    write_whole(path, write)
-    pairs = zip(torch.export.load(path).module()(image), detector(image), strict=True)
-    difference = max(float((there - here).abs().max()) for there, here in pairs)
     threshold = threshold_of(detector.normal_scores.numpy(), args.false_alarms)
+    constants = {"height": height, "width": width, "white": white_of(detector)}
+    constants |= {"threshold": threshold, "false_alarms": args.false_alarms}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
+        program = torch.export.export(detector, (image,))
+        torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
+        file.seek(0)
+        again = torch.export.load(file).module()
+    pairs = zip(again(image), detector(image), strict=True)
+    difference = max(float((there - here).abs().max()) for there, here in pairs)
+    if not difference <= AGREES * threshold:  # nor where it is NaN
+        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
+    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
     print(
-        f"{path}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), scores (1,); "
-        f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
+        f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), "
+        f"scores (1,); threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
         f"largest difference from the model on noise: {difference:.1e}\n"
-        "torch.export.load reads it without this repository. Resizing an image to that size "
-        "(antialiased, bilinear) is left to the caller; ONNX is not written."
+        f"torch.export.load reads it without this repository, the threshold as {CONSTANTS}. "
+        "Resizing an image to that size (antialiased, bilinear) is left to the caller; ONNX is not "
+        "written."
     )
 
 
 # ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
 class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # No option cut short: --image would be --image-size in train.py.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
@@ -1382,6 +1537,8 @@ def exit_cleanly(main):
     An interruption exits with 130.
     """
     keep_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -1391,6 +1548,9 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout, like head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as e:  # what reading and writing do not name themselves, like a closed folder
         if e.filename is None:
             raise
@@ -1399,7 +1559,7 @@ def exit_cleanly(main):
         if not no_memory(e):
             raise
         message = "out of memory: give a smaller --image-size, or go on elsewhere with --resume"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1437,6 +1597,7 @@ def judge_category(detector, category, x_0, args):
     counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     allowed = f"{args.false_alarms:g} % false alarms"
+    allowed += few_images(normal_scores, args.false_alarms)
     print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
     return Judged(maps, verdicts, threshold, white_of(detector))
 
@@ -1454,8 +1615,10 @@ def measure_category(category, judged, sizes):
 def write_scores(folder, category, judged):
     """scores.csv of a category's test images."""
     rows = [
-        score_row(item.path.name, item.kind, verdict)
-        for item, verdict in zip(category.test, judged.verdicts, strict=True)
+        score_row(name.as_posix(), item.kind, verdict)
+        for name, item, verdict in zip(
+            names_of(category.test), category.test, judged.verdicts, strict=True
+        )
     ]
     if rows:
         write_csv(folder / "scores.csv", SCORES, rows)
@@ -1466,8 +1629,26 @@ def write_pictures(folder, category, judged, sizes, args):
     if args.save_maps:
         save_maps(folder.parent, category, judged.maps, sizes)
     shown = judged.maps, judged.verdicts, sizes, judged.threshold
-    with drawing_may_fail():
-        draw_category(folder, category, *shown, args.maps, judged.white)
+    draw_category(folder, category, *shown, args.maps, judged.white)
+
+
+def check_run(folder, categories):
+    """Raises InputError if a category has no model in the folder of a run."""
+    for category in categories:
+        model = folder / category.name / "model.pt"
+        if not model.exists():
+            other = next(iter(sorted(folder.rglob("model.pt"))), None)
+            hint = f", but {other}: give --category, or its --run" if other else ""
+            raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
+
+
+def draw_again(folder, detector, category, args):
+    """The pictures and maps of a finished category that was stopped before it had them."""
+    if category.test and (args.maps != "none" or args.save_maps):
+        features, sizes = extract(detector, [item.path for item in category.test])
+        x_0 = detector.normalise(features, out=features)
+        judged = judge_category(detector, category, x_0, args)
+        write_pictures(folder, category, judged, sizes, args)
 
 
 def evaluate_run(args, device):
@@ -1476,6 +1657,7 @@ def evaluate_run(args, device):
     folder = Path(args.run)
     if (folder / name).is_dir():
         folder = folder / name
+    check_run(folder, categories)
     rows = []
     for category in categories:
         began = time.monotonic()
@@ -1493,71 +1675,148 @@ def evaluate_run(args, device):
     write_tables(folder, rows)
 
 
-def features_of_each(detector, paths):
-    """(path, features (1, d, h, w) or None, error) of each image; a damaged one stops no other."""
+def files_under(folder, out):
+    """images_under, but for those below --out: what lies there are pictures of an earlier run."""
+    paths = images_under(folder)
+    if not paths:
+        raise InputError(f"{folder}: no images in this folder ({', '.join(SUFFIXES)})")
+    if out is None or out.suffix.lower() == ".csv":
+        return paths
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out}: is the folder of the images: give another")
+    kept = [path for path in paths if out.resolve() not in path.resolve().parents]
+    if len(kept) < len(paths):
+        print(f"{len(paths) - len(kept)} images in --out {out} are left out", file=sys.stderr)
+    return kept
+
+
+def check_table(path):
+    """Raises InputError if a file is there that is not a table of scores, which may be replaced."""
+    if path.is_file():
+        with open(path, "rb") as f:
+            if f.readline().strip() == ",".join(SCORES).encode():
+                return
+    if path.exists():
+        raise InputError(f"{path}: is there, and not a table of scores: give another --out")
+
+
+def picture_place(image, out):
+    """Where the picture of one image goes: --out FILE.png or folder, else the current folder."""
+    name = f"{distinct_names([Path(image.name)], Path('.'))[0]}_map.png"
+    if out is None:
+        return Path(name)
+    if out.is_dir() or not out.suffix:
+        return out / name
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: a picture is a PNG: give FILE.png or a folder")
+    if out.exists() and out.samefile(image):
+        raise InputError(f"--out {out}: is the image itself: give another")
+    return out
+
+
+def scored_files(detector, paths, euler_steps):
+    """(map, score) of each image file in its order, or the InputError that says why not.
+
+    BATCH images are in memory at a time; if one is damaged, each of them is read alone.
+    """
+
+    def score_of(part):
+        x_0, _ = extract(detector, part)
+        maps, scores = detector.score(detector.normalise(x_0, out=x_0), euler_steps)
+        return list(zip(maps, scores.double().tolist(), strict=True))
+
     for start in range(0, len(paths), BATCH):
         part = paths[start : start + BATCH]
         try:
-            yield from zip(part, extract(detector, part)[0].split(1), [""] * len(part), strict=True)
-            continue
+            found = score_of(part)
         except InputError:
-            pass  # one of them: each alone
+            found = []
+        if found:
+            yield from found
+            continue
         for path in part:
             try:
-                yield path, extract(detector, [path])[0], ""
+                alone = score_of([path])[0]
             except InputError as e:
-                yield path, None, str(e)
+                alone = e
+            yield alone
 
 
 def score_images(args, device):
-    """Print score, p-value and verdict of one image, or of each image under a folder.
+    """Print score, threshold, p-value and verdict of one image, or of each under a folder.
 
-    One image has a picture. Those of a folder have theirs, and scores.csv, under --out; with --out
-    FILE.csv that table alone. A damaged image costs one line and, at the end, exit code 2.
+    One image has a picture. The scores of a folder are written to scores.csv too, under --out or in
+    the current folder; with --out FOLDER its images have pictures. --out FILE.csv: the table alone.
+    A damaged image costs one line and, at the end, exit code 2.
     """
-    path, out = Path(args.image), Path(args.out) if args.out else None
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder: give --image an image or a folder")
+    image, out = Path(args.image), Path(args.out) if args.out else None
+    if not image.exists():
+        raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
     detector = load_model(args.model, device, args.weights)
-    normal_scores = detector.normal_scores.cpu().double().numpy()
+    table_alone = out is not None and out.suffix.lower() == ".csv"
+    table, paths, places = out if table_alone else None, [image], [None]
+    if image.is_dir():
+        table, paths = table or (out or Path(".")) / "scores.csv", files_under(image, out)
+        places = [None] * len(paths)
+        if out is not None and not table_alone:
+            places = [out / f"{name}_map.png" for name in distinct_names(paths, image)]
+    elif not table_alone:
+        places = [picture_place(image, out)]
+    if args.maps == "none":
+        places = [None] * len(paths)
+    if args.save_maps and places[0] is None:
+        raise InputError("--save-maps: goes with pictures: give --out FOLDER, and not --maps none")
+    if table is not None:
+        check_table(table)
+    normal_scores = detector.normal_scores.cpu().numpy()
     threshold = threshold_of(normal_scores, args.false_alarms)
-    paths = images_under(path) if path.is_dir() else [path]
-    if not paths:
-        raise InputError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
-    table = out if out and out.suffix.lower() == ".csv" else None
-    if table is None and path.is_dir():
-        table = out / "scores.csv" if out else None
-    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms")
-    rows, failed = [], 0
-    names = distinct_names(paths, path if path.is_dir() else path.parent)
-    named = zip(features_of_each(detector, paths), names, strict=True)
-    for (file, features, error), name in named:
-        shown = str(file.relative_to(path)) if path.is_dir() else file.name
-        if error:
-            failed += 1
-            print(f"error: {error}", file=sys.stderr)
-            rows.append(score_row(shown, "", error=error))
-            continue
-        x_0 = detector.normalise(features, out=features)
-        maps, scores = detector.score(x_0, args.euler_steps)
-        (verdict,) = judge(scores.double().numpy(), normal_scores, threshold)
-        rows.append(score_row(shown, "", verdict))
-        picture = None
-        if not path.is_dir():
-            picture = out if out and out != table else Path(f"{file.stem}_map.png")
-        elif out and out != table:
-            picture = out / f"{name}_map.png"
-        print(f"{shown}  {said(verdict)}" + (f", {picture}" if picture else ""), flush=True)
-        if picture:
-            with drawing_may_fail():
-                title = f"{shown}:  {said(verdict)}"
-                draw_map(
-                    picture, read_image(file, white_of(detector)), None, maps[0], threshold, title
-                )
-    if table:
-        write_csv(table, SCORES, rows)
+    few = few_images(normal_scores, args.false_alarms)
+    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms{few}")
+    root = image if image.is_dir() else image.parent
+    failed = 0
+    with contextlib.nullcontext() if table is None else growing_csv(table, SCORES) as write:
+        for row in judged_files(args, detector, threshold, root, paths, places):
+            failed += bool(row["error"])
+            if write is not None:
+                write(row)
+    if table is not None:  # on stderr: stdout has one line an image
+        without = f", {failed} of {len(paths)} images have none" if failed else ""
+        print(f"scores: {one_line(table)}{without}", file=sys.stderr)
     if failed:
-        raise InputError(f"{failed} of {len(paths)} images could not be read: they have no score")
+        sys.exit(2)
+
+
+def judged_files(args, detector, threshold, root, paths, places):
+    """Score, print and draw image files: a row of scores.csv for each.
+
+    places: of its picture, or None, for each.
+    """
+    normal_scores, not_drawn = detector.normal_scores.cpu().numpy(), []
+    scored = scored_files(detector, paths, args.euler_steps)
+    for path, place, found in zip(paths, places, scored, strict=True):
+        name = path.relative_to(root)
+        kind = "" if name.parent == Path(".") else name.parent.as_posix()
+        if isinstance(found, InputError):
+            print(f"error: {one_line(found)}", file=sys.stderr)
+            yield score_row(name.as_posix(), kind, error=str(found))
+            continue
+        y, score_of_file = found
+        (verdict,) = judge([score_of_file], normal_scores, threshold)
+        line = (
+            f"{one_line(name.as_posix())}  score {verdict.score:.4f}  threshold {threshold:.4f}  "
+            f"p {verdict.p_value:.4f}  {verdict.verdict}"
+        )
+        if place is not None:
+            line += f"  {one_line(place)}"
+            with drawing_may_fail(not_drawn):
+                picture = read_image(path, white_of(detector))
+                title = f"{name.as_posix()}:  {said(verdict)}"
+                draw_map(place, picture, None, y, threshold, title)
+                if args.save_maps:
+                    save_map(place.with_suffix(".tiff"), y, picture.size[::-1])
+        print(line)
+        yield score_row(name.as_posix(), kind, verdict)
+    warn_of(not_drawn)
 
 
 def add_common_options(parser):
@@ -1607,10 +1866,18 @@ def add_common_options(parser):
     )
 
 
-def check_options(args):
+def check_false_alarms(percent):
     """Raises InputError for a share of false alarms that is none."""
-    if not 0 <= args.false_alarms < 100:
-        raise InputError(f"--false-alarms {args.false_alarms:g}: give a percentage, 0 or more")
+    number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+    if not number or not 0 <= percent < 100:
+        raise InputError(f"--false-alarms {percent}: give a percentage, 0 or more, below 100")
+
+
+def check_options(args):
+    """Raises InputError for what argparse lets pass."""
+    check_false_alarms(args.false_alarms)
+    if getattr(args, "data", None) == "":
+        raise InputError("--data is empty: give a folder")
 
 
 def main(argv=None):
@@ -1631,8 +1898,8 @@ def main(argv=None):
     add(
         "--out",
         metavar="PATH",
-        help="picture of --image FILE (default: NAME_map.png); folder of pictures and scores.csv, "
-        "or a FILE.csv, of --image FOLDER (default: none)",
+        help="picture of --image FILE, or its folder (default: NAME_map.png); folder of pictures "
+        "and scores.csv, or a FILE.csv, of --image FOLDER (default: scores.csv, no pictures)",
     )
     add(
         "--export",
@@ -1651,15 +1918,21 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.euler_steps < 1:
         raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
-    if args.model and args.export:
+    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
+    if args.out and "image" not in given:
+        raise InputError("--out: goes with --image: models and tables stay in --run")
+    if args.euler_steps > 1:
+        print("threshold and p-values are those of one Euler step", file=sys.stderr)
+    if given == {"model", "export"}:
         export_model(args)
-    elif args.model and args.image:
+    elif given == {"model", "image"}:
         score_images(args, device)
-    elif args.run and args.data:
+    elif given == {"run", "data"}:
         evaluate_run(args, device)
     else:
         raise InputError(
-            "give --run and --data, --model and --image, or --model and --export (see --help)"
+            "give --run and --data, --model and --image, or --model and --export, no other two "
+            "(see --help)"
         )
 
 

@@ -39,8 +39,14 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     recipe = wtflow.recipe_for(recipe, train_sizes)
     print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
     mine, state = signature(category, recipe, seed), None
+    source = source_of(category)
     if args.resume and model_file.exists():
-        return continued(model_file, mine)["row"]
+        row = continued(model_file, mine)["row"]
+        if not (folder / "scores.png").exists():  # stopped between the model and its pictures
+            detector = evaluate.load_model(model_file, device, args.weights)
+            evaluate.draw_again(folder, detector, category, args)
+        return row
+    refuse_another_source(model_file, source)
     if args.resume and state_file.exists():
         state = continued(state_file, mine)
         began -= state["seconds"]
@@ -81,10 +87,29 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
-    evaluate.save_model(model_file, detector, signature=mine, row=row)
+    (folder / "scores.png").unlink(missing_ok=True)  # drawn last: there when all pictures are
+    evaluate.save_model(model_file, detector, signature=mine, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
+
+
+def source_of(category):
+    """A digest of the folder that the training images are in: it does not tell the path."""
+    folder = Path(os.path.commonpath([path.parent for path in category.train])).resolve()
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+
+
+def refuse_another_source(model_file, source):
+    """Raises InputError if a model of another folder's images would be replaced."""
+    try:
+        had = evaluate.load_checkpoint(model_file).get("source")
+    except InputError:  # none, or one that is damaged or of another version
+        return
+    if had not in (None, source):
+        raise InputError(
+            f"{model_file}: a model of images in another folder: give another --out, or remove it"
+        )
 
 
 SHRUNK = 2.5  # times, from which a larger --image-size is named
@@ -221,20 +246,25 @@ def locked(folder):
         (folder / ".lock").unlink(missing_ok=True)
 
 
-def fit(images, seed=0, **settings):
+def fit(images, seed=0, weights=None, **settings):
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
-    images: a list of what evaluate.as_image takes; settings: of wtflow.Recipe. Raises InputError.
+    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
+    in a package; settings: of wtflow.Recipe. Raises InputError.
 
         detector = train.fit(images, steps=200)
-        evaluate.save_model(Path("model.pt"), detector)
+        evaluate.save_model("model.pt", detector)
     """
-    white = evaluate.grey_level([Path(i) for i in images if isinstance(i, (str, Path))])
-    images = [evaluate.as_image(image, white) for image in images]
+    if not isinstance(images, (list, tuple)):
+        raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
     if not images:
         raise InputError("no images: give at least one")
-    recipe = wtflow.recipe_for(wtflow.Recipe(**settings), [image.size[::-1] for image in images])
-    detector = wtflow.Detector(recipe)
+    recipe = changed(wtflow.Recipe(), settings)
+    files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
+    white = evaluate.grey_level(files)
+    images = [evaluate.as_image(image, white) for image in images]
+    recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
+    detector = wtflow.Detector(recipe, weights)
     detector.white = white
     features, _ = evaluate.extract(detector, images)
     detector.fit_whitening(features)
@@ -242,6 +272,19 @@ def fit(images, seed=0, **settings):
     wtflow.train_field(detector, x_0, seed)
     detector.calibrate(x_0)
     return detector
+
+
+def changed(recipe, settings):
+    """A recipe with other settings, {name: value}. Raises InputError, "setting=value: remedy"."""
+    for name, value in settings.items():
+        if name not in asdict(recipe):
+            known = ", ".join(asdict(recipe))
+            raise InputError(f"{name}={value}: no such setting: choose from {known}")
+        default = getattr(recipe, name)
+        whole_number = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not whole_number:
+            raise InputError(f"{name}={value}: give a value like {default!r}")
+    return replace(recipe, **settings)
 
 
 # ---- 3. The demo: two categories in the layout of MVTec AD ---------------------------------------
@@ -363,7 +406,7 @@ def parse(argv):
         metavar="KEY=VALUE",
         help="any other setting of wtflow.Recipe (default: its own)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of weights and noise (default: 0)")
+    add("--seed", type=int, metavar="N", help="of weights and noise (default: 0)")
     add(
         "--seeds",
         type=int,
@@ -380,6 +423,12 @@ def parse(argv):
     evaluate.check_options(args)
     if args.seeds and len({*args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: give each once")
+    if args.seeds and args.seed is not None:
+        raise InputError("--seed and --seeds: give one of them")
+    args.seed = args.seed or 0
+    for seed in (*(args.seeds or ()), args.seed):
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed {seed}: give a whole number from 0 to 2^63 - 1")
     return args
 
 
@@ -392,17 +441,18 @@ def recipe_of(args):
     changes = {name: value for name, value in changes.items() if value is not None}
     for text in args.set:
         name, _, value = text.partition("=")
-        if name not in asdict(recipe):
-            known = ", ".join(asdict(recipe))
-            raise InputError(f"--set {text}: no such setting: choose from {known}")
-        default = getattr(recipe, name)
-        try:
-            is_text = isinstance(default, str)
-            changes[name] = value if is_text else type(default)(ast.literal_eval(value))
-        except (ValueError, TypeError, SyntaxError):
-            raise InputError(f"--set {text}: give a value like {default!r}") from None
+        changes[name] = value
+        default = getattr(recipe, name) if name in asdict(recipe) else ""
+        if not isinstance(default, str):
+            try:
+                literal = ast.literal_eval(value)
+                changes[name] = type(default)(literal)
+                if changes[name] != literal:  # 2.5 images, 7 for true
+                    raise ValueError
+            except (ValueError, TypeError, SyntaxError):
+                raise InputError(f"--set {text}: give a value like {default!r}") from None
     try:
-        return replace(recipe, **changes)
+        return changed(recipe, changes)
     except InputError as e:  # "setting=value: remedy"
         setting, _, remedy = str(e).partition(": ")
         name, _, value = setting.partition("=")

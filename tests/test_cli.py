@@ -92,7 +92,8 @@ def test_evaluate_gives_the_table_again(data, trained, tmp_path):
     succeeds(run("evaluate.py", "--run", tmp_path, "--data", data, "--euler-steps", 2))
 
 
-def test_one_image_and_a_folder_of_images(data, trained, tmp_path):
+def test_one_image_and_a_folder_of_images(data, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model, image = trained[0] / "bolt/model.pt", data / "bolt/test/dent/000.png"
     one = ("--image", image, "--out", tmp_path / "a.png")
     assert "score" in succeeds(run("evaluate.py", "--model", model, *one)).stdout
@@ -127,7 +128,8 @@ def test_processes_share_the_categories(data, trained, tmp_path):
     assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
 
 
-def test_a_folder_of_good_images_trains_and_scores(data, tmp_path):
+def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     good = data / "bolt/train/good"
     succeeds(run("train.py", "--data", good, "--out", tmp_path, *TINY))
     assert rows(tmp_path / "tiny")[0]["image_auroc"] == ""

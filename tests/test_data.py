@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_mvtec, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -484,20 +483,6 @@ def test_images_of_one_stem_are_two_with_a_mask_each(tmp_path, capsys):
         "000.jpg": "000_jpg_mask.png",
         "000.png": "000_mask.png",
     }
-
-
-def test_float_maps_of_one_stem_do_not_overwrite_each_other(tmp_path):
-    paths = ["dent/000.png", "dent/000.jpg", "dent/day2/000.png", "good/000.png", "dent/1.png"]
-    items = [evaluate.Item(tmp_path / "test" / p, p[:4], ()) for p in paths]
-    one = evaluate.Category("bolt", "MVTec AD", [], items, None)
-    maps = np.arange(5.0)[:, None, None] * np.ones((5, 4, 4))
-    evaluate.save_maps(tmp_path, one, torch.from_numpy(maps), [(4, 4)] * 5)
-    written = {
-        str(p.relative_to(tmp_path / "anomaly_maps/bolt/test")): np.asarray(Image.open(p))[0, 0]
-        for p in tmp_path.rglob("*.tiff")
-    }
-    names = ["dent/000_png", "dent/000_jpg", "dent/day2_000", "good/000", "dent/1"]
-    assert written == {f"{name}.tiff": k for k, name in enumerate(names)}
 
 
 def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
