@@ -599,15 +599,16 @@ def to_8_bits(path, image, white=None):
     return small
 
 
-GREYS, BRIGHT = 8, 128  # a mask with more values, up to this and higher, went through JPEG
+GREYS, BRIGHT, FAINT = 8, 128, 1 / 8  # what tells a mask that JPEG or resizing blurred: more
+# values than labels have, or some below a share FAINT of one as high as BRIGHT
 
 
 def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
-    A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
-    largest on; small numbers are labels, all of them defective. Says what it saw where that is no
-    plain mask. Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours. What JPEG or resizing left is defective from half of the
+    largest value on; small numbers are labels, all of them defective. Says what it saw where that
+    is no plain mask. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
     if image.mode == "P":
@@ -625,8 +626,10 @@ def read_mask(path, size):
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
     seen = np.unique(values)
-    if len(seen) > GREYS and seen[-1] >= BRIGHT:
-        half = (float(seen[0]) + float(seen[-1])) / 2
+    bright = seen[-1] >= BRIGHT or seen.dtype.kind == "f"
+    faint = ((seen > 0) & (seen < FAINT * seen[-1])).any()
+    if bright and (len(seen) > GREYS or faint):
+        half = float(seen[-1]) / 2
         say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
         values = np.where(values >= half, values, 0)
     share = (values != 0).mean()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_mvtec, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -477,12 +478,15 @@ def test_images_of_one_stem_are_two_with_a_mask_each(tmp_path, capsys):
     (c,) = read_dataset(tmp_path / "d")[1]
     assert counts(c)[2] == {"good": 3, "dent": 2}
     assert "000_mask.png: taken as the mask of 000.jpg and of 000.png" in capsys.readouterr().err
-    save(root / "ground_truth/dent/000_jpg_mask.png", picture(3, defect=True)[1] * 255)
-    (c,) = read_dataset(tmp_path / "d")[1]
-    assert {i.path.name: i.masks[0].name for i in c.test if i.masks} == {
-        "000.jpg": "000_jpg_mask.png",
-        "000.png": "000_mask.png",
-    }
+    for other in ("000_mask.jpg", "000.jpg.png", "000_jpg_mask.png"):  # each goes before the last
+        save(root / "ground_truth/dent" / other, picture(3, defect=True)[1] * 255)
+        (c,) = read_dataset(tmp_path / "d")[1]
+        found = {i.path.name: i.masks[0].name for i in c.test if i.masks}
+        assert found == {"000.jpg": other, "000.png": "000_mask.png"}
+    evaluate.save_maps(tmp_path, c, torch.arange(5.0)[:, None, None].expand(5, 4, 4), [(4, 4)] * 5)
+    for k, item in enumerate(c.test[:2]):
+        written = tmp_path / f"anomaly_maps/bolt/test/dent/{item.path.name}.tiff"
+        assert (np.asarray(Image.open(written)) == k).all()
 
 
 def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
@@ -490,19 +494,24 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     noisy = np.where(mask, 249, 0) + rng.integers(0, 7, mask.shape)
     save(tmp_path / "noisy.png", noisy)
+    save(tmp_path / "few.png", np.where(mask, 254, 0) + (noisy % 2))  # values 0, 1, 254, 255
+    Image.fromarray((noisy / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    save(tmp_path / "labels.png", mask * np.where(np.arange(48) > 18, 255, 90))
     save(tmp_path / "inverted.png", 255 * ~mask)
     palette = Image.fromarray((~mask).astype(np.uint8), "P")
     palette.putpalette([255, 255, 255, 0, 0, 0])  # defective white is index 0
     palette.save(tmp_path / "palette.png")
     save(tmp_path / "visa.png", mask * 4)
-    plain = ("noisy", "palette", "visa")
-    read = {n: read_mask(tmp_path / f"{n}.png", mask.shape) != 0 for n in plain}
+    plain = ("noisy.png", "few.png", "float.tif", "labels.png", "palette.png", "visa.png")
+    read = {n: read_mask(tmp_path / n, mask.shape) != 0 for n in plain}
     assert all((values == mask).all() for values in read.values())
     assert (read_mask(tmp_path / "inverted.png", mask.shape) != 0).sum() == (~mask).sum()
     said = capsys.readouterr().err
-    for name, word in (("noisy", "grey values"), ("inverted", "inverted?"), ("palette", "palette")):
+    names = ("noisy.png", "few.png", "float.tif", "inverted.png", "palette.png")
+    words = ("grey values", "grey values", "grey values", "inverted?", "a palette")
+    for name, word in zip(names, words, strict=True):
         assert sum(name in line and word in line for line in said.splitlines()) == 1
-    assert "visa" not in said
+    assert "visa" not in said and "labels" not in said
 
 
 @pytest.mark.parametrize(
