@@ -95,7 +95,7 @@ def images_in(folder):
     )
 
 
-def files_under(folder, above=()):
+def all_files(folder, above=()):
     """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
 
     above: folders that lead here; a link back to one of them is not followed.
@@ -105,13 +105,13 @@ def files_under(folder, above=()):
         return []
     found = sorted(p for p in folder.iterdir() if p.name[0] != "." and not p.is_dir())
     for inner in folders_in(folder):
-        found += files_under(inner, (*above, here))
+        found += all_files(inner, (*above, here))
     return found
 
 
 def images_under(folder):
-    """Image files among files_under(folder)."""
-    return [path for path in files_under(folder) if path.suffix.lower() in SUFFIXES]
+    """Image files among all_files(folder)."""
+    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def folders_in(folder):
@@ -260,7 +260,7 @@ def name_skipped(category, folders):
     skipped = [
         path
         for folder in folders
-        for path in files_under(folder)
+        for path in all_files(folder)
         if path not in used
         and path.name.casefold() not in NO_IMAGES
         and (path.parent, mask_owner(path)) not in images
@@ -471,20 +471,31 @@ def unreadable(path):
         ) from None
 
 
+def to_largest_page(image):
+    """Turn an opened TIFF to its largest page, as the first may be a preview; the first of many."""
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        areas = []
+        for page in range(image.n_frames):
+            image.seek(page)
+            areas.append(image.width * image.height)
+        image.seek(areas.index(max(areas)))
+
+
 def open_image(path):
     """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
     with unreadable(path):
         image = Image.open(path)
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            pages = []
-            for page in range(image.n_frames):
-                image.seek(page)
-                pages.append(image.width * image.height)
-            image.seek(pages.index(max(pages)))
+        to_largest_page(image)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+        halved = not has_levels(image) and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
+        if halved and max(high for _, high in image.convert("RGB").getextrema()) < NEARLY_BLACK:
+            say_once(
+                f"{path}: nearly black, as of 16 bits a colour the upper 8 are read: "
+                "save it in 8 bits, or in 16 as a grey image"
+            )
         return image
 
 
@@ -512,18 +523,16 @@ def has_levels(image):
 
 
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-OVERSHOOT = 0.05  # of white, beyond both ends: clipped without a word, as sensors are calibrated
+OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
+NEARLY_BLACK = 16  # of 256 grey levels: an image that has no more is named
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 
 
 def levels_of(path, image):
-    """Values (H, W) float64 of an image that has_levels, 0 black."""
+    """Values (H, W) float64 of an image that has_levels, as they are in the file."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has values that are not finite: mend or remove it")
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
-        values = white_above(values.max(), image.mode == "F") - values
     return values
 
 
@@ -534,47 +543,72 @@ def white_above(largest, real):
 
 
 def grey_level(paths):
-    """The white level of a data set, from its training images; None if all have 8 bits.
+    """The white level of a data set, from its training images; None if there are none.
 
     The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
-    them, so that the same value is the same grey in every image. It is kept with the model.
+    them, so that the same value is the same grey in every image. It is kept with the model. An
+    image of 8 bits is read as it is. Says so where most images use few of the grey levels.
     """
-    largest, real = -np.inf, False
+    highest, ranges, real = 0.0, [], False
     for path in paths:
         with unreadable(path), Image.open(path) as image:
+            to_largest_page(image)
             deep = has_levels(image)
         if deep:
             image = open_image(path)
             real = real or image.mode == "F"
-            largest = max(largest, float(levels_of(path, image).max()))
-    return None if largest == -np.inf else white_above(largest, real)
+            values = levels_of(path, image)
+            highest = max(highest, float(values.max()))
+            ranges.append(np.quantile(values, (0.001, 0.999)))  # without hot and dead pixels
+    if not ranges:
+        return 255.0 if paths else None
+    white = white_above(highest, real)
+    low, high = np.median(ranges, 0)
+    if high - low < NEARLY_BLACK / 256 * white:
+        levels = 256 * (high - low) / white
+        say_once(
+            f"{paths[0].parent}: most training images have values {low:.4g} to {high:.4g}, of 0 to "
+            f"the white level {white:g}: {levels:.0f} of 256 grey levels; mend images that reach "
+            "higher, or rescale all of them"
+        )
+    return white
 
 
 def to_8_bits(path, image, white=None):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF."""
-    values = levels_of(path, image)
-    if white is None:
-        white = white_above(values.max(), image.mode == "F")
-    low, high = -OVERSHOOT * white, (1 + OVERSHOOT) * white
-    if values.min() < low:
-        raise InputError(f"{path}: has values down to {values.min():g}: rescale it to 0 and more")
-    if values.max() > high:
-        say_once(f"{path}: values up to {values.max():g} are cut at {white:g}, white in training")
+    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF.
+
+    Of a TIFF whose least value is white, 0..white -> 255..0.
+    """
+    values, real = levels_of(path, image), image.mode == "F"
+    lowest, highest = values.min(), values.max()
+    in_training = white is not None
+    if not in_training:
+        white = white_above(highest, real)
+    if lowest < -OVERSHOOT * white:
+        raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
+    if highest > white * (1 + OVERSHOOT * real):
+        say_once(f"{path}: values up to {highest:g} are cut at {white:g}, white in training")
+    turned = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
+    if in_training and highest < NEARLY_BLACK / 256 * white and not turned:
+        say_once(f"{path}: nearly black: values up to {highest:g}, white in training is {white:g}")
     values = np.clip(values / white, 0, 1)
+    if turned:
+        values = 1 - values
     small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
 
 
-GREYS, BRIGHT = 8, 128  # a mask with more values, up to this and higher, went through JPEG
+GREYS, BRIGHT, FAINT = 8, 128, 1 / 8  # what tells a mask that JPEG or resizing blurred: more
+# values than labels have, or some below a share FAINT of one as high as BRIGHT
 
 
 def read_mask(path, size):
     """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
 
-    A palette is read by its colours. More than GREYS values, as JPEG leaves them: from half of the
-    largest on; small numbers are labels, all of them defective. Says what it saw where that is no
-    plain mask. Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours. What JPEG or resizing left is defective from half of the
+    largest value on; small numbers are labels, all of them defective. Says what it saw where that
+    is no plain mask. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
     if image.mode == "P":
@@ -592,8 +626,10 @@ def read_mask(path, size):
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
     seen = np.unique(values)
-    if len(seen) > GREYS and seen[-1] >= BRIGHT:
-        half = (float(seen[0]) + float(seen[-1])) / 2
+    bright = seen[-1] >= BRIGHT or seen.dtype.kind == "f"
+    faint = ((seen > 0) & (seen < FAINT * seen[-1])).any()
+    if bright and (len(seen) > GREYS or faint):
+        half = float(seen[-1]) / 2
         say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
         values = np.where(values >= half, values, 0)
     share = (values != 0).mean()
@@ -632,6 +668,7 @@ def image_sizes(paths):
     sizes = []
     for path in paths:
         with unreadable(path), Image.open(path) as image:
+            to_largest_page(image)
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             sizes.append(image.size if turned else image.size[::-1])
     return sizes
@@ -649,7 +686,7 @@ def load_batch(paths, shape, pool, white=None):
 
 
 def white_of(detector):
-    """The white level that a detector was trained with, None for 8 bits."""
+    """The white level that a detector was trained with; None: each image has its own."""
     return getattr(detector, "white", None)
 
 
@@ -1231,7 +1268,7 @@ def names_of(items):
     return [names[item.kind, item.path] for item in items]
 
 
-def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst"):
+def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst", white=None):
     """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
     if which == "none" or not len(verdicts):
         return
@@ -1247,7 +1284,7 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
         path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
         with drawing_may_fail(failed):
             union = masks_of(item, sizes[j])[1] if item.masks else None
-            draw_map(path, read_image(item.path), union, maps[j], threshold, title)
+            draw_map(path, read_image(item.path, white), union, maps[j], threshold, title)
     scores = np.array([v.score for v in verdicts])
     with drawing_may_fail(failed):
         draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
@@ -1545,6 +1582,7 @@ class Judged(NamedTuple):
     maps: torch.Tensor  # (n, h, w)
     verdicts: list
     threshold: float
+    white: float | None  # grey_level
 
 
 def judge_category(detector, category, x_0, args):
@@ -1565,7 +1603,7 @@ def judge_category(detector, category, x_0, args):
     allowed = f"{args.false_alarms:g} % false alarms"
     allowed += few_images(normal_scores, args.false_alarms)
     print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
-    return Judged(maps, verdicts, threshold)
+    return Judged(maps, verdicts, threshold, white_of(detector))
 
 
 def measure_category(category, judged, sizes):
@@ -1595,7 +1633,7 @@ def write_pictures(folder, category, judged, sizes, args):
     if args.save_maps:
         save_maps(folder.parent, category, judged.maps, sizes)
     shown = judged.maps, judged.verdicts, sizes, judged.threshold
-    draw_category(folder, category, *shown, args.maps)
+    draw_category(folder, category, *shown, args.maps, judged.white)
 
 
 def check_run(folder, categories):

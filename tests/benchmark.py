@@ -55,6 +55,7 @@ def read_sample(category, recipe):
         raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = Detector(own)
+    detector.white = evaluate.grey_level(category.train)
     train, _ = evaluate.extract(detector, category.train)
     test, sizes = evaluate.extract(detector, [item.path for item in category.test])
     return Sample(category, own, train, test, sizes)

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import struct
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -476,26 +478,15 @@ def test_images_of_one_stem_are_two_with_a_mask_each(tmp_path, capsys):
     (c,) = read_dataset(tmp_path / "d")[1]
     assert counts(c)[2] == {"good": 3, "dent": 2}
     assert "000_mask.png: taken as the mask of 000.jpg and of 000.png" in capsys.readouterr().err
-    save(root / "ground_truth/dent/000_jpg_mask.png", picture(3, defect=True)[1] * 255)
-    (c,) = read_dataset(tmp_path / "d")[1]
-    assert {i.path.name: i.masks[0].name for i in c.test if i.masks} == {
-        "000.jpg": "000_jpg_mask.png",
-        "000.png": "000_mask.png",
-    }
-
-
-def test_float_maps_of_one_stem_do_not_overwrite_each_other(tmp_path):
-    paths = ["dent/000.png", "dent/000.jpg", "dent/day2/000.png", "good/000.png", "dent/1.png"]
-    items = [evaluate.Item(tmp_path / "test" / p, p[:4], ()) for p in paths]
-    one = evaluate.Category("bolt", "MVTec AD", [], items, None)
-    maps = np.arange(5.0)[:, None, None] * np.ones((5, 4, 4))
-    evaluate.save_maps(tmp_path, one, torch.from_numpy(maps), [(4, 4)] * 5)
-    written = {
-        str(p.relative_to(tmp_path / "anomaly_maps/bolt/test")): np.asarray(Image.open(p))[0, 0]
-        for p in tmp_path.rglob("*.tiff")
-    }
-    names = ["dent/000.png", "dent/000.jpg", "dent/day2/000", "good/000", "dent/1"]
-    assert written == {f"{name}.tiff": k for k, name in enumerate(names)}
+    for other in ("000_mask.jpg", "000.jpg.png", "000_jpg_mask.png"):  # each goes before the last
+        save(root / "ground_truth/dent" / other, picture(3, defect=True)[1] * 255)
+        (c,) = read_dataset(tmp_path / "d")[1]
+        found = {i.path.name: i.masks[0].name for i in c.test if i.masks}
+        assert found == {"000.jpg": other, "000.png": "000_mask.png"}
+    evaluate.save_maps(tmp_path, c, torch.arange(5.0)[:, None, None].expand(5, 4, 4), [(4, 4)] * 5)
+    for k, item in enumerate(c.test[:2]):
+        written = tmp_path / f"anomaly_maps/bolt/test/dent/{item.path.name}.tiff"
+        assert (np.asarray(Image.open(written)) == k).all()
 
 
 def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
@@ -503,19 +494,24 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     noisy = np.where(mask, 249, 0) + rng.integers(0, 7, mask.shape)
     save(tmp_path / "noisy.png", noisy)
+    save(tmp_path / "few.png", np.where(mask, 254, 0) + (noisy % 2))  # values 0, 1, 254, 255
+    Image.fromarray((noisy / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    save(tmp_path / "labels.png", mask * np.where(np.arange(48) > 18, 255, 90))
     save(tmp_path / "inverted.png", 255 * ~mask)
     palette = Image.fromarray((~mask).astype(np.uint8), "P")
     palette.putpalette([255, 255, 255, 0, 0, 0])  # defective white is index 0
     palette.save(tmp_path / "palette.png")
     save(tmp_path / "visa.png", mask * 4)
-    plain = ("noisy", "palette", "visa")
-    read = {n: read_mask(tmp_path / f"{n}.png", mask.shape) != 0 for n in plain}
+    plain = ("noisy.png", "few.png", "float.tif", "labels.png", "palette.png", "visa.png")
+    read = {n: read_mask(tmp_path / n, mask.shape) != 0 for n in plain}
     assert all((values == mask).all() for values in read.values())
     assert (read_mask(tmp_path / "inverted.png", mask.shape) != 0).sum() == (~mask).sum()
     said = capsys.readouterr().err
-    for name, word in (("noisy", "grey values"), ("inverted", "inverted?"), ("palette", "palette")):
+    names = ("noisy.png", "few.png", "float.tif", "inverted.png", "palette.png")
+    words = ("grey values", "grey values", "grey values", "inverted?", "a palette")
+    for name, word in zip(names, words, strict=True):
         assert sum(name in line and word in line for line in said.splitlines()) == 1
-    assert "visa" not in said
+    assert "visa" not in said and "labels" not in said
 
 
 @pytest.mark.parametrize(
@@ -556,10 +552,83 @@ def test_grey_levels_above_white_below_zero_and_turned_round(tmp_path, capsys):
     assert evaluate.grey_level([]) is None
 
 
+def grey_files(folder, *arrays, **options):
+    """Files 0.tif, 1.tif, ... of arrays; their paths."""
+    paths = [folder / f"{k}.tif" for k in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        Image.fromarray(array).save(path, **options)
+    return paths
+
+
+def test_min_is_white_is_turned_about_the_white_level_of_the_data_set(tmp_path):
+    ramp = np.linspace(0, 4095, 240).reshape(12, 20)
+    arrays = [ramp.astype(np.uint16), (ramp / 5).astype(np.uint16)]  # the second below 1023
+    paths = grey_files(tmp_path, *arrays, tiffinfo={262: 0})
+    white = evaluate.grey_level(paths)
+    first, second = (np.asarray(read_image(path, white), float)[..., 0] for path in paths)
+    assert white == 4095 and np.abs((255 - second) - (255 - first) / 5).max() <= 1
+
+
+def test_training_images_that_would_be_nearly_black_are_named(tmp_path, capsys):
+    values = np.linspace(0, 4095, 30 * 40).reshape(30, 40).astype(np.uint16)
+    hot = values.copy()
+    hot[0, 0] = 65535
+    assert evaluate.grey_level(grey_files(tmp_path, values, values, hot)) == 65535
+    assert "to 4090, of 0 to the white level 65535" in capsys.readouterr().err
+    assert evaluate.grey_level(grey_files(tmp_path, values, values)) == 4095
+    radiance = (30000 + values / 8).astype(np.uint16)  # an offset, as of thermal cameras
+    assert evaluate.grey_level(grey_files(tmp_path, radiance)) == 65535
+    assert "2 of 256 grey levels" in capsys.readouterr().err
+
+
+def test_later_images_far_from_the_white_level_are_named(tmp_path, capsys):
+    values = np.linspace(0, 255, 240).reshape(12, 20)
+    dim, over = grey_files(tmp_path, values.astype(np.uint16), (values + 4000).astype(np.uint16))
+    assert np.asarray(read_image(dim, 4095.0)).max() == 16 and capsys.readouterr().err
+    dim, over = grey_files(tmp_path, (values / 3).astype(np.uint16), (values * 17).astype("uint16"))
+    read_image(dim, 4095.0), read_image(over, 4095.0)
+    said = capsys.readouterr().err
+    assert "0.tif: nearly black: values up to 85, white in training is 4095" in said
+    assert "1.tif: values up to 4335 are cut at 4095, white in training" in said
+    png = tmp_path / "8.png"
+    save(png, RGB)
+    assert evaluate.grey_level([png]) == 255
+
+
+def test_colours_of_16_bits_that_are_read_nearly_black_are_named(tmp_path, capsys):
+    deep = np.random.default_rng(0).integers(0, 4096, (12, 20, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    blob = b"\x89PNG\r\n\x1a\n"
+    for name, part in chunks:
+        blob += (
+            struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        )
+    (tmp_path / "rgb.png").write_bytes(blob)
+    assert np.asarray(read_image(tmp_path / "rgb.png")).max() == 15
+    assert "rgb.png: nearly black" in capsys.readouterr().err
+
+
 def test_of_a_tiff_the_largest_page(tmp_path):
-    large, small = (Image.fromarray(np.full(size, 9, np.uint8)) for size in ((30, 40), (3, 4)))
+    large = Image.fromarray(np.full((30, 40), 4000, np.uint16))
+    small = Image.fromarray(np.full((3, 4), 9, np.uint8))
     small.save(tmp_path / "a.tif", save_all=True, append_images=[large])
     assert read_image(tmp_path / "a.tif").size == (40, 30)
+    assert evaluate.image_sizes([tmp_path / "a.tif"]) == [(30, 40)]
+    assert evaluate.grey_level([tmp_path / "a.tif"]) == 4095
+
+
+def test_the_white_level_is_kept_with_the_model(tmp_path):
+    values = np.linspace(0, 4000, 64 * 64).reshape(64, 64)
+    paths = grey_files(tmp_path, *[(values / k).astype(np.uint16) for k in (1, 2, 5)])
+    detector = train.fit(paths, image_size=64, steps=2, base=8, folds=0)
+    evaluate.save_model(tmp_path / "m.pt", detector)
+    loaded = evaluate.load_model(tmp_path / "m.pt")
+    assert detector.white == loaded.white == 4095.0
+    by_level = evaluate.as_image(paths[2], 4095.0)
+    one, other = (evaluate.score(loaded, image).score for image in (paths[2], by_level))
+    assert one == other != evaluate.score(loaded, evaluate.as_image(paths[2])).score
 
 
 def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
