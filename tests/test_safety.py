@@ -218,12 +218,12 @@ def resumed_is_whole(folder, whole):
 
 
 def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
-    """Killed at 25 moments (or KILLS), resumed each time: bit-identical to an uninterrupted run."""
+    """Killed at 12 moments (or KILLS), resumed each time: bit-identical to an uninterrupted run."""
     options = ("--data", data, *TINY, "--steps", 30, "--resume")
     succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
     cut, log = tmp_path / "cut", tmp_path / "log"
     rng, kills, finished = np.random.default_rng(0), 0, 0
-    while kills < int(os.environ.get("KILLS", 25)):
+    while kills < int(os.environ.get("KILLS", 12)):
         process = train_apart(log, *options, "--out", cut)
         process.join(rng.uniform(0.2, 2.5))
         if process.is_alive():
