@@ -160,7 +160,7 @@ def test_names_of_test_images_keep_what_tells_them_apart(tmp_path):
 
 def test_names_of_pictures_are_short_and_differ_in_more_than_case():
     long = [Path(f"{'零' * 80}{k}.png") for k in range(2)]
-    names = evaluate.distinct_names([*long, Path("A.png"), Path("a.png")], Path("."))
+    names = evaluate.distinct_names([*long, Path("a.png"), Path("A.png")], Path("."))
     assert len({name.casefold() for name in names}) == 4
     assert all(len(f"false_alarm10_{name}_map.png".encode()) < 240 for name in names)
 
