@@ -722,6 +722,12 @@ def extract(detector, paths, report=None):
     return out, sizes
 
 
+def x_0_of(detector, paths):
+    """x_0 (n, d, h, w) float16 of image files, or of what else as_image takes; original sizes."""
+    features, sizes = extract(detector, paths)
+    return detector.normalise(features, out=features), sizes
+
+
 # ---- 2. Metrics and tables: maps, scores, masks -> figures. Touches no file but the masks --------
 # What results.csv holds, and what metrics.csv holds beside it. None where it is not defined.
 COLUMNS = (
@@ -952,15 +958,24 @@ def no_memory(e):
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
+def temporary_beside(path):
+    return path.with_name(f".{path.name}.tmp")
+
+
+def put_in_place(temporary, path):
+    """Flush to disk, rename: the old file or the new one, never a part."""
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
 def write_whole(path, write):
-    """write(temporary path beside `path`), flush to disk, rename: the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """write(temporary path beside `path`), then put_in_place."""
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         if no_memory(e):
@@ -993,7 +1008,7 @@ def growing_csv(path, columns):
 
     Rows go to a temporary file as they come: memory does not grow with the table.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path)
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # surrogateescape: a name that is not UTF-8 is written as it is on the disk
@@ -1009,10 +1024,8 @@ def growing_csv(path, columns):
             table.writerow(columns)
         yield write
         with writable(path):
-            f.flush()
-            os.fsync(f.fileno())
             f.close()
-            os.replace(temporary, path)
+            put_in_place(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # of a full disk, which has been named
             f.close()
@@ -1457,8 +1470,8 @@ def score(detector, images, false_alarms=1.0):
     normal_scores = detector.normal_scores.cpu().numpy()
     threshold, out = threshold_of(normal_scores, false_alarms), []
     for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
-        features, sizes = extract(detector, images[start : start + BATCH])
-        maps, scores = detector.score(detector.normalise(features, out=features))
+        x_0, sizes = x_0_of(detector, images[start : start + BATCH])
+        maps, scores = detector.score(x_0)
         verdicts = judge(scores.double().numpy(), normal_scores, threshold)
         for verdict, y, size in zip(verdicts, maps, sizes, strict=True):
             out.append(verdict._replace(map=at_size(y, size)))
@@ -1646,11 +1659,11 @@ def check_run(folder, categories):
             raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
 
 
-def draw_again(folder, detector, category, args):
+def draw_again(folder, category, args, device):
     """The pictures and maps of a finished category that was stopped before it had them."""
     if category.test and (args.maps != "none" or args.save_maps):
-        features, sizes = extract(detector, [item.path for item in category.test])
-        x_0 = detector.normalise(features, out=features)
+        detector = load_model(folder / "model.pt", device, args.weights)
+        x_0, sizes = x_0_of(detector, [item.path for item in category.test])
         judged = judge_category(detector, category, x_0, args)
         write_pictures(folder, category, judged, sizes, args)
 
@@ -1668,8 +1681,7 @@ def evaluate_run(args, device):
         detector = load_model(folder / category.name / "model.pt", device, args.weights)
         x_0, sizes = None, []
         if category.test:
-            features, sizes = extract(detector, [item.path for item in category.test])
-            x_0 = detector.normalise(features, out=features)
+            x_0, sizes = x_0_of(detector, [item.path for item in category.test])
         judged = judge_category(detector, category, x_0, args)
         row = measure_category(category, judged, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
@@ -1725,8 +1737,7 @@ def scored_files(detector, paths, euler_steps):
     """
 
     def score_of(part):
-        x_0, _ = extract(detector, part)
-        maps, scores = detector.score(detector.normalise(x_0, out=x_0), euler_steps)
+        maps, scores = detector.score(x_0_of(detector, part)[0], euler_steps)
         return list(zip(maps, scores.double().tolist(), strict=True))
 
     for start in range(0, len(paths), BATCH):

@@ -43,8 +43,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     if args.resume and model_file.exists():
         row = continued(model_file, mine)["row"]
         if not (folder / "scores.png").exists():  # stopped between the model and its pictures
-            detector = evaluate.load_model(model_file, device, args.weights)
-            evaluate.draw_again(folder, detector, category, args)
+            evaluate.draw_again(folder, category, args, device)
         return row
     refuse_another_source(model_file, source)
     if args.resume and state_file.exists():

@@ -584,21 +584,26 @@ class Detector(nn.Module):
                 x = x if whitening is None else whiten(x, *whitening)
                 part.copy_(within(self.arrival(x, field=field), part.dtype))
         self.folds = []
-        n, e = len(x_0), x_0.to(self.device)
+        e = x_0.to(self.device)
         if self.recipe.calibrate:
-            mean, S = fit_blocks(e)
-            self.normal_mean = mean.clone()
-            law = towards_pooled(S, n, self.recipe.prior)
-            self.normal_whitening = inverse_factor(law).clone()
-        if not self.recipe.calibrate:
-            distances = torch.cat([-2 * log_density(part.float()) for part in e.split(SCORED)])
-        elif n > 2:
-            folds = n if n < FEW else max(2, self.recipe.folds)
-            distances = left_out_distance(e, mean, S, self.recipe.prior, folds)
+            distances = self._fit_law(e)
         else:
-            distances = block_distance(e.float(), mean, self.normal_whitening)
+            distances = torch.cat([-2 * log_density(part.float()) for part in e.split(SCORED)])
         scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
         self.normal_scores = torch.cat(scores).float().clone()
+
+    def _fit_law(self, e):
+        """Set mean and whitening of arrivals e (n, d, h, w); their squared distances (n, h, w).
+
+        Each image's under the law of the others, where there are others to have one.
+        """
+        n, prior = len(e), self.recipe.prior
+        mean, S = fit_blocks(e)
+        self.normal_mean = mean.clone()
+        self.normal_whitening = inverse_factor(towards_pooled(S, n, prior)).clone()
+        if n < 3:
+            return block_distance(e.float(), mean, self.normal_whitening)
+        return left_out_distance(e, mean, S, prior, n if n < FEW else max(2, self.recipe.folds))
 
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.

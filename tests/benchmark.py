@@ -79,11 +79,9 @@ def figures(sample, maps, scores):
 
 def verdicts(sample, scores, normal_scores):
     """False alarms and found defects in percent, at 1 % of the scores of good training images."""
-    threshold = np.quantile(normal_scores.numpy(), 0.99, method="higher")
-    flagged = scores.numpy() > threshold
-    bad = np.array([item.kind != "good" for item in sample.category.test])
-    row = {"false_alarms": flagged[~bad], "found": flagged[bad]}
-    return {name: 100 * v.mean() if len(v) else None for name, v in row.items()}
+    known = normal_scores.numpy()
+    said = evaluate.judge(scores.numpy(), known, evaluate.threshold_of(known, false_alarms=1))
+    return evaluate.alarm_rates([item.kind for item in sample.category.test], said)
 
 
 SCORING = ("from_landing", "calibrate", "prior", "score", "smooth")  # nothing is trained for these
@@ -343,7 +341,7 @@ def compare(args):
     """Print the couplings and the other detectors on each category.
 
     PatchCore and PaDiM on what they are usually given, and on the images and the grid that WT-Flow
-    has, where a memory of 10 % takes an hour.
+    has, but for the memory of 10 %, which is slow to choose there.
     """
     for category in categories_in(args.data):
         sample = read_sample(category, Recipe())
