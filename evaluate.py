@@ -27,8 +27,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Read as torch loads: a thread that waits leaves its core to others. Training alone is slower for it,
-# beside another busy process faster (python -m tests.benchmark speed; ACTIVE to compare).
+# Read as torch loads: a thread that waits leaves its core to others. Training alone is slower for
+# it, beside another busy process faster (python -m tests.benchmark speed; ACTIVE to compare).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
