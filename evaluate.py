@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +46,21 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff"),
     *(".webp", ".gif", ".ppm", ".pgm"),
 )
-GOOD = ("good", "ok", "okay", "normal", "pass")  # names of folders of good images, in any case
-TRUTH = ("ground_truth", "groundtruth", "masks", "mask", "gt")  # of folders of masks
-MASK_ENDS = ("_mask", "_gt", "-mask", "_label", "")  # of their files, after the image's stem
-NO_IMAGES = ("thumbs.db", "desktop.ini")  # what systems leave in folders
+# Names of folders, in the form of plain_name.
+GOOD = (
+    *("good", "ok", "okay", "io", "normal", "nominal", "pass", "passed", "healthy", "intact"),
+    *("defectfree", "nodefect", "nondefective", "anomalyfree", "noanomaly"),
+)
+BAD = (
+    *("bad", "ko", "ng", "nok", "nio", "notok", "fail", "failed", "reject", "faulty", "broken"),
+    *("defect", "defective", "anomaly", "anomalies", "anomalous", "abnormal"),
+)
+TRUTH = ("groundtruth", "mask", "gt")  # of folders of masks
+MASK_ENDS = (  # of their files, after the image's stem
+    *("_mask", "_gt", "-mask", "-gt", ".mask", "_label", "_labels", "_seg"),
+    *("_groundtruth", "_ground_truth", ""),
+)
+NO_IMAGES = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
 BATCH = 16  # images that are read and turned into features together
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
@@ -78,10 +90,17 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-@cache
-def say_once(text):
-    """A line on stderr about what was seen and how it is read, once in a run."""
-    print(f"note: {text}", file=sys.stderr)
+SAID = set()  # what say_once has spoken of
+
+
+def say_once(text, about=None):
+    """A line on stderr about what was seen and how it is read, once in a run.
+
+    about: of many lines about the same, only the first is said.
+    """
+    if (about or text) not in SAID:
+        SAID.add(about or text)
+        print(f"note: {text}", file=sys.stderr)
 
 
 def images_in(folder):
@@ -110,8 +129,11 @@ def all_files(folder, above=()):
 
 
 def images_under(folder):
-    """Image files among all_files(folder)."""
-    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
+    """Image files at any depth in a folder, but for those in folders of masks."""
+    images = [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
+    inside = [path.parent.relative_to(folder).parts for path in images]
+    masks = [any(plain_name(name) in TRUTH for name in names) for names in inside]
+    return [path for path, mask in zip(images, masks, strict=True) if not mask]
 
 
 def folders_in(folder):
@@ -120,29 +142,58 @@ def folders_in(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
+def plain_name(name):
+    """A name without its case, "_", "-" and spaces, in the singular."""
+    plain = re.sub(r"[\s_-]", "", name.casefold())
+    return plain if plain in GOOD + BAD else plain.removesuffix("s")
+
+
+def is_truth(folder):
+    return plain_name(folder.name) in TRUTH
+
+
 def is_good(folder):
     """Whether a folder's name says that its images are good. Raises InputError if it may."""
-    name = folder.name.casefold()
-    if name in GOOD:
+    if plain_name(folder.name) in GOOD:
         return True
-    for word in GOOD:
-        rest = name.removeprefix(word)
-        if rest != name and not rest[0].isalpha():
-            raise InputError(
-                f"{folder}: good images, or a defect? Put good ones under {word}/, or let the name "
-                f"of a defect not begin with {word}"
-            )
+    words = re.findall(r"[^\W\d_]+", folder.name.casefold())
+    maybe = [word for word in words if word in GOOD]
+    if maybe and words[0] not in ("not", "no", "non"):
+        raise InputError(
+            f"{folder}: good images, or a defect? Put good ones under {maybe[0]}/, or let the name "
+            f"of a defect not hold {maybe[0]}"
+        )
     return False
 
 
-def good_images(folder):
-    """Images of the folders in `folder` whose name says good, and of all folders in these."""
+def listed(paths):
+    """The names of paths in a line, at most four."""
+    return ", ".join([path.name for path in paths[:4]] + ["..."] * (len(paths) > 4))
+
+
+def good_folders(part):
+    """Folders of good images in train or test, by their names; of train else its only one, or
+    train itself. Raises InputError if train holds several and none is named good.
+    """
+    inside = folders_in(part)
+    found = [folder for folder in inside if is_good(folder)]
+    if found or part.name.casefold() != "train":
+        return found
+    filled = [folder for folder in inside if images_under(folder)]
+    if len(filled) > 1 and part_of(part.parent, "test").is_dir():
+        raise InputError(f"{part}: which of {listed(filled)} holds the good images? Call it good")
+    if images_in(part) and not filled:
+        return [part]
+    return [] if len(filled) != 1 or plain_name(filled[0].name) in BAD else filled
+
+
+def good_images(folders):
+    """Images of folders of good ones, and of all folders in these."""
     images = []
-    for inside in folders_in(folder):
-        if is_good(inside):
-            if inside.name != "good":
-                say_once(f"{inside}: taken as good images")
-            images += images_apart_from_masks(images_under(inside))[0]
+    for folder in folders:
+        if folder.name != "good":
+            say_once(f"{folder}: taken as good images")
+        images += images_apart_from_masks(images_under(folder))[0]
     return images
 
 
@@ -182,7 +233,7 @@ def find_mask(image, places):
     """
     stem, suffix = image.stem.casefold(), image.suffix.casefold()
     wanted = [f"{stem}{joint}{suffix[1:]}{end}" for joint in "_." for end in MASK_ENDS]
-    wanted += [stem + end for end in MASK_ENDS]
+    wanted += [stem + end for end in MASK_ENDS] + [f"mask_{stem}"]
     for place in places:
         found = {}
         for path in images_in(place):
@@ -199,14 +250,18 @@ def read_mvtec(root):
 
     Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
     """
-    truth = next((p for name in TRUTH if (p := child(root, name)) is not None), None)
-    kinds = [folder for folder in folders_in(part_of(root, "test")) if not is_good(folder)]
-    test = [Item(path, "good", ()) for path in good_images(part_of(root, "test"))]
+    train, test_folder = part_of(root, "train"), part_of(root, "test")
+    good, kinds = good_folders(train), [f for f in folders_in(test_folder) if not is_truth(f)]
+    as_in_train = [plain_name(folder.name) for folder in good]
+    good_kinds = good_folders(test_folder)
+    good_kinds = good_kinds or [f for f in kinds if plain_name(f.name) in as_in_train]
+    kinds = [folder for folder in kinds if folder not in good_kinds]
+    truth = truth_in(root) or truth_in(test_folder)
+    test = [Item(path, "good", ()) for path in good_images(good_kinds)]
     if kinds and not test:
-        names = ", ".join(folder.name for folder in kinds)
         say_once(
-            f"{root.name}: no good images in test (a folder {', '.join(GOOD)}): all of {names} are "
-            "taken as defects"
+            f"{root.name}: no good images in test (a folder good, ok, normal, ...): all of "
+            f"{listed(kinds)} are taken as defects"
         )
     for folder in kinds:
         test += defective_items(folder, truth)
@@ -215,9 +270,17 @@ def read_mvtec(root):
         for mask in item.masks or ():
             check_owners(mask, owners.setdefault(mask, item.path), item.path)
     test.sort(key=lambda item: item.path)
-    category = Category(root.name, "MVTec AD", good_images(part_of(root, "train")), test, None)
-    name_skipped(category, (part_of(root, "train"), part_of(root, "test")))
+    category = Category(root.name, "MVTec AD", good_images(good), test, None)
+    others = [folder for folder in folders_in(root) if folder not in (train, test_folder, truth)]
+    if others := [folder for folder in others if images_under(folder)]:
+        say_once(f"{root.name}: folders that are not read: {listed(others)}")
+    name_skipped(category, (train, test_folder))
     return category
+
+
+def truth_in(folder):
+    """The folder of masks in a folder, or None."""
+    return next((inner for inner in folders_in(folder) if is_truth(inner)), None)
 
 
 def defective_items(folder, truth):
@@ -228,7 +291,10 @@ def defective_items(folder, truth):
     items = []
     for path in images:
         inside = path.parent.relative_to(folder)
-        places = [path.parent] if beside else []
+        near = truth_in(path.parent)
+        places = [near] if near else []
+        if beside:
+            places.append(path.parent)
         if own:
             places.append(own / inside)
         if own and path.stem.casefold() not in direct:  # else the mask there is that of another
@@ -237,7 +303,7 @@ def defective_items(folder, truth):
             places.append(truth)
         mask = find_mask(path, places)
         expected = (truth or folder) / folder.name / inside / f"{path.stem}_mask.png"
-        items.append(Item(path, folder.name, (mask or expected,) if truth or beside else None))
+        items.append(Item(path, folder.name, (mask or expected,) if truth or places else None))
     return items
 
 
@@ -249,7 +315,15 @@ def check_owners(mask, one, other):
             "Let the folders of the masks be as those of the images"
         )
     if one != other:
-        say_once(f"{mask}: taken as the mask of {one.name} and of {other.name}")
+        say_once(
+            f"{mask}: taken as the mask of {one.name} and of {other.name}; masks of their own "
+            f"are {stem_and_suffix(one)}_mask.png and {stem_and_suffix(other)}_mask.png",
+            about=(mask.parent, "shared"),
+        )
+
+
+def stem_and_suffix(path):
+    return f"{path.stem}_{path.suffix[1:]}"
 
 
 def name_skipped(category, folders):
@@ -257,18 +331,20 @@ def name_skipped(category, folders):
     used = {*category.train, *(item.path for item in category.test)}
     used |= {mask for item in category.test for mask in item.masks or ()}
     images = {(path.parent, path.stem.casefold()) for path in used}
-    skipped = [
-        path
-        for folder in folders
-        for path in all_files(folder)
-        if path not in used
-        and path.name.casefold() not in NO_IMAGES
-        and (path.parent, mask_owner(path)) not in images
-    ]
+    files = [path for folder in folders for path in all_files(folder)]
+    files = [path for path in files if (path.parent, mask_owner(path)) not in images]
+    say_skipped(category.name, files, used)
+
+
+def say_skipped(name, files, used):
+    """Say which of the files are not among those used, and of which kinds they are."""
+    skipped = [path for path in files if path not in used]
+    skipped = [path for path in skipped if path.name.casefold() not in NO_IMAGES]
     if skipped:
         names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
         more = ", ..." if len(skipped) > 4 else ""
-        say_once(f"{category.name}: {len(skipped)} files are not read: {names}{more}")
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in skipped}))
+        say_once(f"{name}: {len(skipped)} files are not read: {names}{more} ({suffixes})")
 
 
 def read_flat(root):
@@ -277,6 +353,8 @@ def read_flat(root):
     for part, items in parts.items():
         for path in images_apart_from_masks(images_in(part_of(root, part)))[0]:
             mask = find_mask(path, [path.parent])
+            if mask is None and mask_owner(path):
+                continue  # a mask of no image: name_skipped says so
             if mask is None:
                 raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
                                  "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
@@ -329,15 +407,17 @@ def read_mvtec_3d(root):
 
 def read_visa(root):
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
-    split, train, test = root.parent / "split_csv/1cls.csv", [], []
+    split, train, test, left_out = root.parent / "split_csv/1cls.csv", [], [], []
     try:
         with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
             row |= {name: (row[name] or "").replace("\\", "/") for name in ("image", "mask")}
             path = root.parent / row["image"]
-            if row["split"] == "train":
+            if row["split"] == "train" and row["label"].casefold() in GOOD:
                 train.append(path)
+            elif row["split"] == "train":
+                left_out.append(path)
             elif row["label"].casefold() in GOOD:
                 test.append(Item(path, "good", ()))
             else:
@@ -347,6 +427,8 @@ def read_visa(root):
             f"{split}: not the split file of VisA ({e}): "
             "restore split_csv/1cls.csv from the download"
         ) from None
+    if left_out:
+        say_once(f"{root.name}: {len(left_out)} defective images in train are left out")
     category = Category(root.name, "VisA", train, test, None)
     name_skipped(category, (root / "Data/Images",))
     return category
@@ -361,36 +443,57 @@ def read_category(root):
     train, test = (images_in(part_of(root, name)) for name in ("train", "test"))
     if train and any(mask_owner(path) for path in train + test):
         return read_flat(root)
-    if not any(is_good(folder) for folder in folders_in(part_of(root, "train"))):
+    if not good_folders(part_of(root, "train")):
         return None
     if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
     return read_mvtec(root)
 
 
+def product_folder(folder):
+    """The folder of the product that a folder of images is of: of screw/train/good/day1, screw."""
+    for inner in (folder, *folder.parents):
+        if plain_name(inner.name) in GOOD and inner.parent.name.casefold() == "train":
+            return inner.parent.parent
+    while plain_name(folder.name) in (*GOOD, "train", "rgb", "image") and folder.parent != folder:
+        folder = folder.parent
+    return folder
+
+
 def read_images_only(folder):
-    """A folder of good images: a category named after it, or after the product it is of."""
-    named = folder
-    while named.name.casefold() in (*GOOD, "train", "rgb") and named.parent != named:
-        named = named.parent
-    inner = [inside.name for inside in folders_in(folder) if images_under(inside)]
-    if unclear := [name for name in inner if name.casefold() in ("train", "test", *TRUTH)]:
+    """A folder of good images: a category named after the product. Its data set's name goes first.
+
+    Raises InputError if some of the images may be those of defects.
+    """
+    inside = [inner for inner in folders_in(folder) if images_under(inner)]
+    good = [inner for inner in inside if is_good(inner)]
+    unclear = [inner for inner in inside if plain_name(inner.name) in (*BAD, "train", "test")]
+    if good:
+        unclear = [inner for inner in inside if inner not in good] or images_in(folder)
+    unclear += [inner for inner in folders_in(folder) if is_truth(inner)]
+    if unclear:
         raise InputError(
-            f"{folder}: images beside {', '.join(unclear)}: put the good ones under train/good"
+            f"{folder}: good images beside {listed(unclear)}: put the good ones under train/good, "
+            "defects under test/<defect>"
         )
-    if inner:
-        say_once(f"{folder}: images of {', '.join(inner)} are taken as good images too")
-    images = images_apart_from_masks(images_under(folder))[0]
-    category = Category(named.name, "folder of good images", images, [], None)
+    images, masks = images_apart_from_masks(images_under(folder))
+    if masks:
+        raise InputError(
+            f"{folder}: {min(masks).name} is the mask of an image, so not all are good: put the "
+            "good ones under train/good, defects under test/<defect>"
+        )
+    if inside:
+        say_once(f"{folder}: images of {listed(inside)} are taken as good images too")
+    product = product_folder(folder)
+    category = Category(product.name, "folder of good images", images, [], None)
     name_skipped(category, (folder,))
-    return named.parent.name, category
+    return product.parent.name, category
 
 
 def read_products(data):
     """Categories of a root whose sub-folders hold nothing but images, each a product."""
     folders = [folder for folder in folders_in(data) if images_under(folder)]
-    parts = ("train", "test", "good", *TRUTH)
-    if data.name.casefold() in parts or any(f.name.casefold() in (*parts, *GOOD) for f in folders):
+    if any(f.name.casefold() in ("train", "test") or is_truth(f) for f in (data, *folders)):
         return []
     if folders:
         names = ", ".join(folder.name for folder in folders)
@@ -422,7 +525,8 @@ def read_dataset(data, wanted=()):
     if found and not one:
         name = data.name
         name_unread(data, [c.name for c in found])
-    if not found and images_in(data):
+    named_good = any(plain_name(folder.name) in GOOD for folder in (data, *folders_in(data)))
+    if not found and (images_in(data) or named_good):
         name, one = read_images_only(data)
         found = [one]
     if not found:
@@ -494,7 +598,8 @@ def open_image(path):
         if halved and max(high for _, high in image.convert("RGB").getextrema()) < NEARLY_BLACK:
             say_once(
                 f"{path}: nearly black, as of 16 bits a colour the upper 8 are read: "
-                "save it in 8 bits, or in 16 as a grey image"
+                "save it in 8 bits, or in 16 as a grey image",
+                about=(path.parent, "halved"),
             )
         return image
 
@@ -525,6 +630,7 @@ def has_levels(image):
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
 OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
 NEARLY_BLACK = 16  # of 256 grey levels: an image that has no more is named
+FEW_COUNTS = 64  # below it a floating-point value is no count of 0..255
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 
 
@@ -537,17 +643,23 @@ def levels_of(path, image):
 
 
 def white_above(largest, real):
-    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point."""
-    usual = (1.0, *WHITES) if real else WHITES
-    return float(next((w for w in usual if largest <= w * (1 + OVERSHOOT * real)), largest))
+    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point.
+
+    A floating-point value below 1/4, or between 1 and FEW_COUNTS, is of no usual level: it is white
+    itself, as it would be near black below 1 or 255.
+    """
+    if real and largest < FEW_COUNTS:
+        usual = largest <= 0 or 0.25 <= largest <= 1 + OVERSHOOT
+        return 1.0 if usual else float(largest)
+    return float(next((w for w in WHITES if largest <= w * (1 + OVERSHOOT * real)), largest))
 
 
 def grey_level(paths):
     """The white level of a data set, from its training images; None if there are none.
 
-    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: 1 as well) that holds all of
-    them, so that the same value is the same grey in every image. It is kept with the model. An
-    image of 8 bits is read as it is. Says so where most images use few of the grey levels.
+    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: see white_above) that holds
+    all of them, so that the same value is the same grey in every image. It is kept with the model.
+    An image of 8 bits is read as it is. Says so where most images use few of the grey levels.
     """
     highest, ranges, real = 0.0, [], False
     for path in paths:
@@ -608,14 +720,17 @@ def read_mask(path, size):
 
     A palette is read by its colours. What JPEG or resizing left is defective from half of the
     largest value on; small numbers are labels, all of them defective. Says what it saw where that
-    is no plain mask. Raises InputError if the mask is not of `size`, (H, W).
+    is no plain mask, once for each folder. Raises InputError if the mask is not of `size`, (H, W).
     """
     image = open_image(path)
     if image.mode == "P":
         indices = np.asarray(image) != 0
         image = image.convert("RGB")
         if (indices != (np.asarray(image).max(2) != 0)).any():
-            say_once(f"{path}: a mask with a palette, read by its colours: black is defect-free")
+            say_once(
+                f"{path}: a mask with a palette, read by its colours: black is defect-free",
+                about=(path.parent, "palette"),
+            )
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
@@ -630,11 +745,17 @@ def read_mask(path, size):
     faint = ((seen > 0) & (seen < FAINT * seen[-1])).any()
     if bright and (len(seen) > GREYS or faint):
         half = float(seen[-1]) / 2
-        say_once(f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on")
+        say_once(
+            f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on",
+            about=(path.parent, "grey"),
+        )
         values = np.where(values >= half, values, 0)
     share = (values != 0).mean()
     if share > 0.5:
-        say_once(f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?")
+        say_once(
+            f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?",
+            about=(path.parent, "inverted"),
+        )
     return values
 
 
@@ -977,7 +1098,8 @@ def write_whole(path, write):
         write(temporary)
         put_in_place(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file
+            temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
         raise cannot_write(path, e) from None
@@ -1139,6 +1261,8 @@ def load_model(path, device="cpu", weights=None):
             raise ValueError("its weights are not finite")
         detector.white = None if state.get("white") is None else float(state["white"])
         return detector.to(device)
+    except InputError as e:  # its extractor has no weights here
+        raise InputError(f"{path}: {e}") from None
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(
@@ -1696,6 +1820,8 @@ def images_outside(folder, out):
     paths = images_under(folder)
     if not paths:
         raise InputError(f"{folder}: no images in this folder ({', '.join(SUFFIXES)})")
+    written = all_files(out) if out and out.is_dir() else []
+    say_skipped(folder.resolve().name, all_files(folder), {*paths, *written})
     if out is None or out.suffix.lower() == ".csv":
         return paths
     if out.resolve() == folder.resolve():
@@ -1891,8 +2017,9 @@ def check_false_alarms(percent):
 def check_options(args):
     """Raises InputError for what argparse lets pass."""
     check_false_alarms(args.false_alarms)
-    if getattr(args, "data", None) == "":
-        raise InputError("--data is empty: give a folder")
+    for name in ("data", "out"):
+        if getattr(args, name, None) == "":
+            raise InputError(f"--{name} is empty: give a path")
 
 
 def main(argv=None):
@@ -1936,6 +2063,10 @@ def main(argv=None):
     given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
     if args.out and "image" not in given:
         raise InputError("--out: goes with --image: models and tables stay in --run")
+    if args.category and "data" not in given:
+        raise InputError("--category: goes with --run and --data")
+    if "export" in given and (args.euler_steps > 1 or args.save_maps):
+        raise InputError("--export: goes without --euler-steps and --save-maps")
     if args.euler_steps > 1:
         print("threshold and p-values are those of one Euler step", file=sys.stderr)
     if given == {"model", "export"}:

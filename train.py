@@ -39,9 +39,10 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     recipe = wtflow.recipe_for(recipe, train_sizes)
     print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
     mine, state = signature(category, recipe, seed), None
+    finished = {**mine, "false_alarms": args.false_alarms}  # training does not depend on them
     source = source_of(category)
     if args.resume and model_file.exists():
-        row = continued(model_file, mine)["row"]
+        row = continued(model_file, finished)["row"]
         if not (folder / "scores.png").exists():  # stopped between the model and its pictures
             evaluate.draw_again(folder, category, args, device)
         return row
@@ -87,7 +88,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
     (folder / "scores.png").unlink(missing_ok=True)  # drawn last: there when all pictures are
-    evaluate.save_model(model_file, detector, signature=mine, row=row, source=source)
+    evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
     return row
@@ -195,6 +196,10 @@ def run(args, recipe, seed, out, data, device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name, categories = evaluate.read_dataset(data, args.category)
     folder = out / name
+    for category in categories:
+        place = folder / category.name
+        if category.train[0].parent.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"--out {out}: {place} holds the data set: give another --out")
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         for k, category in enumerate(categories):
             if k % world == rank:

@@ -1087,8 +1087,10 @@ def load_extractor(backbone, weights=None):
         raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
         reason = str(e).splitlines()[0]
+        if isinstance(e, pickle.UnpicklingError):  # torch says how to run what is in the file
+            reason = "not a file of tensors"
         raise InputError(
-            f"{weights}: not a state dict of {backbone} ({reason}): pass its own weights file"
+            f"{weights}: not a state dict of {backbone} ({reason}): pass its own with --weights"
         ) from None
     fold_batch_norms(net.eval())
     return net.requires_grad_(False)

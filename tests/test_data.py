@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import make_mvtec, picture, save
+from conftest import make_mvtec, picture, run, save, succeeds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -69,6 +69,9 @@ def test_visa(tmp_path):
     by_hand = "\r\n".join(rows).replace("/", "\\").replace("normal", "Normal")
     (root / "split_csv/1cls.csv").write_bytes(b"\xef\xbb\xbf" + by_hand.encode())
     assert read_dataset(root)[1] == [c]
+    mixed = by_hand.replace("test,anomaly", "train,anomaly")
+    (root / "split_csv/1cls.csv").write_text(mixed)
+    assert counts(read_dataset(root)[1][0]) == ("VisA", 3, {"good": 2})
     (root / "split_csv/1cls.csv").write_text("\n".join(rows).replace(",", ";"))
     with pytest.raises(InputError, match="1cls.csv"):
         read_dataset(root)
@@ -366,7 +369,7 @@ def renamed(root, old, new):
     return root
 
 
-@pytest.mark.parametrize("name", ["ok", "OK", "Good", "normal"])
+@pytest.mark.parametrize("name", ["ok", "OK", "Good", "normals", "io", "Defect-Free"])
 def test_good_images_under_another_name_are_good(tmp_path, capsys, name):
     root = make_mvtec(tmp_path / "d") / "bolt"
     renamed(renamed(root, "train/good", f"train/{name}"), "test/good", f"test/{name}")
@@ -375,12 +378,57 @@ def test_good_images_under_another_name_are_good(tmp_path, capsys, name):
     assert f"{name}: taken as good images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["good_monday", "ok-2", "normal.1"])
+@pytest.mark.parametrize("name", ["good_monday", "ok-2", "normal.1", "all ok"])
 def test_folders_that_may_be_good_or_not_are_refused(tmp_path, name):
     root = make_mvtec(tmp_path / "d") / "bolt"
     save(root / "test" / name / "000.png", picture(9)[0])
     with pytest.raises(InputError, match=f"{name}: good images, or a defect"):
         read_dataset(tmp_path / "d")
+
+
+def test_what_is_called_as_in_train_is_good(tmp_path):
+    root = renamed(make_mvtec(tmp_path / "d") / "bolt", "test/good", "test/fine")
+    (c,) = read_dataset(renamed(root, "train/good", "train/fine"))[1]
+    assert counts(c)[1:] == (6, {"dent": 3, "good": 3})
+    shutil.copytree(root / "train/fine", root / "train/new")
+    with pytest.raises(InputError, match="which of fine, new holds the good images"):
+        read_dataset(root)
+    renamed(renamed(root, "train", "x"), "x/fine", "train")
+    renamed(root, "test/fine", "test/ok")
+    (c,) = read_dataset(root)[1]  # images right in train
+    assert counts(c)[1:] == (6, {"dent": 3, "good": 3})
+
+
+def test_defects_are_never_taken_for_good_images(tmp_path):
+    for kind in ("good", "bad"):
+        save(tmp_path / f"d/nut/{kind}/0.png", picture(1)[0])
+    for data in (tmp_path / "d", tmp_path / "d/nut"):
+        with pytest.raises(InputError, match="good images beside bad"):
+            read_dataset(data)
+    save(tmp_path / "e/masks/0.png", picture(1)[0])
+    save(tmp_path / "e/nut/0.png", picture(1)[0])
+    with pytest.raises(InputError, match="no category here"):
+        read_dataset(tmp_path / "e")
+    shutil.rmtree(tmp_path / "d/nut/bad")
+    assert counts(read_dataset(tmp_path / "d/nut")[1][0])[1] == 1
+    save(tmp_path / "d/nut/good/0_label.bmp", picture(1)[0])  # KolektorSDD
+    with pytest.raises(InputError, match="0_label.bmp is the mask of an image"):
+        read_dataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("place", ["test/ground_truth/dent", "test/dent/Masks"])
+def test_folders_of_masks_in_test_are_no_defects(tmp_path, place):
+    root = renamed(make_mvtec(tmp_path / "d") / "bolt", "ground_truth/dent", place)
+    renamed(root, "ground_truth", "labels/x")
+    (c,) = read_dataset(root)[1]
+    found = [item.masks[0].parent for item in c.test if item.kind == "dent"]
+    assert counts(c)[2] == {"good": 3, "dent": 3} and found == [root / place] * 3
+
+
+def test_folders_of_a_category_that_are_not_read_are_named(tmp_path, capsys):
+    root = renamed(make_mvtec(tmp_path / "d") / "bolt", "ground_truth", "labels")
+    assert all(item.masks is None for item in read_dataset(root)[1][0].test if item.kind == "dent")
+    assert "bolt: folders that are not read: labels" in capsys.readouterr().err
 
 
 def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
@@ -398,7 +446,7 @@ def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
     assert counts(c)[1:] == (11, {"good": 3, "dent": 4})
     assert evaluate.masks_of(c.test[3], (40, 48))[1].sum() == mask.sum()
     said = capsys.readouterr().err
-    assert "bolt: 2 files are not read: good/b.heic, dent/readme.txt" in said
+    assert "bolt: 2 files are not read: good/b.heic, dent/readme.txt (.heic, .txt)" in said
 
 
 def test_a_link_back_to_a_folder_above_ends(tmp_path):
@@ -448,14 +496,17 @@ def test_train_and_test_in_capitals_and_no_folder_that_says_good(tmp_path, capsy
     assert "all of dent, gut are taken as defects" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("end", [".PNG", "_mask.PNG", ".tif", "_gt.png", "_GT.bmp", "_Mask.jpg"])
-@pytest.mark.parametrize("truth", ["ground_truth", "masks", "GT"])
-def test_masks_are_found_under_any_usual_name(tmp_path, end, truth):
+MASKS = "0.PNG 0_mask.PNG 0.tif 0_gt.png 0_GT.bmp 0_Mask.jpg 0_seg.gif mask_0.png"
+
+
+@pytest.mark.parametrize("name", MASKS.split())
+@pytest.mark.parametrize("truth", ["Ground Truth", "masks", "GT"])
+def test_masks_are_found_under_any_usual_name(tmp_path, name, truth):
     root = make_mvtec(tmp_path / "d", bad=1) / "bolt"
     old = root / "ground_truth/dent/000_mask.png"
     mask = np.asarray(Image.open(old))
     old.unlink()
-    save(root / f"ground_truth/dent/000{end}", mask)
+    save(root / "ground_truth/dent" / name.replace("0", "000"), mask)
     renamed(renamed(root, "ground_truth", "x"), "x", truth)
     (c,) = read_dataset(tmp_path / "d")[1]
     assert evaluate.masks_of(c.test[0], (40, 48))[1].sum() == (mask > 0).sum()
@@ -494,15 +545,19 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     noisy = np.where(mask, 249, 0) + rng.integers(0, 7, mask.shape)
     save(tmp_path / "noisy.png", noisy)
-    save(tmp_path / "few.png", np.where(mask, 254, 0) + (noisy % 2))  # values 0, 1, 254, 255
-    Image.fromarray((noisy / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    few = np.where(mask, 254, 0) + (noisy % 2)  # values 0, 1, 254, 255
+    save(tmp_path / "b/few.png", few)
+    save(tmp_path / "b/more.png", few)
+    (tmp_path / "c").mkdir()
+    Image.fromarray((noisy / 255).astype(np.float32)).save(tmp_path / "c/float.tif")
     save(tmp_path / "labels.png", mask * np.where(np.arange(48) > 18, 255, 90))
     save(tmp_path / "inverted.png", 255 * ~mask)
     palette = Image.fromarray((~mask).astype(np.uint8), "P")
     palette.putpalette([255, 255, 255, 0, 0, 0])  # defective white is index 0
     palette.save(tmp_path / "palette.png")
     save(tmp_path / "visa.png", mask * 4)
-    plain = ("noisy.png", "few.png", "float.tif", "labels.png", "palette.png", "visa.png")
+    plain = ("noisy.png", "b/few.png", "b/more.png", "c/float.tif", "labels.png")
+    plain += ("palette.png", "visa.png")
     read = {n: read_mask(tmp_path / n, mask.shape) != 0 for n in plain}
     assert all((values == mask).all() for values in read.values())
     assert (read_mask(tmp_path / "inverted.png", mask.shape) != 0).sum() == (~mask).sum()
@@ -511,7 +566,7 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
     words = ("grey values", "grey values", "grey values", "inverted?", "a palette")
     for name, word in zip(names, words, strict=True):
         assert sum(name in line and word in line for line in said.splitlines()) == 1
-    assert "visa" not in said and "labels" not in said
+    assert not any(name in said for name in ("visa", "labels", "more"))  # once in a folder
 
 
 @pytest.mark.parametrize(
@@ -523,6 +578,8 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
         (np.uint16, 60000, 65535),
         (np.int32, 255, 255),
         (np.float32, 1.003, 1),
+        (np.float32, 1.25, 1.25),
+        (np.float32, 0.125, 0.125),
         (np.float32, 4095, 4095),
     ],
 )
@@ -640,6 +697,9 @@ def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
     (c,) = read_dataset(tmp_path / "k")[1]
     assert counts(c) == ("KolektorSDD2", 4, {"good": 3, "defect": 1})
     assert "1 defective images in train are left out" in capsys.readouterr().err
+    save(tmp_path / "k/test/9_GT.png", mask * 255)
+    assert counts(read_dataset(tmp_path / "k")[1][0])[2] == {"good": 3, "defect": 1}
+    assert "k: 1 files are not read: test/9_GT.png" in capsys.readouterr().err
 
 
 def test_products_given_by_their_good_images_are_told_apart(tmp_path, capsys):
@@ -649,6 +709,10 @@ def test_products_given_by_their_good_images_are_told_apart(tmp_path, capsys):
     for name in ("screw", "nut"):
         dataset, (c,) = read_dataset(tmp_path / f"parts/{name}/train/good")
         assert (dataset, c.name) == ("parts", name)
+    save(tmp_path / "parts/bolt/train/good/day1/0.png", picture(1)[0])
+    for deeper in ("train", "train/good", "train/good/day1"):
+        dataset, (c,) = read_dataset(tmp_path / "parts/bolt" / deeper)
+        assert (dataset, c.name) == ("parts", "bolt")
     assert [c.name for c in read_dataset(tmp_path / "only")[1]] == ["nut", "screw"]
     assert "taken as 2 products" in capsys.readouterr().err
     save(tmp_path / "half/test/dent/0.png", picture(1)[0])
@@ -659,9 +723,12 @@ def test_products_given_by_their_good_images_are_told_apart(tmp_path, capsys):
 def test_many_regions_take_their_own_boxes_alone(tmp_path):
     mask = np.zeros((600, 600), bool)
     mask[::20, ::20] = True
+    mask[2:19, [2, 18]] = mask[18, 2:19] = True  # around nothing
+    mask[10, 10] = True  # in its box
     Image.fromarray(np.uint8(mask) * 255).save(tmp_path / "m.png")
     regions, _ = evaluate.masks_of(evaluate.Item(None, "pore", (tmp_path / "m.png",)), mask.shape)
-    assert len(regions) == 900 and sum(region.size for _, region, _ in regions) == 900
+    assert sum(region.size for _, region, _ in regions) == 901 + 17 * 17
+    assert sum(region.sum() for _, region, _ in regions) == mask.sum() and len(regions) == 902
 
 
 def test_a_tall_strip_is_read(tmp_path):
@@ -675,6 +742,18 @@ def test_resolution_says_what_a_defect_needs():
     assert "a cell of the map covers 8 x 8" in small and "--image-size" not in small
     large = train.resolution(wtflow.Recipe(aspect=0.75), [(1500, 2000)] * 3)
     assert "covers 44 x 44" in large and "--image-size, up to 864" in large
+
+
+def test_files_of_a_folder_that_are_no_images_are_named_when_it_is_scored(trained, tmp_path):
+    save(tmp_path / "in/day1/a.webp", picture(1)[0])
+    np.save(tmp_path / "in/b.npy", picture(1)[0])
+    table = ("--out", tmp_path / "in/scores.csv")
+    command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image", tmp_path / "in")
+    result = succeeds(run(*command, *table))
+    assert "in: 1 files are not read: in/b.npy (.npy)" in result.stderr
+    assert "day1/a.webp" in result.stdout
+    again = succeeds(run(*command, *table))  # the table of the first is no file that was left out
+    assert "files are not read" not in again.stderr
 
 
 def test_without_file_locks_a_run_goes_on(tmp_path, monkeypatch):

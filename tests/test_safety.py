@@ -66,8 +66,8 @@ def no_table(folder):
 def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
     path = make_mvtec(tmp_path / "d") / "bolt" / where
     path.write_bytes(path.read_bytes()[:50] if blob is None else blob)
-    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY), path.name)
-    assert no_table(tmp_path / "d")
+    fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o", *TINY), path.name)
+    assert no_table(tmp_path)
 
 
 def test_mask_of_another_size(tmp_path):

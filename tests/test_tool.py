@@ -343,6 +343,14 @@ def test_export_scores_as_the_model_does(model, tmp_path, monkeypatch):
         ("train.py", ("--set", "batch=2.5"), ("batch=2.5", "1024")),
         ("train.py", ("--image", "x.png"), ("--image",)),
         ("train.py", ("--data", ""), ("--data is empty",)),
+        ("train.py", ("--out", ""), ("--out is empty",)),
+        ("train.py", ("--weights", __file__), ("not a file of tensors", "--weights", "!arbitrary")),
+        ("evaluate.py", ("--model", "x.pt", "--image", ".", "--category", "a"), ("--category",)),
+        (
+            "evaluate.py",
+            ("--model", "x.pt", "--export", "a.pt2", "--euler-steps", 2),
+            ("--export", "--euler-steps"),
+        ),
         ("evaluate.py", ("--run", ".", "--out", "x"), ("--out", "--image")),
         ("evaluate.py", ("--run", ".", "--model", "x.pt"), ("no other two",)),
         ("train.py", ("--false-alarms", 100), ("--false-alarms 100",)),
@@ -354,9 +362,31 @@ def test_export_scores_as_the_model_does(model, tmp_path, monkeypatch):
 )
 def test_slips_end_in_one_true_line(tmp_path, monkeypatch, data, command, options, words):
     monkeypatch.chdir(tmp_path)
-    more = ("--data", data) if "--image" not in options else ()
-    fails(run(command, *more, *options), *words)
+    more = ("--data", data) if not {"--image", "--export"} & {*options} else ()
+    result = run(command, *more, *options)
+    fails(result, *(word for word in words if word[0] != "!"))
+    assert not any(word[1:] in result.stderr for word in words if word[0] == "!")
     assert not list(tmp_path.iterdir())
+
+
+def test_out_in_the_data_set_and_another_rate_on_resume_are_refused(data, trained, tmp_path):
+    before = sorted(data.rglob("*"))
+    for where in (data, data / "bolt"):
+        fails(run("train.py", "--data", where, "--out", data.parent, *TINY), "--out", "data set")
+    assert sorted(data.rglob("*")) == before
+    command = ("--data", data, "--out", trained[0].parent, *TINY, "--resume", "--false-alarms", 20)
+    fails(run("train.py", *command), "false_alarms 1.0 there, 20.0 here")
+
+
+def test_a_fault_is_named_where_it_is(data, model, tmp_path):
+    """Weights that are missing are no fault of the model, nor a folder that is a file of a disk."""
+    command = ("--model", model, "--image", data / "bolt/test/dent/000.png")
+    result = run("evaluate.py", *command, "--weights", tmp_path / "none.pth")
+    fails(result, "none.pth", "--weights")
+    assert "recipe" not in result.stderr
+    (tmp_path / "file").write_text("")
+    result = run("evaluate.py", *command, "--out", tmp_path / "file/a.png")
+    fails(result, "a.png", "cannot be written", "--out")
 
 
 def test_a_run_without_models_says_so(data, model, tmp_path):
