@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -895,12 +896,16 @@ class Verdict(NamedTuple):
 
 
 def threshold_of(normal_scores, false_alarms):
-    """Score that `false_alarms` percent of new good images exceed, from scores (n,) of good ones.
+    """Score that at most `false_alarms` percent of new good images exceed, on average.
 
-    normal_scores: Detector.normal_scores, of training images, each by a field and under a law that
-    have not seen it. Their quantile, taken upwards: of less than 100 images 1 % is their largest.
+    normal_scores (n,): Detector.normal_scores, of training images, each by a field and under a law
+    that have not seen it. The ceil((n + 1) (1 - a))-th smallest: a new score that is exchangeable
+    with them exceeds it with a probability of a = false_alarms / 100 at most. Of fewer than 99
+    images it is the largest, for 1 %, and that promises less: few_images.
     """
-    return float(np.quantile(normal_scores, 1 - false_alarms / 100, method="higher"))
+    n = len(normal_scores)
+    rank = math.ceil((n + 1) * (1 - false_alarms / 100) - 1e-9)  # 200 * 0.99 may exceed 198
+    return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
 
 
 def few_images(normal_scores, false_alarms):

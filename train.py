@@ -26,7 +26,7 @@ import evaluate
 import wtflow
 from wtflow import InputError
 
-DEMO_STEPS = 300  # the demo's categories are small; all else is the default of wtflow.Recipe
+DEMO_STEPS = 200  # the demo's categories are small; all else is the default of wtflow.Recipe
 OWN_OPTIONS = ("backbone", "image_size", "steps", "coupling", "strength")  # the rest: --set
 
 

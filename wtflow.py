@@ -91,7 +91,7 @@ class Recipe:
     # Scoring
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
-    folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by the field of all
+    folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by that of all
     prior: float = 2.0  # [ours] weight of the pooled covariance there, in d images
     score: str = "max"  # [ours] "max" or "released"
     smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
@@ -603,7 +603,8 @@ class Detector(nn.Module):
         self.normal_whitening = inverse_factor(towards_pooled(S, n, prior)).clone()
         if n < 3:
             return block_distance(e.float(), mean, self.normal_whitening)
-        return left_out_distance(e, mean, S, prior, n if n < FEW else max(2, self.recipe.folds))
+        folds = n if n < FEW else max(2, count_folds(self.recipe, n))
+        return left_out_distance(e, mean, S, prior, folds)
 
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
@@ -697,12 +698,18 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def count_fields(recipe, n):
-    """How many fields are fitted to n images: one for each fold, and one to all. [ours]
+FEW_TO_SPARE = 100  # images below which a fold may take only half as many
 
-    Image k is of fold k % folds. Without folds where there are fewer than two images for each.
+
+def count_folds(recipe, n):
+    """How many folds n images are split into; image k is of fold k % folds. [ours]
+
+    Twice recipe.folds where there are few: a field that lacks half of 20 images says little about
+    one that has them all. At most n, and none for a single image.
     """
-    return 1 + (recipe.folds if n >= 2 * recipe.folds else 0)
+    if n < 2:
+        return 0
+    return min(n, recipe.folds * (2 if n < FEW_TO_SPARE else 1))
 
 
 def without_fold(x_0, k, recipe):
@@ -711,7 +718,8 @@ def without_fold(x_0, k, recipe):
     As if those of the fold did not exist: the others are whitened anew, by themselves. With few
     images this takes back what the whitening owes to the ones left out.
     """
-    others = x_0[torch.arange(len(x_0)) % recipe.folds != k]
+    folds = count_folds(recipe, len(x_0))
+    others = x_0[torch.arange(len(x_0)) % folds != k]
     others = others.contiguous(memory_format=torch.channels_last)
     if recipe.norm != "zca":
         return others, None
@@ -730,7 +738,7 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
     and at the end of each field; with such a state the run goes on from there, the same to the last
     bit. Raises InputError if the loss is not finite.
     """
-    recipe, count = detector.recipe, count_fields(detector.recipe, len(x_0))
+    recipe, count = detector.recipe, 1 + count_folds(detector.recipe, len(x_0))
     finished, running = ([], None) if state is None else (state["finished"], state["running"])
     fields, whitenings = [], []
     for k in range(count):

@@ -36,6 +36,8 @@ def test_threshold_and_p_value_by_hand():
     assert evaluate.threshold_of(known, 1) == 199  # two are not below it, one is above
     assert evaluate.threshold_of(known, 5) == 191
     assert evaluate.threshold_of(known[:50], 1) == evaluate.threshold_of(known[:50], 0) == 50
+    assert evaluate.threshold_of(known[:150], 1) == 150  # ceil(151 * 0.99); its second would not do
+    assert evaluate.threshold_of(known[:199], 1) == 198  # exactly 2 of 200 are allowed above
     verdicts = evaluate.judge([199.0, 199.5, 500.0, 0.0], known, 199.0)
     assert [v.verdict for v in verdicts] == ["good", "defect", "defect", "good"]
     assert [v.p_value * 201 for v in verdicts] == pytest.approx([3, 2, 1, 201])

@@ -314,8 +314,9 @@ def test_each_image_is_judged_by_the_field_of_its_fold():
 
 
 def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
-    counts = {n: wtflow.count_fields(Recipe(folds=2), n) for n in (1, 3, 4, 9)}
-    assert counts == {1: 1, 3: 1, 4: 3, 9: 3} and wtflow.count_fields(Recipe(folds=0), 9) == 1
+    counts = {n: wtflow.count_folds(Recipe(folds=2), n) for n in (1, 2, 3, 9, 99, 100)}
+    assert counts == {1: 0, 2: 2, 3: 3, 9: 4, 99: 4, 100: 2}
+    assert wtflow.count_folds(Recipe(folds=0), 9) == 0
     detector, used = Detector(tiny(folds=2, norm="layer")), []
 
     def loss(field, batch, *args, **options):
@@ -325,16 +326,17 @@ def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
     x_0 = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 176, 2, 2)  # channels name the image
     monkeypatch.setattr(wtflow, "flow_matching_loss", loss)
     wtflow.train_field(detector, x_0, 0)
-    assert [set.union(*used[k : k + 4]) for k in (0, 4, 8)] == [{1, 3, 5}, {0, 2, 4}, {*range(6)}]
+    seen = [set.union(*used[k : k + 4]) for k in range(0, 20, 4)]
+    assert [{*range(6)} - images for images in seen] == [{0, 4}, {1, 5}, {2}, {3}, set()]
 
 
 def test_the_others_of_a_fold_are_whitened_by_themselves():
     x_0 = gaussian((9, 3, 4, 4)) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1) + 5
-    others, whitening = wtflow.without_fold(x_0, 1, Recipe(folds=3, shrinkage=0.0))
+    others, whitening = wtflow.without_fold(x_0, 1, Recipe(folds=3, shrinkage=0.0))  # of 6 folds
     rows = others.movedim(1, -1).reshape(-1, 3)
-    assert others.shape == (6, 3, 4, 4)
+    assert others.shape == (7, 3, 4, 4)
     assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
-    by_hand = wtflow.whiten(x_0[[0, 2, 3, 5, 6, 8]], *whitening)
+    by_hand = wtflow.whiten(x_0[[0, 2, 3, 4, 5, 6, 8]], *whitening)
     assert torch.allclose(others, by_hand, atol=1e-5)
 
 
