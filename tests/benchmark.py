@@ -1,6 +1,7 @@
 """The figures that the READMEs quote, each from one command.
 
     python -m tests.benchmark speed                    milliseconds of each stage, beside a bound
+    python -m tests.benchmark memory                   peak MiB of training and of scoring
     python -m tests.benchmark compare --data D [D ..]  couplings and other detectors, side by side
     python -m tests.benchmark strength --data D [D ..] worst transport of any strength, rFM, OT-CFM
     python -m tests.benchmark ablation --data D [D ..] what each setting of the recipe is worth
@@ -15,9 +16,11 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in evaluate.py
@@ -25,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in evaluate.py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -33,6 +37,7 @@ from wtflow import PAPER, Detector, InputError, Recipe
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 MIB = 2**20
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 # ---- 1. One category, its features, and the figures of a method ----------------------------------
@@ -232,8 +237,7 @@ def fit_patchcore(sample, seed, share):
     rows = to_rows(sample.train)
     memory = rows[greedy_coreset(rows, int(share * len(rows)), seed)].float()
 
-    def score():
-        x = sample.test
+    def score(x):
         distances, index = nearest(to_rows(x), memory)
         distances, index = distances.view(len(x), -1), index.view(len(x), -1)
         scores = reweighted(x, distances, index, memory)
@@ -256,9 +260,9 @@ def fit_padim(sample, seed):
         inverse.append(torch.linalg.inv(S + RIDGE * torch.eye(d)))
     mean, inverse = torch.cat(mean), torch.cat(inverse)
 
-    def score():
+    def score(features):
         maps = []
-        for x in sample.test.split(wtflow.SCORED):
+        for x in features.split(wtflow.SCORED):
             e = x.float().flatten(2).permute(2, 0, 1) - mean
             square = (torch.bmm(e, inverse) * e).sum(2).clamp_min(0)
             grid = square.sqrt().T.reshape(len(x), *x.shape[2:])
@@ -276,6 +280,17 @@ class Still(torch.nn.Module):
         return torch.zeros_like(x)
 
 
+def fit_flow(sample, seed):
+    """WT-Flow itself, as a detector among the others."""
+    detector = Detector(sample.recipe)
+    detector.fit_whitening(sample.train)
+    x_0 = detector.normalise(sample.train)
+    wtflow.train_field(detector, x_0, seed)
+    detector.calibrate(x_0)
+    kept = detector.state_dict().values()
+    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
+
+
 def fit_mahalanobis(sample, seed):
     """Our whitening, calibration and scorer with no field: what is left is Mahalanobis by place."""
     recipe = replace(sample.recipe, from_landing=False)
@@ -284,15 +299,15 @@ def fit_mahalanobis(sample, seed):
     detector.fit_whitening(sample.train)
     detector.calibrate(detector.normalise(sample.train))
     kept = detector.state_dict().values()
-    return lambda: detector.score(detector.normalise(sample.test)), kept, detector.normal_scores
+    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
 
 
 def timed(sample, fit, seed):
-    """The row of another detector: fit(sample, seed) -> (function without arguments, tensors)."""
+    """The row of another detector: fit(sample, seed) -> (features -> maps and scores, tensors)."""
     began = time.perf_counter()
     score, kept, *normal_scores = fit(sample, seed)
     trained = time.perf_counter()
-    maps, scores = score()
+    maps, scores = score(sample.test)
     done = time.perf_counter()
     row = figures(sample, maps, scores)
     if normal_scores:
@@ -532,10 +547,36 @@ def speed(args):
     )
     with torch.inference_mode():
         stage_table(device)
+    peers()
     print(
         f"20 training steps: {alone:.0f} ms alone, {beside:.0f} ms beside a busy process, "
         f"{beside / alone:.1f} times"
     )
+
+
+def peers(n=100):
+    """Print WT-Flow beside other detectors on the same features, those of n images of noise.
+
+    Training from features; milliseconds from a tensor of an image to its map and score.
+    """
+    recipe = replace(Recipe(), image_size=256, aspect=1.0)
+    net, table = Detector(recipe), []
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (n, 3, 256, 256), dtype=torch.uint8, generator=generator)
+    sample = Sample(None, recipe, net.features(images).half(), None, [])
+    methods = {"WT-Flow": fit_flow, "Mahalanobis, no field": fit_mahalanobis, **OTHERS}
+    for name, fit in methods.items():
+        began = time.perf_counter()
+        score, kept, *_ = fit(sample, 0)
+        table.append({"method": name, "train_s": time.perf_counter() - began, "mib": mib(kept)})
+        for batch in (1, 16):
+
+            def arrow(score=score, few=images[:batch]):
+                return score(net.features(few))
+
+            median, _ = milliseconds(arrow, net.device, repeats=5)
+            table[-1][f"ms_per_image_batch_{batch}"] = median / batch
+    evaluate.print_table([*table[0]], table)
 
 
 def stage_table(device):
@@ -578,18 +619,53 @@ def stage_table(device):
     )
 
 
+def memory(args):
+    """Print the peak resident size of the commands that train on n images, and that score them.
+
+    Each is a process of its own. The images are links to one of noise, of 320 x 320 pixels.
+    """
+    rows = []
+    for n in args.images:
+        with tempfile.TemporaryDirectory() as folder:
+            good = Path(folder, "parts/noise/train/good")
+            good.mkdir(parents=True)
+            pixels = np.random.default_rng(0).integers(0, 256, (320, 320, 3), np.uint8)
+            Image.fromarray(pixels).save(good / "0.png")
+            for k in range(1, n):
+                (good / f"{k}.png").symlink_to(good / "0.png")
+            out = Path(folder, "runs")
+            train = ("train.py", "--data", good.parents[1], "--out", out, "--steps", "5")
+            model = out / "parts/noise/model.pt"
+            scores = ("evaluate.py", "--model", model, "--image", good, "--out", out / "s.csv")
+            row = {"images": n, "train_mib": peak_of(train), "score_mib": peak_of(scores)}
+            rows.append(row)
+    evaluate.print_table([*rows[0]], rows)
+
+
+def peak_of(command):
+    """Peak resident size in MiB of a command of this repository. Raises InputError if it fails."""
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([sys.executable, root / command[0], *command[1:]], **SILENT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise InputError(f"{command[0]}: ended with {status}: run it by itself to see why")
+    return usage.ru_maxrss / 1024
+
+
 # ---- 5. The command ------------------------------------------------------------------------------
 def main(argv=None):
     parser = evaluate.OneLineParser(prog="python -m tests.benchmark", description=__doc__)
     add = parser.add_argument
-    commands = {"speed": speed, "compare": compare, "strength": strength, "ablation": ablation}
+    commands = {"speed": speed, "memory": memory, "compare": compare}
+    commands |= {"strength": strength, "ablation": ablation}
     add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for speed")
+    add("--images", nargs="+", type=int, default=[200, 1600], help="for memory (default: 200 1600)")
     add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)
-    if args.what != "speed" and not args.data:
+    if args.what not in ("speed", "memory") and not args.data:
         raise InputError(f"{args.what}: give --data, the data sets to measure on")
     commands[args.what](args)
 

@@ -80,6 +80,20 @@ def test_recipes_that_differ_in_scoring_share_a_training(tmp_path, quick, monkey
     assert rows[0] != rows[1]
 
 
+def test_peers_are_timed_on_the_same_features(quick, capsys):
+    benchmark.peers(n=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert "ms_per_image_batch_16" in lines[0] and len(lines) == 1 + 2 + len(benchmark.OTHERS)
+    seconds = [[float(number) for number in line.split()[-4:]] for line in lines[1:]]
+    assert all(value > 0 for row in seconds for value in row[1:])
+
+
+def test_memory_is_that_of_the_two_commands(capsys):
+    benchmark.main(["memory", "--images", "2"])
+    images, train, score = capsys.readouterr().out.split()[-3:]
+    assert images == "2" and all(200 < float(mib) < 4000 for mib in (train, score))  # torch has 200
+
+
 def test_benchmarks_say_what_is_missing(tmp_path):
     fails(run("benchmark.py", "compare"), "--data")
     fails(run("benchmark.py", "compare", "--data", tmp_path / "none"), "none")

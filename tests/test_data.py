@@ -5,8 +5,8 @@ import os
 import shutil
 import struct
 import sys
+import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -343,11 +343,27 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 def test_extreme_shapes_reach_the_network_size(tmp_path):
     save(tmp_path / "a.png", np.zeros((1, 1, 3)))
     save(tmp_path / "b.png", np.zeros((1, 20000, 3)))
-    with ThreadPoolExecutor(2) as pool:
-        paths = [tmp_path / "a.png", tmp_path / "b.png"]
-        images, sizes = evaluate.load_batch(paths, (64, 128), pool)
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    ((images, sizes),) = evaluate.batches_of(paths, (64, 128))
     assert images.shape == (2, 3, 64, 128) and sizes == [(1, 1), (1, 20000)]
     assert evaluate.image_sizes(paths) == sizes
+
+
+def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
+    images = [np.full((4, 6, 3), k, np.uint8) for k in range(2 * evaluate.BATCH + 3)]
+    as_image, last_of_second = evaluate.as_image, threading.Event()
+
+    def noted(image, white=None):
+        if image.max() == 2 * evaluate.BATCH - 1:
+            last_of_second.set()
+        return as_image(image, white=white)
+
+    monkeypatch.setattr(evaluate, "as_image", noted)
+    batches = evaluate.batches_of(images, (4, 6))
+    first, sizes = next(batches)
+    assert last_of_second.wait(timeout=60) and sizes == [(4, 6)] * evaluate.BATCH
+    read = torch.cat([first, *(part for part, _ in batches)])
+    assert read[:, 0, 0, 0].tolist() == [*range(len(images))]
 
 
 def test_sizes_from_the_header_are_those_of_the_picture_as_shown(tmp_path):
