@@ -29,9 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Read as torch loads: a thread that waits leaves its core to others. Training alone is slower for
-# it, beside another busy process faster (python -m tests.benchmark speed; ACTIVE to compare).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read as torch loads: a thread that waits for another spins for about a microsecond and then leaves
+# its core to others. Longer costs a shared machine far more than its share, no spin at all costs
+# training alone as much again (python -m tests.benchmark speed, GOMP_SPINCOUNT=0 or 300000).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -615,7 +616,8 @@ def read_image(path, white=None):
     if has_levels(image):
         image = to_8_bits(path, image, white)
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError) as e:
         raise InputError(
             f"{path}: cannot be converted to RGB ({e}): save it again as PNG"
@@ -792,9 +794,20 @@ def image_sizes(paths):
     for path in paths:
         with unreadable(path), Image.open(path) as image:
             to_largest_page(image)
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            turned = may_be_turned(path, image) and image.getexif().get(ORIENTATION, 1) >= 5
             sizes.append(image.size if turned else image.size[::-1])
     return sizes
+
+
+def may_be_turned(path, image):
+    """Whether image.size may be that before the picture is turned as its orientation says.
+
+    Pillow decodes a whole PNG to look for one; of a TIFF it gives the size after it.
+    """
+    if image.format != "PNG":
+        return image.format != "TIFF"
+    content = Path(path).read_bytes()
+    return any(name in content for name in (b"eXIf", b"Raw profile", b"adobe.xmp"))
 
 
 def read_resized(path, shape, white=None):

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in evaluate.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
 
 import numpy as np
 import torch

@@ -329,7 +329,8 @@ def left_out_distance(e, mean, S, prior, folds):
         W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2), pooled))
         found = []
         for part in e[k::folds].split(SCORED):
-            z = (to_blocks(part.float()) - mean[:, None]) @ W[:, None].mT
+            z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2) @ W.mT
+            z = z.view(len(W), len(part), cells, d)
             G = z @ z.mT
             square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
             found.append(from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:]))

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in evaluate.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
 
 import numpy as np
 import torch

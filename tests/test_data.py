@@ -1,5 +1,6 @@
 """Every layout on a tiny folder with known counts; every kind of image file."""
 
+import itertools
 import json
 import os
 import shutil
@@ -367,11 +368,12 @@ def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
 
 
 def test_sizes_from_the_header_are_those_of_the_picture_as_shown(tmp_path):
-    for orientation in (1, 3, 6, 8):
+    for orientation, suffix in itertools.product((1, 3, 6, 8), ("jpg", "png", "tif")):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        path = tmp_path / f"{orientation}.jpg"
+        path = tmp_path / f"{orientation}.{suffix}"
         Image.fromarray(RGB).save(path, exif=exif)
+        assert read_image(path).size == ((12, 20) if orientation >= 5 else (20, 12))
         assert evaluate.image_sizes([path]) == [read_image(path).size[::-1]]
     (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match="x.png"):
