@@ -123,7 +123,7 @@ def test_one_seed_has_no_spread(data, tmp_path):
 
 def test_processes_share_the_categories(data, trained, tmp_path):
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29611)
-    options = ("--data", data, "--out", tmp_path, *TINY)
+    options = ("--data", data, "--out", tmp_path / "o", *TINY)
     succeeds(shell(*launch, ROOT / "train.py", *options))
     assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
 
@@ -142,16 +142,16 @@ def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):
 def test_a_test_folder_of_one_kind_leaves_auroc_empty_and_says_why(tmp_path, gone):
     data = make_mvtec(tmp_path / "d")
     shutil.rmtree(data / "bolt" / gone)
-    result = succeeds(run("train.py", "--data", data, "--out", tmp_path, *TINY))
+    result = succeeds(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY))
     assert "AUROC is not defined" in result.stderr
-    assert rows(tmp_path / "d")[0]["image_auroc"] == ""
+    assert rows(tmp_path / "o/d")[0]["image_auroc"] == ""
 
 
 def test_without_masks_the_pixel_columns_are_empty(tmp_path):
     data = make_mvtec(tmp_path / "d")
     shutil.rmtree(data / "bolt/ground_truth")
-    succeeds(run("train.py", "--data", data, "--out", tmp_path, *TINY))
-    row = rows(tmp_path / "d")[0]
+    succeeds(run("train.py", "--data", data, "--out", tmp_path / "o", *TINY))
+    row = rows(tmp_path / "o/d")[0]
     assert row["pixel_auroc"] == row["aupro"] == "" and row["image_auroc"]
 
 
@@ -162,7 +162,7 @@ def test_degenerate_training_sets_train(tmp_path, kind):
         image = constant if kind == "constant" else picture(0)[0]
         save(tmp_path / f"d/x/train/good/{k}.png", image)
     save(tmp_path / "d/x/test/good/0.png", picture(1)[0])
-    succeeds(run("train.py", "--data", tmp_path / "d", "--out", tmp_path, *TINY))
+    succeeds(run("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o", *TINY))
 
 
 @pytest.mark.parametrize(
