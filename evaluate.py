@@ -29,9 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Read as torch loads: a thread that waits for another spins for about a microsecond and then leaves
-# its core to others. Longer costs a shared machine far more than its share, no spin at all costs
-# training alone as much again (python -m tests.benchmark speed, GOMP_SPINCOUNT=0 or 300000).
+# Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
+# others. Longer costs a shared machine far more than its share, no spin at all makes training alone
+# take half as long again (python -m tests.benchmark speed, with GOMP_SPINCOUNT=300000 or 0).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
