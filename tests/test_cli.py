@@ -125,7 +125,7 @@ def test_processes_share_the_categories(data, trained, tmp_path):
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29611)
     options = ("--data", data, "--out", tmp_path / "o", *TINY)
     succeeds(shell(*launch, ROOT / "train.py", *options))
-    assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
+    assert without_seconds(tmp_path / "o/tiny") == without_seconds(trained[0])
 
 
 def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):
