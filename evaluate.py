@@ -25,7 +25,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,9 +167,10 @@ def is_good(folder):
     return False
 
 
-def listed(paths):
-    """The names of paths in a line, at most four."""
-    return ", ".join([path.name for path in paths[:4]] + ["..."] * (len(paths) > 4))
+def listed(items):
+    """Names, or those of paths, in a line, at most four."""
+    names = [item if isinstance(item, str) else item.name for item in items[:4]]
+    return ", ".join(names + ["..."] * (len(items) > 4))
 
 
 def good_folders(part):
@@ -227,22 +228,28 @@ def images_apart_from_masks(paths):
     return [path for path in paths if path not in masks], masks
 
 
-def find_mask(image, places):
+def by_stem(folder):
+    """Image files of a folder by their stems, in lower case: {stem: [path]}."""
+    found = {}
+    for path in images_in(folder):
+        found.setdefault(path.stem.casefold(), []).append(path)
+    return found
+
+
+def find_mask(image, places, files_of):
     """The mask of an image in the first of the folders `places` that has one, or None.
 
     A name with the image's suffix, 003_jpg_mask.png or 003_mask.jpg, goes before 003_mask.png.
+    files_of: by_stem, cached by a caller with many images.
     """
     stem, suffix = image.stem.casefold(), image.suffix.casefold()
     wanted = [f"{stem}{joint}{suffix[1:]}{end}" for joint in "_." for end in MASK_ENDS]
     wanted += [stem + end for end in MASK_ENDS] + [f"mask_{stem}"]
     for place in places:
-        found = {}
-        for path in images_in(place):
-            if path != image:
-                found.setdefault(path.stem.casefold(), []).append(path)
         for name in wanted:
-            if name in found:
-                return min(found[name], key=lambda path: path.suffix.casefold() != suffix)
+            found = [path for path in files_of(place).get(name, ()) if path != image]
+            if found:
+                return min(found, key=lambda path: path.suffix.casefold() != suffix)
     return None
 
 
@@ -289,10 +296,10 @@ def defective_items(folder, truth):
     images, beside = images_apart_from_masks(images_under(folder))
     own = child(truth, folder.name) if truth else None  # the masks of this kind
     direct = {path.stem.casefold() for path in images if path.parent == folder}
-    items = []
+    truth_near, files_of, items = cache(truth_in), cache(by_stem), []  # each folder is read once
     for path in images:
         inside = path.parent.relative_to(folder)
-        near = truth_in(path.parent)
+        near = truth_near(path.parent)
         places = [near] if near else []
         if beside:
             places.append(path.parent)
@@ -302,7 +309,7 @@ def defective_items(folder, truth):
             places.append(own)
         if truth and not own:
             places.append(truth)
-        mask = find_mask(path, places)
+        mask = find_mask(path, places, files_of)
         expected = (truth or folder) / folder.name / inside / f"{path.stem}_mask.png"
         items.append(Item(path, folder.name, (mask or expected,) if truth or places else None))
     return items
@@ -342,18 +349,17 @@ def say_skipped(name, files, used):
     skipped = [path for path in files if path not in used]
     skipped = [path for path in skipped if path.name.casefold() not in NO_IMAGES]
     if skipped:
-        names = ", ".join(f"{path.parent.name}/{path.name}" for path in skipped[:4])
-        more = ", ..." if len(skipped) > 4 else ""
+        names = listed([f"{path.parent.name}/{path.name}" for path in skipped])
         suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in skipped}))
-        say_once(f"{name}: {len(skipped)} files are not read: {names}{more} ({suffixes})")
+        say_once(f"{name}: {len(skipped)} files are not read: {names} ({suffixes})")
 
 
 def read_flat(root):
     """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
-    parts = {"train": [], "test": []}
+    parts, files_of = {"train": [], "test": []}, cache(by_stem)
     for part, items in parts.items():
         for path in images_apart_from_masks(images_in(part_of(root, part)))[0]:
-            mask = find_mask(path, [path.parent])
+            mask = find_mask(path, [path.parent], files_of)
             if mask is None and mask_owner(path):
                 continue  # a mask of no image: name_skipped says so
             if mask is None:
@@ -508,8 +514,7 @@ def name_unread(data, read):
     unread = [f"{folder.name}/ (no train/good)" for folder in others if images_under(folder)]
     unread += [path.name for path in images_in(data)]
     if unread:
-        more = ", ..." if len(unread) > 4 else ""
-        say_once(f"{data}: {len(unread)} are not read: {', '.join(unread[:4])}{more}")
+        say_once(f"{data}: {len(unread)} are not read: {listed(unread)}")
 
 
 def read_dataset(data, wanted=()):

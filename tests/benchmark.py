@@ -280,15 +280,20 @@ class Still(torch.nn.Module):
         return torch.zeros_like(x)
 
 
+def calibrated(detector, x_0):
+    """What a fit returns, of our own detector: scorer, tensors, scores of good images."""
+    detector.calibrate(x_0)
+    kept = detector.state_dict().values()
+    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
+
+
 def fit_flow(sample, seed):
     """WT-Flow itself, as a detector among the others."""
     detector = Detector(sample.recipe)
     detector.fit_whitening(sample.train)
     x_0 = detector.normalise(sample.train)
     wtflow.train_field(detector, x_0, seed)
-    detector.calibrate(x_0)
-    kept = detector.state_dict().values()
-    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
+    return calibrated(detector, x_0)
 
 
 def fit_mahalanobis(sample, seed):
@@ -297,9 +302,7 @@ def fit_mahalanobis(sample, seed):
     detector = Detector(recipe)
     detector.field = Still()
     detector.fit_whitening(sample.train)
-    detector.calibrate(detector.normalise(sample.train))
-    kept = detector.state_dict().values()
-    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
+    return calibrated(detector, detector.normalise(sample.train))
 
 
 def timed(sample, fit, seed):
