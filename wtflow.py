@@ -11,7 +11,7 @@ Time runs from data (t = 0) to noise (t = 1), in every file of this project.
 Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
 available. Tags: [paper] abstract or published table, [released] public code that drives the
 authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md), [ours]. The
-default departs from the released recipe, PAPER, in 18 of 24 settings:
+default departs from the released recipe, PAPER, in 18 of 25 settings:
 
     setting                  released                       here [ours]
     backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 3 layers, 40x40
@@ -92,7 +92,8 @@ class Recipe:
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by that of all
-    prior: float = 2.0  # [ours] weight of the pooled covariance there, in d images
+    prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
+    one_scale: bool = True  # [ours] for all places, each with its own mean and shape
     score: str = "max"  # [ours] "max" or "released"
     smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
 
@@ -246,6 +247,7 @@ def whiten(x, mean, W):
 # ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
 FEW = 20  # images below which each is left out of the pooled covariance by itself
 BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
+LEAST_SCALE = 0.01  # of a place, where nothing ever changes, beside the whole map
 
 
 def to_blocks(e):
@@ -279,18 +281,36 @@ def fit_blocks(e):
     return mean, (S / (max(n - 1, 1) * mean.shape[1])).float()
 
 
-def towards_pooled(S, n, prior, scale=1.0, pooled=None):
-    """(1-r) S_l + r S, r = prior d / (prior d + n): covariances drawn to their mean S. [ours]
+def pool(S, one_scale):
+    """Covariances of all places S (L, d, d) -> the pooled one P (d, d) and scales (L,). [ours]
+
+    P is their mean. one_scale: c_l = tr(P^-1 S_l) / d, how loud normal features are in a place
+    beside the whole map; else 1 everywhere.
+    """
+    P = S.mean(0)
+    if not one_scale:
+        return P, torch.ones(len(S), device=S.device)
+    scales = (S * torch.linalg.inv(P + ridge(P))).sum((1, 2)) / len(P)
+    return P, scales.clamp_min(LEAST_SCALE)
+
+
+def ridge(P):
+    """What makes covariances like P (d, d) invertible, those of constant images too."""
+    eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
+    return 1e-5 * P.diagonal().mean().clamp_min(0.1) * eye
+
+
+def towards_pooled(S, n, prior, P, scales):
+    """(1-r) S_l / c_l + r P, r = prior d / (prior d + n): the covariance of each place. [ours]
 
     As if `prior` d more images had been seen at every place. With few images it is one covariance
-    for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021).
-    scale: a factor of S_l alone; pooled: another S.
+    for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021), but for
+    its scale: divided by c_l, a place keeps a mean and a shape of its own, and has the scale of the
+    whole map. A quiet background is then not held to be as telling as a loud part, whose defects
+    are no quieter.
     """
-    d = S.shape[-1]
-    r = prior * d / (prior * d + n)
-    pooled = S.mean(0) if pooled is None else pooled
-    ridge = 1e-5 * pooled.diagonal().mean().clamp_min(0.1)  # constant images have none
-    return (1 - r) * scale * S + r * pooled + ridge * torch.eye(d, device=S.device)
+    r = prior * S.shape[-1] / (prior * S.shape[-1] + n)
+    return (1 - r) * S / scales[:, None, None] + r * P + ridge(P)
 
 
 def inverse_factor(S):
@@ -310,23 +330,23 @@ def block_distance(e, mean, W):
     return from_blocks(square, *e.shape[2:])
 
 
-def left_out_distance(e, mean, S, prior, folds):
+def left_out_distance(e, mean, S, prior, folds, one_scale):
     """block_distance of images e (n, d, h, w), n >= 3, each under the law of the n - 1 others.
 
     [derived] Leaving an image out moves the mean and takes c z z' from the covariance, z (d,
     BLOCK^2) the image's deviations in the block. With G = z' base^(-1) z, base the covariance
     before that, the squared distances are the diagonal of G (1 - c G)^(-1) times (n/(n-1))^2
-    (Sherman, Morrison & Woodbury). The pooled covariance is that of all images but the fold of the
-    image, k % folds of image k; folds = n: but the image itself.
+    (Sherman, Morrison & Woodbury). Pooled covariance and scales are those of all images but the
+    fold of the image, k % folds of image k; folds = n: but the image itself.
     """
     n, d, cells = len(e), S.shape[-1], mean.shape[1]
     own = (n - 1) / (prior * d + n - 1)  # 1 - r
-    c = own * n / ((n - 1) * (n - 2) * cells)
     eye = torch.eye(cells, device=S.device)
     distances = torch.empty(n, *e.shape[2:], device=S.device)
     for k in range(folds):
-        pooled = fit_blocks(e[torch.arange(n) % folds != k])[1].mean(0)
-        W = inverse_factor(towards_pooled(S, n - 1, prior, (n - 1) / (n - 2), pooled))
+        P, scales = pool(fit_blocks(e[torch.arange(n) % folds != k])[1], one_scale)
+        W = inverse_factor(towards_pooled((n - 1) / (n - 2) * S, n - 1, prior, P, scales))
+        c = (own * n / ((n - 1) * (n - 2) * cells) / scales).view(-1, 1, 1, 1)
         found = []
         for part in e[k::folds].split(SCORED):
             z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2) @ W.mT
@@ -598,14 +618,15 @@ class Detector(nn.Module):
 
         Each image's under the law of the others, where there are others to have one.
         """
-        n, prior = len(e), self.recipe.prior
+        n, prior, one_scale = len(e), self.recipe.prior, self.recipe.one_scale
         mean, S = fit_blocks(e)
+        T = towards_pooled(S, n, prior, *pool(S, one_scale))
         self.normal_mean = mean.clone()
-        self.normal_whitening = inverse_factor(towards_pooled(S, n, prior)).clone()
+        self.normal_whitening = inverse_factor(T).clone()
         if n < 3:
             return block_distance(e.float(), mean, self.normal_whitening)
         folds = n if n < FEW else max(2, count_folds(self.recipe, n))
-        return left_out_distance(e, mean, S, prior, folds)
+        return left_out_distance(e, mean, S, prior, folds, one_scale)
 
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.

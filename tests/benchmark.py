@@ -89,7 +89,8 @@ def verdicts(sample, scores, normal_scores):
     return evaluate.alarm_rates([item.kind for item in sample.category.test], said)
 
 
-SCORING = ("from_landing", "calibrate", "prior", "score", "smooth")  # nothing is trained for these
+# nothing is trained for these
+SCORING = ("from_landing", "calibrate", "prior", "one_scale", "score", "smooth")
 
 
 def flows(sample, recipes, seed):
@@ -413,8 +414,11 @@ ABLATION = (
     {"strength": 0.5},
     {"from_landing": False},
     {"calibrate": False},
+    {"one_scale": False},
+    {"prior": 0.25},
     {"prior": 1.0},
-    {"prior": 4.0},
+    {"prior": 2.0},
+    {"prior": 2.0, "one_scale": False},
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},

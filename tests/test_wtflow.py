@@ -221,33 +221,54 @@ def test_the_law_of_each_place_is_its_own_mean_and_covariance(monkeypatch):
 
 def test_covariances_are_drawn_to_their_mean_as_by_prior_d_images():
     S = torch.stack([torch.eye(2), 3 * torch.eye(2)])
-    drawn = wtflow.towards_pooled(S, n=6, prior=1.0)  # r = 2 / 8
+    P, scales = wtflow.pool(S, one_scale=False)
+    drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)  # r = 2 / 8
     assert torch.allclose(drawn, 0.75 * S + 0.25 * 2 * torch.eye(2), atol=1e-4)
-    assert torch.allclose(wtflow.towards_pooled(S, 6, 1e9)[0], 2 * torch.eye(2), atol=1e-4)
+    assert torch.allclose(wtflow.towards_pooled(S, 6, 1e9, P, scales)[0], P, atol=1e-4)
+
+
+def test_places_have_one_scale_and_a_shape_of_their_own():
+    """tr(P^-1 T_l) / d is 1 in each place, loud or quiet, where its shape is not P's."""
+    S = torch.stack([k * torch.diag(torch.tensor([1.0, 4.0 - k, 2.0])) for k in (0.2, 1.0, 3.0)])
+    P, scales = wtflow.pool(S, one_scale=True)
+    drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)
+    traces = (drawn @ torch.linalg.inv(P)).diagonal(dim1=1, dim2=2).mean(1)
+    assert torch.allclose(traces, torch.ones(3), atol=1e-3)
+    assert (drawn[0, 1, 1] / drawn[0, 0, 0]) > 1.5 * (drawn[2, 1, 1] / drawn[2, 0, 0])
+
+
+def test_a_place_that_never_changes_is_judged_as_the_whole_map():
+    """Its covariance is r P, r = 1/2: distances there are at most the root of 2 too large."""
+    S = torch.stack([torch.zeros(2, 2), 2 * torch.eye(2)])
+    P, scales = wtflow.pool(S, one_scale=True)
+    assert torch.allclose(wtflow.towards_pooled(S, 2, 1.0, P, scales)[0], P / 2, atol=1e-4)
 
 
 def test_distance_is_that_of_mahalanobis():
     x = gaussian((9, 3, 4, 6))
     mean, S = wtflow.fit_blocks(x)
-    drawn = wtflow.towards_pooled(S, 9, 1.0)
+    drawn = wtflow.towards_pooled(S, 9, 1.0, *wtflow.pool(S, True))
     y = wtflow.block_distance(x, mean, wtflow.inverse_factor(drawn))
     e = wtflow.to_blocks(x)[4, 2, 3] - mean[4, 3]  # block row 1, column 1; its last cell
     by_hand = e @ torch.linalg.inv(drawn[4]) @ e / 3
     assert y[2, 3, 3].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("one_scale", [True, False])
 @pytest.mark.parametrize("folds", [7, 2])
-def test_left_out_distances_are_those_of_a_law_fitted_without_the_image(folds):
-    """Beside fitting n times, the pooled covariance without the image's fold."""
+def test_left_out_distances_are_those_of_a_law_fitted_without_the_image(folds, one_scale):
+    """Beside fitting n times; the pooled covariance and the scales without the image's fold."""
     n, d, prior = 7, 3, 0.8
-    x = gaussian((n, d, 4, 4)) * 2 + 1
+    x = gaussian((n, d, 4, 4)) * torch.tensor([1.0, 1, 3, 3]) + 1  # half of it is loud
     mean, S = wtflow.fit_blocks(x)
-    y = wtflow.left_out_distance(x, mean, S, prior, folds)
+    y = wtflow.left_out_distance(x, mean, S, prior, folds, one_scale)
     r = prior * d / (prior * d + n - 1)
     for k in range(n):
         mean_k, S_k = wtflow.fit_blocks(torch.cat([x[:k], x[k + 1 :]]))
-        pooled = wtflow.fit_blocks(x[[i for i in range(n) if i % folds != k % folds]])[1].mean(0)
-        W_k = wtflow.inverse_factor((1 - r) * S_k + r * pooled)
+        S_f = wtflow.fit_blocks(x[[i for i in range(n) if i % folds != k % folds]])[1]
+        P = S_f.mean(0)
+        c = torch.einsum("lij,ji->l", S_f, torch.linalg.inv(P)) / d if one_scale else torch.ones(4)
+        W_k = wtflow.inverse_factor((1 - r) * S_k / c[:, None, None] + r * P)
         refitted = wtflow.block_distance(x[k : k + 1], mean_k, W_k)[0]
         assert torch.allclose(y[k], refitted, rtol=1e-3)
 
