@@ -14,7 +14,7 @@ authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md)
 default departs from the released recipe, PAPER, in 18 of 25 settings:
 
     setting                  released                       here [ours]
-    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 3 layers, 40x40
+    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 2 layers, 40x40
     image_size, aspect       256 x 256, squeezed            320^2 pixels at most, not squeezed
     norm                     layer norm of the map          ZCA whitening
     field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
@@ -24,9 +24,9 @@ default departs from the released recipe, PAPER, in 18 of 25 settings:
     score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
 So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
-v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and covariance that this has
-over good images in each place of the map (Detector.calibrate). `worst` is our reading of the
-paper's local worst transport, with a strength.
+v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and the shape of the covariance
+that this has over good images in each place of the map, and one scale for all (Detector.calibrate).
+`worst` is our reading of the paper's local worst transport, with a strength.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ class Recipe:
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
     image_size: int = 320  # [ours] an image gets at most image_size^2 pixels
     aspect: float = 0.0  # [ours] height / width; 0: that of the images, which are not enlarged
-    strides: tuple = (4, 8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
+    strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
     cell: int = 8  # [ours] pixels of the image per location of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
     shrinkage: float = 0.01  # [ours] of the covariance that is whitened

@@ -149,8 +149,8 @@ POOL = 4096  # rows among which the greedy coreset looks for the farthest
 NEIGHBOURS = 9  # [anomalib] of the memory, for the reweighted score of PatchCore
 RIDGE = 0.01  # on the diagonal of PaDiM's covariances
 OTHER_BLUR = 4.0  # pixels at 256 px [anomalib]
-# What PatchCore and PaDiM are usually given: a square of 256 px, strides 8 and 16 on 32 x 32.
-USUAL = Recipe(image_size=256, aspect=1.0, strides=(8, 16), cell=8)
+# What PatchCore and PaDiM are usually given: a square of 256 px, 32 x 32 cells of strides 8, 16.
+USUAL = Recipe(image_size=256, aspect=1.0)
 
 
 def to_rows(x):
@@ -417,14 +417,13 @@ ABLATION = (
     {"one_scale": False},
     {"prior": 0.25},
     {"prior": 1.0},
-    {"prior": 2.0},
     {"prior": 2.0, "one_scale": False},
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},
     {"base": 768, "steps": 800},
     {"aspect": 1.0},
-    {"strides": (8, 16)},
+    {"strides": (4, 8, 16)},
     {"cell": 16, "smooth": 0.2},
     {"image_size": 256},
 )
@@ -561,7 +560,7 @@ def speed(args):
     )
 
 
-def peers(n=100):
+def peers(n=30):
     """Print WT-Flow beside other detectors on the same features, those of n images of noise.
 
     Training from features; milliseconds from a tensor of an image to its map and score.

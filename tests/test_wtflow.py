@@ -288,7 +288,7 @@ def test_calibration_measures_in_units_of_where_normal_features_land():
 
 
 def test_scores_of_good_images_are_those_that_new_ones_have():
-    """40 images for d = 176: fitted to them, they score less than new ones; left out, as they do.
+    """40 images for d = 152: fitted to them, they score less than new ones; left out, as they do.
 
     The mean score of 40 left out beside that of 200 new images, within 4 standard errors and what
     half of the images cost the pooled covariance: the inverse of one of N = 64 n rows is too large
@@ -296,14 +296,14 @@ def test_scores_of_good_images_are_those_that_new_ones_have():
     """
     detector = Detector(tiny())
     detector.field = Still()
-    x_0 = gaussian((240, 176, 8, 8))
+    x_0 = gaussian((240, 152, 8, 8))
     known, new = x_0[:40], x_0[40:]
     detector.calibrate(known.clone())
     scores = detector.score(new)[1]
     left_out = detector.normal_scores
     error = (scores.var() / 200 + left_out.var() / 40).sqrt().item()
     assert len(left_out) == 40
-    dearer = ((1 - 176 / (64 * 40)) / (1 - 176 / (64 * 20))) ** 0.5
+    dearer = ((1 - 152 / (64 * 40)) / (1 - 152 / (64 * 20))) ** 0.5
     mean = scores.mean().item()
     assert mean - 4 * error < left_out.mean().item() < dearer * mean + 4 * error
     assert mean - detector.score(known)[1].mean().item() > 8 * error
@@ -323,8 +323,8 @@ class Scaled(nn.Module):
 def test_each_image_is_judged_by_the_field_of_its_fold():
     """With folds that scale by 1 and by 2 * 1.5: what is kept of image k is that of fold k % 2."""
     detector = Detector(tiny(from_landing=False, calibrate=False))
-    x_0 = gaussian((7, 176, 4, 4))
-    twice = torch.zeros(176), 2 * torch.eye(176)  # the whitening of the second fold
+    x_0 = gaussian((7, 152, 4, 4))
+    twice = torch.zeros(152), 2 * torch.eye(152)  # the whitening of the second fold
     detector.folds, detector.field = [(Scaled(1.0), None), (Scaled(1.5), twice)], Scaled(5.0)
     left = x_0.clone()
     detector.calibrate(left)
@@ -344,7 +344,7 @@ def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
         used.append(set(batch[:, 0].tolist()))
         return field(batch, None).square().mean(1)
 
-    x_0 = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 176, 2, 2)  # channels name the image
+    x_0 = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 152, 2, 2)  # channels name the image
     monkeypatch.setattr(wtflow, "flow_matching_loss", loss)
     wtflow.train_field(detector, x_0, 0)
     seen = [set.union(*used[k : k + 4]) for k in range(0, 20, 4)]
@@ -367,7 +367,7 @@ def test_few_images_have_scores_no_lower_than_new_ones_have():
     By these they score less than three quarters of what 60 new ones do; left out of all that is
     fitted, no less than these: too much rather than too little, as half of the images teach less.
     """
-    features = gaussian((72, 176, 5, 5))
+    features = gaussian((72, 152, 5, 5))
     detector = Detector(tiny(steps=40))
     detector.fit_whitening(features[:12])
     x_0 = detector.normalise(features[:12])
@@ -520,7 +520,7 @@ def test_the_rate_of_each_schedule():
 
 def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
     monkeypatch.setattr(wtflow, "SAVE_SECONDS", 0)
-    x_0 = gaussian((4, 176, 4, 4))
+    x_0 = gaussian((4, 152, 4, 4))
     states, steps, detector = [], [], Detector(tiny())
 
     def report(step, total, loss):
@@ -694,9 +694,10 @@ def test_features_are_one_grid_of_joined_levels(n):
     net = wtflow.load_extractor("efficientnet_lite0")
     x = torch.rand(2, 3, n, 2 * n) * 255
     levels = net(x)
-    y = wtflow.join_levels(levels, Recipe(), (n, 2 * n))
+    three = Recipe(strides=(4, 8, 16))
+    y = wtflow.join_levels(levels, three, (n, 2 * n))
     assert y.shape == (2, 176, n // 8, n // 4) and not y.requires_grad
     assert torch.allclose(y[:, 24:64], F.avg_pool2d(levels[8], 3, 1, 1), atol=1e-5)
-    coarse = wtflow.join_levels(levels, Recipe(cell=16), (n, 2 * n))
+    coarse = wtflow.join_levels(levels, Recipe(strides=three.strides, cell=16), (n, 2 * n))
     assert torch.allclose(coarse[:, 64:], F.avg_pool2d(levels[16], 3, 1, 1), atol=1e-5)
     assert torch.allclose(coarse[:, 24:64], y[:, 24:64, ::2, ::2], atol=1e-5)
