@@ -411,7 +411,6 @@ def strength(args):
 ABLATION = (
     {},
     {"strength": 0.0},
-    {"strength": 0.5},
     {"from_landing": False},
     {"calibrate": False},
     {"one_scale": False},
@@ -421,7 +420,7 @@ ABLATION = (
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},
-    {"base": 768, "steps": 800},
+    {"steps": 800},
     {"aspect": 1.0},
     {"strides": (4, 8, 16)},
     {"cell": 16, "smooth": 0.2},
