@@ -89,7 +89,7 @@ def verdicts(sample, scores, normal_scores):
     return evaluate.alarm_rates([item.kind for item in sample.category.test], said)
 
 
-# nothing is trained for these
+# Settings that the fields do not depend on: recipes that differ in these share a training.
 SCORING = ("from_landing", "calibrate", "prior", "one_scale", "score", "smooth")
 
 
