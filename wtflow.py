@@ -93,7 +93,7 @@ class Recipe:
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by that of all
     prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
-    one_scale: bool = True  # [ours] for all places, each with its own mean and shape
+    one_scale: bool = True  # [ours] for all places, where a part is far louder than its background
     score: str = "max"  # [ours] "max" or "released"
     smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
 
@@ -248,6 +248,7 @@ def whiten(x, mean, W):
 FEW = 20  # images below which each is left out of the pooled covariance by itself
 BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
 LEAST_SCALE = 0.01  # of a place, where nothing ever changes, beside the whole map
+FRAME = 0.1  # spread of the log of scales of places that are alike: the network pads with zeros
 
 
 def to_blocks(e):
@@ -284,14 +285,18 @@ def fit_blocks(e):
 def pool(S, one_scale):
     """Covariances of all places S (L, d, d) -> the pooled one P (d, d) and scales (L,). [ours]
 
-    P is their mean. one_scale: c_l = tr(P^-1 S_l) / d, how loud normal features are in a place
-    beside the whole map; else 1 everywhere.
+    P is their mean. one_scale: c_l = (tr(P^-1 S_l) / d)^s, how loud normal features are in a place
+    beside the whole map, as far as that is the part's doing: s = 1 - FRAME^2 / variance of the log,
+    at least 0, is the share of the variance that is not of the frame that zero padding leaves in
+    every map (positive part of James & Stein 1961). Not one_scale: 1 everywhere.
     """
     P = S.mean(0)
-    if not one_scale:
+    if not one_scale or len(S) == 1:
         return P, torch.ones(len(S), device=S.device)
-    scales = (S * torch.linalg.inv(P + ridge(P))).sum((1, 2)) / len(P)
-    return P, scales.clamp_min(LEAST_SCALE)
+    loudness = (S * torch.linalg.inv(P + ridge(P))).sum((1, 2)) / len(P)
+    log_c = loudness.clamp_min(LEAST_SCALE).log()
+    share = (1 - FRAME**2 / log_c.var()).clamp_min(0)
+    return P, (share * log_c).exp()
 
 
 def ridge(P):
@@ -307,7 +312,7 @@ def towards_pooled(S, n, prior, P, scales):
     for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021), but for
     its scale: divided by c_l, a place keeps a mean and a shape of its own, and has the scale of the
     whole map. A quiet background is then not held to be as telling as a loud part, whose defects
-    are no quieter.
+    are no quieter. Where all places are about as loud they keep their scales.
     """
     r = prior * S.shape[-1] / (prior * S.shape[-1] + n)
     return (1 - r) * S / scales[:, None, None] + r * P + ridge(P)
