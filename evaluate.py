@@ -1101,7 +1101,7 @@ def print_table(columns, rows):
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 2  # of checkpoints; another one is refused
+FORMAT = 3  # of checkpoints; another one is refused
 
 
 def no_memory(e):

@@ -74,7 +74,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
         seconds = time.monotonic() - began
         evaluate.save_checkpoint(state_file, recipe, signature=mine, seconds=seconds, **state)
 
-    wtflow.train_field(detector, x_0, seed, report, save, state)
+    wtflow.train_fields(detector, x_0, seed, report, save, state)
 
     # Calibration. What the fields leave takes the place of x_0.
     detector.calibrate(x_0)
@@ -273,7 +273,7 @@ def fit(images, seed=0, weights=None, **settings):
     features, _ = evaluate.extract(detector, images)
     detector.fit_whitening(features)
     x_0 = detector.normalise(features, out=features)
-    wtflow.train_field(detector, x_0, seed)
+    wtflow.train_fields(detector, x_0, seed)
     detector.calibrate(x_0)
     return detector
 

@@ -91,7 +91,7 @@ class Recipe:
     # Scoring
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
-    folds: int = 2  # [ours] each judged by a field that has not seen it, 0: by that of all
+    folds: int = 2  # [ours] as many fields, each trained without a fold; 0: one field on all
     prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
     one_scale: bool = True  # [ours] for all places, where a part is far louder than its background
     score: str = "max"  # [ours] "max" or "released"
@@ -515,7 +515,7 @@ class Detector(nn.Module):
     """Images of one category -> anomaly map and score.
 
     Fitted in this order, on features (n, d, h, w) of good images:
-    fit_whitening(features); x_0 = normalise(features); train_field(detector, x_0, seed);
+    fit_whitening(features); x_0 = normalise(features); train_fields(detector, x_0, seed);
     calibrate(x_0). Until then log_p and all that needs it raise RuntimeError.
 
     state_dict holds all that was fitted, without the frozen extractor, which the recipe names.
@@ -531,13 +531,14 @@ class Detector(nn.Module):
         if recipe.norm == "zca":
             self.register_buffer("feature_mean", torch.zeros(d))
             self.register_buffer("feature_whitening", torch.zeros(d, d))
-        self.field = new_field(recipe, d)
+        self.fields = nn.ModuleList([new_field(recipe, d)])  # one for each fold, once trained
+        self.register_buffer("fold_mean", torch.zeros(0, d))
+        self.register_buffer("fold_whitening", torch.zeros(0, d, d))
         if recipe.calibrate:
             rows, columns = (-(-side // recipe.cell // BLOCK) for side in image_shape(recipe))
             self.register_buffer("normal_mean", torch.zeros(rows * columns, BLOCK**2, d))
             self.register_buffer("normal_whitening", torch.zeros(rows * columns, d, d))
         self.register_buffer("normal_scores", torch.zeros(0))
-        self.folds = []  # between train_field and calibrate: (field, whitening) of each fold
         self.eval()
 
     @property
@@ -582,14 +583,16 @@ class Detector(nn.Module):
 
     # x_0 -> x1_hat -> log p
     @torch.no_grad()
-    def arrival(self, x_0, euler_steps=1, field=None):
+    def arrival(self, x_0, euler_steps=1, k=0):
         """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
 
         Then, after one step, it is v_theta(x_0, 0) - u_0(x_0): what v_theta gets wrong (W6). [ours]
-        field: another v_theta than the detector's own.
+        v_theta is the field that was trained without fold k, on features whitened without it.
         """
+        if len(self.fold_mean):
+            x_0 = whiten(x_0, self.fold_mean[k], self.fold_whitening[k])
         with autocast(self.device):
-            e = euler(field or self.field, x_0, euler_steps).float()
+            e = euler(self.fields[k], x_0, euler_steps).float()
         if self.recipe.from_landing and self.recipe.coupling == "worst":
             e = e - landing(x_0, self.recipe.strength)
         return e
@@ -599,17 +602,15 @@ class Detector(nn.Module):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
         [ours] The exact field would let nothing remain (W5); the learned one leaves a residual with
-        a law of its own, other at a border than in the middle. Each image is judged by a field that
-        has not seen it, and scored (normal_scores) under the law of all the others: so a good image
-        of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
+        a law of its own, other at a border than in the middle. Each image is judged by the field
+        that has not seen it, and scored (normal_scores) under the law of all the others: so a good
+        image of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
-        folds = self.folds or [(self.field, None)]
-        for k, (field, whitening) in enumerate(folds):
-            for part in x_0[k :: len(folds)].split(SCORED):
-                x = part.to(self.device).float()
-                x = x if whitening is None else whiten(x, *whitening)
-                part.copy_(within(self.arrival(x, field=field), part.dtype))
-        self.folds = []
+        folds = len(self.fields)
+        for k in range(folds):
+            for part in x_0[k::folds].split(SCORED):
+                e = self.arrival(part.to(self.device).float(), k=k)
+                part.copy_(within(e, part.dtype))
         e = x_0.to(self.device)
         if self.recipe.calibrate:
             distances = self._fit_law(e)
@@ -636,14 +637,18 @@ class Detector(nn.Module):
     def log_p(self, x_0, euler_steps=1):
         """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
 
-        Raises RuntimeError before the detector is fitted.
+        The mean of what the fields of all folds say. [ours] Raises RuntimeError before the detector
+        is fitted.
         """
         if not len(self.normal_scores):
             raise RuntimeError("this detector is not fitted: train it, or load a trained one")
-        e = self.arrival(x_0, euler_steps)
+        folds = len(self.fields)
+        e = torch.cat([self.arrival(x_0, euler_steps, k) for k in range(folds)])
         if self.recipe.calibrate:
-            return -block_distance(e, self.normal_mean, self.normal_whitening) / 2
-        return log_density(e)
+            log_p = -block_distance(e, self.normal_mean, self.normal_whitening) / 2
+        else:
+            log_p = log_density(e)
+        return log_p.unflatten(0, (folds, len(x_0))).mean(0)
 
     # log p -> map, score
     def read(self, log_p):
@@ -672,8 +677,13 @@ class Detector(nn.Module):
     def load_state_dict(self, state):
         """Strict: raises RuntimeError unless names and shapes are those of the recipe."""
         frozen = {f"extractor.{k}": v for k, v in self.extractor.state_dict().items()}
-        n = state["normal_scores"].numel() if "normal_scores" in state else 0
-        self.normal_scores = self.normal_scores.new_zeros(n)  # as many as there were good images
+        for name in ("normal_scores", "fold_mean", "fold_whitening"):
+            if name in state:  # as many as there were good images, and folds
+                own = getattr(self, name)
+                setattr(self, name, own.new_zeros(len(state[name]), *own.shape[1:]))
+        numbers = {name.split(".")[1] for name in state if name.startswith("fields.")}
+        d = self.fold_mean.shape[1]
+        self.fields = nn.ModuleList(new_field(self.recipe, d) for _ in numbers).eval()
         return super().load_state_dict({**state, **frozen}, strict=True)
 
 
@@ -725,18 +735,12 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-FEW_TO_SPARE = 100  # images below which a fold may take only half as many
-
-
 def count_folds(recipe, n):
     """How many folds n images are split into; image k is of fold k % folds. [ours]
 
-    Twice recipe.folds where there are few: a field that lacks half of 20 images says little about
-    one that has them all. At most n, and none for a single image.
+    At most n, and none for a single image.
     """
-    if n < 2:
-        return 0
-    return min(n, recipe.folds * (2 if n < FEW_TO_SPARE else 1))
+    return min(n, recipe.folds) if n > 1 else 0
 
 
 def without_fold(x_0, k, recipe):
@@ -756,24 +760,26 @@ def without_fold(x_0, k, recipe):
     return others, whitening
 
 
-def train_field(detector, x_0, seed, report=None, save=None, state=None):
-    """Fit detector.field to the velocity of good x_0 (n, d, h, w).
+def train_fields(detector, x_0, seed, report=None, save=None, state=None):
+    """Fit detector.fields to the velocity of good x_0 (n, d, h, w).
 
-    And before it, in the same way, a field to all images but those of a fold, for each fold:
-    detector.calibrate needs to know what a field leaves on images that it has not seen. [ours]
+    Each to all images but those of a fold, as Detector.calibrate needs to know what a field leaves
+    on images that it has not seen (cross-conformal prediction, Vovk 2015). [ours] No folds: one
+    field, to all images [paper].
     report(step, all steps, loss): called now and then. save(state): called about every SAVE_SECONDS
     and at the end of each field; with such a state the run goes on from there, the same to the last
     bit. Raises InputError if the loss is not finite.
     """
-    recipe, count = detector.recipe, 1 + count_folds(detector.recipe, len(x_0))
+    recipe, folds = detector.recipe, count_folds(detector.recipe, len(x_0))
     finished, running = ([], None) if state is None else (state["finished"], state["running"])
     fields, whitenings = [], []
-    for k in range(count):
-        x, whitening = (x_0, None) if k == count - 1 else without_fold(x_0, k, recipe)
+    for k in range(max(folds, 1)):
+        x, whitening = without_fold(x_0, k, recipe) if folds else (x_0, None)
+        if whitening is not None:
+            whitenings.append(whitening)
         torch.manual_seed(seed)  # the field's initial weights
         field = new_field(recipe, x_0.shape[1]).to(detector.device)
         fields.append(field)
-        whitenings.append(whitening)
         if k < len(finished):
             field.load_state_dict(finished[k])
             field.eval()
@@ -781,7 +787,7 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
 
         def report_all(step, loss, before=k * recipe.steps):
             if report is not None:
-                report(before + step, count * recipe.steps, loss)
+                report(before + step, max(folds, 1) * recipe.steps, loss)
 
         def save_all(running, done=fields[:-1]):
             if save is not None:
@@ -789,14 +795,17 @@ def train_field(detector, x_0, seed, report=None, save=None, state=None):
 
         fit_velocity(field, recipe, x, seed, report_all, save_all, running)
         running = None
-    detector.field = fields.pop()
-    detector.folds = [*zip(fields, whitenings, strict=False)]
+    detector.fields = nn.ModuleList(fields)
+    if whitenings:
+        mean, W = zip(*whitenings, strict=True)
+        detector.fold_mean = torch.stack(mean).to(detector.device)
+        detector.fold_whitening = torch.stack(W).to(detector.device)
 
 
 def fit_velocity(field, recipe, x_0, seed, report, save, running=None):
     """Fit one field to x_0 (n, d, h, w); the last step is the model.
 
-    report(step, loss), save(running): see train_field.
+    report(step, loss), save(running): see train_fields.
     """
     device = next(field.parameters()).device
     couple = coupling(recipe)

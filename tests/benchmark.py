@@ -107,12 +107,12 @@ def flows(sample, recipes, seed):
         x_0 = detector.normalise(sample.train)
         as_trained = replace(recipe, **{name: getattr(Recipe(), name) for name in SCORING})
         if as_trained not in fields:
-            wtflow.train_field(detector, x_0, seed)
+            wtflow.train_fields(detector, x_0, seed)
             took = time.perf_counter() - began
-            fields[as_trained] = detector.field, detector.folds, took
+            of_folds = detector.fold_mean, detector.fold_whitening
+            fields[as_trained] = detector.fields, *of_folds, took
             began = time.perf_counter()
-        detector.field, folds, took = fields[as_trained]
-        detector.folds = [*folds]
+        detector.fields, detector.fold_mean, detector.fold_whitening, took = fields[as_trained]
         detector.calibrate(x_0)
         took += time.perf_counter() - began
 
@@ -293,7 +293,7 @@ def fit_flow(sample, seed):
     detector = Detector(sample.recipe)
     detector.fit_whitening(sample.train)
     x_0 = detector.normalise(sample.train)
-    wtflow.train_field(detector, x_0, seed)
+    wtflow.train_fields(detector, x_0, seed)
     return calibrated(detector, x_0)
 
 
@@ -301,7 +301,7 @@ def fit_mahalanobis(sample, seed):
     """Our whitening, calibration and scorer with no field: what is left is Mahalanobis by place."""
     recipe = replace(sample.recipe, from_landing=False)
     detector = Detector(recipe)
-    detector.field = Still()
+    detector.fields = torch.nn.ModuleList([Still()])
     detector.fit_whitening(sample.train)
     return calibrated(detector, detector.normalise(sample.train))
 
@@ -512,13 +512,13 @@ def stages(detector, images):
     x_0 = detector.normalise(features)
     log_p = detector.log_p(x_0)
     size = detector.recipe.image_size
-    total = count(detector.extractor) + count(detector.field)
+    total = count(detector.extractor) + count(detector.fields)
     return (
         (f"images to maps, {size} px", lambda: detector(images), total),
         ("  extractor", lambda: detector.features(images), count(detector.extractor)),
         ("  normalisation", lambda: detector.normalise(features), 0),
-        ("  flow, one step", lambda: detector.arrival(x_0), count(detector.field)),
-        ("  flow, calibration, log p", lambda: detector.log_p(x_0), count(detector.field)),
+        ("  flow, one step", lambda: detector.arrival(x_0), count(detector.fields)),
+        ("  flow, calibration, log p", lambda: detector.log_p(x_0), count(detector.fields)),
         ("  map and score", lambda: detector.read(log_p), 0),
     )
 
@@ -536,7 +536,7 @@ def beside_a_busy_process(detector, rounds=5):
         for times, busy in ((alone, False), (beside, True)):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             began = time.perf_counter()
-            wtflow.train_field(detector, x_0, 0)
+            wtflow.train_fields(detector, x_0, 0)
             times.append(1000 * (time.perf_counter() - began))
             if other is not None:
                 other.kill()

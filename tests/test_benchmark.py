@@ -65,13 +65,13 @@ def test_recipes_that_differ_in_scoring_share_a_training(tmp_path, quick, monkey
     (category,) = benchmark.categories_in([make_mvtec(tmp_path / "d")])
     recipe = benchmark.Recipe()
     sample = benchmark.read_sample(category, recipe)
-    train, trained = benchmark.wtflow.train_field, []
+    train, trained = benchmark.wtflow.train_fields, []
 
     def counted(*args):
         trained.append(1)
         train(*args)
 
-    monkeypatch.setattr(benchmark.wtflow, "train_field", counted)
+    monkeypatch.setattr(benchmark.wtflow, "train_fields", counted)
     recipes = [recipe, replace(recipe, prior=9.0), replace(recipe, t_max=0.5)]
     rows = benchmark.flows(sample, recipes, 0)
     assert len(trained) == 2
