@@ -1,5 +1,6 @@
 """Nothing lost, nothing trusted: broken files, foreign checkpoints, kills, full disks, locks."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -288,25 +289,53 @@ def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, 
 
 
 # ---- no space, no memory -------------------------------------------------------------------------
-@pytest.mark.skipif(not ROOT_USER, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("share", [0.0004, 0.5, 0.98, 1.2, 1.47, 1.7])
-def test_full_disk(data, trained, tmp_path, share):
-    """Full at the first byte, a state, a picture, a model, the second category's picture, model.
-
-    share: of what a finished run holds; a state is as large as two models and beside them.
-    """
-    held = sum(p.stat().st_size for p in trained[0].rglob("*") if p.is_file())
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(share * held)}", "tmpfs", str(small)]
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of `size` bytes in `folder`."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no permission to mount")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)])
+
+
+def held_by(folder):
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+needs_root = pytest.mark.skipif(not ROOT_USER, reason="mounting a small file system needs root")
+
+
+@needs_root
+@pytest.mark.parametrize("share", [0.0004, 0.5, 0.98, 1.2, 1.47])
+def test_full_disk(data, trained, tmp_path, share):
+    """Full at the first byte, a state, a model, the second category's state, its model.
+
+    share: of what a finished run holds; a state is as large as a model and beside it.
+    """
+    with small_disk(tmp_path / "small", int(share * held_by(trained[0]))) as small:
         result = run("train.py", "--data", data, "--out", small, *DRAWN)
         fails(result, "cannot be written", "--out")
         assert no_table(small) and not list(small.rglob("*.tmp"))
-    finally:
-        subprocess.run(["umount", str(small)])
+
+
+@needs_root
+def test_full_disk_at_a_picture(data, trained, tmp_path):
+    with small_disk(tmp_path / "small", 2 * held_by(trained[0])) as small:
+        run_of = small / "tiny"
+        shutil.copytree(trained[0], run_of)
+        for picture in run_of.rglob("*.png"):
+            picture.unlink()
+        models = {path: path.read_bytes() for path in run_of.rglob("*.pt")}
+        size = f"remount,size={held_by(small) + 2**16}"  # room for the table of scores
+        subprocess.run(["mount", "-o", size, str(small)], check=True)
+        result = run("evaluate.py", "--run", run_of, "--data", data, "--maps", "worst")
+        fails(result, ".png: cannot be written", "free some space")
+        assert not list(small.rglob("*.tmp"))
+        assert all(path.read_bytes() == model for path, model in models.items())
 
 
 def test_a_machine_without_memory_left(data, tmp_path):

@@ -58,7 +58,7 @@ def test_every_score_has_a_verdict(data, trained, model, tmp_path):
     assert [row["kind"] for row in rows] == ["dent"] * 3 + ["good"] * 3
     for row in rows:
         assert row["verdict"] == ("defect" if float(row["score"]) > threshold else "good")
-        assert 1 / 7 <= float(row["p_value"]) <= 1 and not row["error"]
+        assert round(1 / 7, 6) <= float(row["p_value"]) <= 1 and not row["error"]  # as written
     image = data / "bolt/test/dent/000.png"
     command = ("--model", model, "--image", image, "--out", tmp_path / "a.png")
     out = succeeds(run("evaluate.py", *command)).stdout
