@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 
 class InputError(ValueError):
@@ -415,6 +415,7 @@ class PointField(nn.Module):
     """
 
     D_TIME = 32
+    FOLDED = (("hidden.0", "hidden.1"), ("hidden.3", "hidden.4"))
 
     def __init__(self, d, base=384, told_t=False):
         super().__init__()
@@ -446,6 +447,8 @@ class TimedBlock(nn.Module):
 
     d_time: length of the sinusoid, 0 where the block is not told t.
     """
+
+    FOLDED = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -507,6 +510,11 @@ def new_field(recipe, d):
     return UNetField(d, recipe.base, recipe.told_t)
 
 
+def for_use(fields):
+    """Trained fields, or ones to load such into: they learn no more, and are faster."""
+    return nn.ModuleList(fold_batch_norms(field.eval()) for field in fields)
+
+
 # ---- 8. The detector: the arrow of the first lines, with what training fitted --------------------
 SCORED = 16  # images that are scored at a time
 
@@ -531,7 +539,7 @@ class Detector(nn.Module):
         if recipe.norm == "zca":
             self.register_buffer("feature_mean", torch.zeros(d))
             self.register_buffer("feature_whitening", torch.zeros(d, d))
-        self.fields = nn.ModuleList([new_field(recipe, d)])  # one for each fold, once trained
+        self.fields = for_use([new_field(recipe, d)])  # one for each fold, once trained
         self.register_buffer("fold_mean", torch.zeros(0, d))
         self.register_buffer("fold_whitening", torch.zeros(0, d, d))
         if recipe.calibrate:
@@ -683,7 +691,7 @@ class Detector(nn.Module):
                 setattr(self, name, own.new_zeros(len(state[name]), *own.shape[1:]))
         numbers = {name.split(".")[1] for name in state if name.startswith("fields.")}
         d = self.fold_mean.shape[1]
-        self.fields = nn.ModuleList(new_field(self.recipe, d) for _ in numbers).eval()
+        self.fields = for_use(new_field(self.recipe, d) for _ in numbers)
         return super().load_state_dict({**state, **frozen}, strict=True)
 
 
@@ -795,7 +803,7 @@ def train_fields(detector, x_0, seed, report=None, save=None, state=None):
 
         fit_velocity(field, recipe, x, seed, report_all, save_all, running)
         running = None
-    detector.fields = nn.ModuleList(fields)
+    detector.fields = for_use(fields)
     if whitenings:
         mean, W = zip(*whitenings, strict=True)
         detector.fold_mean = torch.stack(mean).to(detector.device)
@@ -810,7 +818,7 @@ def fit_velocity(field, recipe, x_0, seed, report, save, running=None):
     device = next(field.parameters()).device
     couple = coupling(recipe)
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(field.parameters(), recipe.lr)
+    optimizer = torch.optim.AdamW(field.parameters(), recipe.lr, fused=True)
     start = 0
     if running is not None:
         start = running["step"]
@@ -1081,18 +1089,20 @@ class WideResNet50(nn.Module):
 
 
 def fold_batch_norms(net):
-    """Make each frozen normalisation part of the convolution before it: the same numbers, sooner.
+    """Make each fixed normalisation part of the layer before it: the same numbers, sooner.
 
     FOLDED of a class names the pairs; net in eval mode. One rounding less, where the precision is
-    low, on what can be large before it is normalised.
+    low, on what can be large before it is normalised. Returns net.
     """
     for module in [*net.modules()]:
         parts = dict(module.named_modules())
-        for convolution, norm in getattr(module, "FOLDED", ()):
-            if convolution in parts:
-                folded = fuse_conv_bn_eval(parts[convolution], parts[norm])
-                module.set_submodule(convolution, folded)
+        for name, norm in getattr(module, "FOLDED", ()):
+            if name in parts:
+                layer = parts[name]
+                fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+                module.set_submodule(name, fuse(layer, parts[norm]))
                 module.set_submodule(norm, nn.Identity())
+    return net
 
 
 def package_weights(name):

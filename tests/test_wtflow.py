@@ -1,5 +1,6 @@
 """wtflow.py: recipe, loss, couplings, whitening, scorer, fields, detector, training, backbones."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -498,13 +499,13 @@ def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
     detector, images = fitted(recipe)
     state = detector.state_dict()
     assert not any(name.startswith("extractor.") for name in state)
-    copy = Detector(recipe)
-    copy.load_state_dict(state)
-    for one, other in zip(detector(images), copy(images), strict=True):
+    again = Detector(recipe)
+    again.load_state_dict(state)
+    for one, other in zip(detector(images), again(images), strict=True):
         assert torch.equal(one, other)
     for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "out.bias": torch.zeros(2)}):
         with pytest.raises(RuntimeError):
-            copy.load_state_dict(wrong)
+            again.load_state_dict(wrong)
 
 
 def test_whole_images_and_stored_features_score_alike():
@@ -548,6 +549,20 @@ def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
         wtflow.train_fields(detector, x_0, 3, state=state)
         for field, of_whole in zip(detector.fields, whole, strict=True):
             assert same_values(field.state_dict(), of_whole)
+
+
+@pytest.mark.parametrize("kind", ["point", "unet"])
+def test_a_field_for_use_gives_what_the_trained_one_gives(kind):
+    """Its normalisations, with moments that training left, are folded into the layers."""
+    field = wtflow.new_field(tiny(field=kind, told_t=True), 6)
+    x, t = 3 * gaussian((8, 6, 4, 4)) + 1, torch.rand(8)
+    for _ in range(20):
+        field(x, t)  # moments
+    trained = copy.deepcopy(field).eval()
+    (used,) = wtflow.for_use([field])
+    assert not [m for m in used.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    with torch.no_grad():
+        assert torch.allclose(used(x, t), trained(x, t), rtol=1e-4, atol=1e-5)
 
 
 def same_values(one, other):
