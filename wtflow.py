@@ -20,12 +20,14 @@ default departs from the released recipe, PAPER, in 18 of 25 settings:
     field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
     epochs, steps, batch     100 epochs, 8 images a step    400 steps, 1024 locations a step
     schedule                 a step in the rate             one cycle of the rate
-    from_landing, calibrate  |x1_hat|^2                     see below, with fields of 2 folds
+    from_landing, calibrate  |x1_hat|^2                     see below
+    folds                    one field                      two, each trained on one half
     score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
 So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
-v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and the shape of the covariance
-that this has over good images in each place of the map, and one scale for all (Detector.calibrate).
+v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and the covariance that this has
+over good images in each place of the map (Detector.calibrate); -2 log p is the mean of what two
+fields say, each trained without the images that the other has seen.
 `worst` is our reading of the paper's local worst transport, with a strength.
 """
 
@@ -305,8 +307,13 @@ def ridge(P):
     return 1e-5 * P.diagonal().mean().clamp_min(0.1) * eye
 
 
+def share_of_pooled(prior, d, n):
+    """r = prior d / (prior d + n)."""
+    return prior * d / (prior * d + n)
+
+
 def towards_pooled(S, n, prior, P, scales):
-    """(1-r) S_l / c_l + r P, r = prior d / (prior d + n): the covariance of each place. [ours]
+    """(1-r) S_l / c_l + r P, r = share_of_pooled: the covariance of each place. [ours]
 
     As if `prior` d more images had been seen at every place. With few images it is one covariance
     for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021), but for
@@ -314,7 +321,7 @@ def towards_pooled(S, n, prior, P, scales):
     whole map. A quiet background is then not held to be as telling as a loud part, whose defects
     are no quieter. Where all places are about as loud they keep their scales.
     """
-    r = prior * S.shape[-1] / (prior * S.shape[-1] + n)
+    r = share_of_pooled(prior, S.shape[-1], n)
     return (1 - r) * S / scales[:, None, None] + r * P + ridge(P)
 
 
@@ -345,7 +352,7 @@ def left_out_distance(e, mean, S, prior, folds, one_scale):
     fold of the image, k % folds of image k; folds = n: but the image itself.
     """
     n, d, cells = len(e), S.shape[-1], mean.shape[1]
-    own = (n - 1) / (prior * d + n - 1)  # 1 - r
+    own = 1 - share_of_pooled(prior, d, n - 1)
     eye = torch.eye(cells, device=S.device)
     distances = torch.empty(n, *e.shape[2:], device=S.device)
     for k in range(folds):

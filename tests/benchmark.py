@@ -411,12 +411,12 @@ def strength(args):
 ABLATION = (
     {},
     {"strength": 0.0},
+    {"coupling": "optimal"},
     {"from_landing": False},
     {"calibrate": False},
     {"one_scale": False},
     {"prior": 0.25},
     {"prior": 1.0},
-    {"prior": 2.0, "one_scale": False},
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},
