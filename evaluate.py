@@ -591,8 +591,15 @@ def to_largest_page(image):
         image.seek(areas.index(max(areas)))
 
 
-def open_image(path):
-    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file."""
+FULL_SIZE = "full_size"  # in image.info: width and height of a JPEG that was decoded smaller
+
+
+def open_image(path, enough=None):
+    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file.
+
+    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
+    side: of 4000 x 4000 in a fifth of the time.
+    """
     with unreadable(path):
         image = Image.open(path)
         to_largest_page(image)
@@ -600,7 +607,12 @@ def open_image(path):
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
         halved = not has_levels(image) and any(";16" in str(tile.args) for tile in image.tile)
+        full_size = image.size
+        if enough and image.format == "JPEG":
+            image.draft(None, (enough, enough))
         image.load()
+        if image.size != full_size:
+            image.info[FULL_SIZE] = full_size
         if halved and max(high for _, high in image.convert("RGB").getextrema()) < NEARLY_BLACK:
             say_once(
                 f"{path}: nearly black, as of 16 bits a colour the upper 8 are read: "
@@ -610,17 +622,19 @@ def open_image(path):
         return image
 
 
-def read_image(path, white=None):
+def read_image(path, white=None, enough=None):
     """RGB PIL image as a person sees it. Raises InputError naming the file.
 
     The first frame, or the largest page; EXIF orientation applied, as masks are drawn on the turned
     picture; palette and CMYK converted; alpha dropped; more than 8 bits scaled to 8, from 0 to
-    `white` (grey_level), by default that of this file alone.
+    `white` (grey_level), by default that of this file alone. enough: see open_image.
     """
-    image = open_image(path)
+    image = open_image(path, enough)
     if has_levels(image):
         image = to_8_bits(path, image, white)
     try:
+        if FULL_SIZE in image.info and image.getexif().get(ORIENTATION, 1) >= 5:
+            image.info[FULL_SIZE] = image.info[FULL_SIZE][::-1]
         ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError) as e:
@@ -816,9 +830,13 @@ def may_be_turned(path, image):
 
 
 def read_resized(path, shape, white=None):
-    """Pixels uint8 (*shape, 3), antialiased bilinear, and the original size (H, W)."""
-    image = as_image(path, white=white)
-    return np.asarray(image.resize(shape[::-1], Image.BILINEAR)), image.size[::-1]
+    """Pixels uint8 (*shape, 3), antialiased bilinear, and the original size (H, W).
+
+    Twice the pixels a side are enough: within a few grey levels of what all of them give.
+    """
+    image = as_image(path, white, enough=2 * max(shape))
+    pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
+    return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
 
 
 def batches_of(paths, shape, white=None):
@@ -1539,13 +1557,14 @@ def save_map(path, y, size):
     write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
 
 
-def as_image(value, white=None):
+def as_image(value, white=None, enough=None):
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
-    Raises InputError that says how to convert anything else.
+    white: see grey_level; enough: see open_image. Raises InputError that says how to convert
+    anything else.
     """
     if isinstance(value, (str, os.PathLike)):
-        return read_image(Path(value), white)
+        return read_image(Path(value), white, enough)
     if isinstance(value, Image.Image):
         if has_levels(value):
             raise InputError(

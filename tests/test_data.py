@@ -172,6 +172,30 @@ def test_16_bit_and_float_images_are_scaled(tmp_path):
         assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 0], RGB[..., 0])
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path, orientation):
+    """Of 1300 x 900 for 160 x 112 pixels a half is enough, a quarter is less than twice 160 high.
+
+    Within four grey levels of what all pixels give, a third on average; its size is as it is shown.
+    """
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (45, 65, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    coarse.resize((1300, 900), Image.BICUBIC).save(path, quality=92, exif=exif)
+    size = (900, 1300) if orientation == 1 else (1300, 900)
+    shape = (112, 160) if orientation == 1 else (160, 112)
+    assert evaluate.open_image(path, 320).size == (650, 450)
+    assert evaluate.open_image(path, 110).size == (163, 113)
+    assert evaluate.open_image(path).size == (1300, 900)
+    pixels, full_size = evaluate.read_resized(path, shape)
+    assert full_size == size and pixels.shape == (*shape, 3)
+    whole = np.asarray(read_image(path).resize(shape[::-1], Image.BILINEAR), int)
+    assert 0 < abs(pixels - whole).max() <= 4
+    assert abs(pixels - whole).mean() < 0.33
+
+
 def test_exif_orientation_is_applied_to_the_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, shown upright: the mask is drawn on what is shown
