@@ -378,10 +378,10 @@ def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
     images = [np.full((4, 6, 3), k, np.uint8) for k in range(2 * evaluate.BATCH + 3)]
     as_image, last_of_second = evaluate.as_image, threading.Event()
 
-    def noted(image, white=None):
+    def noted(image, *options, **named):
         if image.max() == 2 * evaluate.BATCH - 1:
             last_of_second.set()
-        return as_image(image, white=white)
+        return as_image(image, *options, **named)
 
     monkeypatch.setattr(evaluate, "as_image", noted)
     batches = evaluate.batches_of(images, (4, 6))
