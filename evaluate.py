@@ -1119,7 +1119,7 @@ def print_table(columns, rows):
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 3  # of checkpoints; another one is refused
+FORMAT = 4  # of checkpoints; another one is refused
 
 
 def no_memory(e):

@@ -36,6 +36,7 @@ import math
 import pickle
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -223,13 +224,14 @@ def inverse_root(S):
     return (Q * torch.maximum(values, floor).rsqrt()[..., None, :]) @ Q.mT
 
 
-def fit_zca(x, shrinkage):
+def fit_zca(x, shrinkage, chosen=None):
     """Mean (C,) and ZCA whitening W (C, C) of all locations of x (N, C, h, w), float32. [ours]
 
     W = ((1-r) S + r (tr S / C) I)^(-1/2), r = shrinkage: finite for constant channels, few samples.
+    chosen: indices of the images that count, by default all.
     """
     total, products, n = 0.0, 0.0, 0
-    for part in x.split(PART):  # moments in float64
+    for part in parts_of(x, chosen):  # moments in float64
         rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()
         total = total + rows.sum(0)
         products = products + rows.T @ rows
@@ -241,8 +243,15 @@ def fit_zca(x, shrinkage):
     return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * target).float()
 
 
+def parts_of(x, chosen=None):
+    """The chosen images of x, all of them by default, PART at a time."""
+    return x.split(PART) if chosen is None else (x[part] for part in chosen.split(PART))
+
+
 def whiten(x, mean, W):
-    """W (x - mean) at each location of x (B, C, h, w); mean (C,), W (C, C)."""
+    """W (x - mean) at each location of x (B, C, h, w) or (N, C); mean (C,), W (C, C)."""
+    if x.ndim == 2:
+        return F.linear(x, W, -W @ mean)
     return F.conv2d(x, W[:, :, None, None], -W @ mean)
 
 
@@ -269,19 +278,33 @@ def from_blocks(y, h, w):
     return cells.reshape(y.shape[1], -1, columns * BLOCK)[:, :h, :w]
 
 
-def fit_blocks(e):
+def block_of(e, place):
+    """Features (n, BLOCK^2, d) float32 of images e (n, d, h, w) in one block of to_blocks."""
+    row, column = divmod(place, -(-e.shape[3] // BLOCK))
+    rows = slice(row * BLOCK, (row + 1) * BLOCK)
+    columns = slice(column * BLOCK, (column + 1) * BLOCK)
+    return to_blocks(e[:, :, rows, columns].float())[0]
+
+
+def count_blocks(e):
+    return -(-e.shape[2] // BLOCK) * -(-e.shape[3] // BLOCK)
+
+
+def fit_blocks(e, chosen=None):
     """Mean (L, BLOCK^2, d) and covariance (L, d, d) of images e (n, d, h, w), each block alone.
 
-    [ours] Sums in float64, PART images at a time: memory does not grow with their number.
+    [ours] chosen: indices of the images that count, by default all.
     """
-    n = len(e)
-    mean = sum(to_blocks(part.float()).sum(1).double() for part in e.split(PART)) / n
-    mean = mean.float()
-    S = 0.0
-    for part in e.split(PART):
-        z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2)
-        S = S + (z.mT @ z).double()
-    return mean, (S / (max(n - 1, 1) * mean.shape[1])).float()
+    chosen = slice(None) if chosen is None else chosen
+
+    def fit(place):
+        x = block_of(e, place)[chosen]
+        mean = x.mean(0)
+        z = (x - mean).flatten(0, 1)
+        return mean, z.T @ z / (max(len(x) - 1, 1) * x.shape[1])
+
+    mean, S = zip(*side_by_side(fit, range(count_blocks(e)), e.device), strict=True)
+    return torch.stack(mean), torch.stack(S)
 
 
 def pool(S, one_scale):
@@ -356,17 +379,18 @@ def left_out_distance(e, mean, S, prior, folds, one_scale):
     eye = torch.eye(cells, device=S.device)
     distances = torch.empty(n, *e.shape[2:], device=S.device)
     for k in range(folds):
-        P, scales = pool(fit_blocks(e[torch.arange(n) % folds != k])[1], one_scale)
+        P, scales = pool(fit_blocks(e, without_fold(n, k, folds))[1], one_scale)
         W = inverse_factor(towards_pooled((n - 1) / (n - 2) * S, n - 1, prior, P, scales))
-        c = (own * n / ((n - 1) * (n - 2) * cells) / scales).view(-1, 1, 1, 1)
-        found = []
-        for part in e[k::folds].split(SCORED):
-            z = (to_blocks(part.float()) - mean[:, None]).flatten(1, 2) @ W.mT
-            z = z.view(len(W), len(part), cells, d)
+        c = own * n / ((n - 1) * (n - 2) * cells) / scales
+
+        def judge(place, images=e[k::folds], W=W, c=c):
+            z = (block_of(images, place) - mean[place]) @ W[place].T
             G = z @ z.mT
-            square = torch.linalg.solve(eye - c * G, G).diagonal(dim1=-2, dim2=-1)
-            found.append(from_blocks((n / (n - 1)) ** 2 * square / d, *part.shape[2:]))
-        distances[k::folds] = torch.cat(found)
+            square = torch.linalg.solve(eye - c[place] * G, G).diagonal(dim1=-2, dim2=-1)
+            return (n / (n - 1)) ** 2 * square / d
+
+        found = torch.stack(side_by_side(judge, range(len(S)), e.device))
+        distances[k::folds] = from_blocks(found, *e.shape[2:])
     return distances
 
 
@@ -523,7 +547,7 @@ def for_use(fields):
 
 
 # ---- 8. The detector: the arrow of the first lines, with what training fitted --------------------
-SCORED = 16  # images that are scored at a time
+SCORED = 8  # images that are scored at a time
 
 
 class Detector(nn.Module):
@@ -564,14 +588,15 @@ class Detector(nn.Module):
     @torch.no_grad()
     def features(self, images):
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float32, not normalised."""
-        at_a_time = 1 if self.device.type == "cpu" else len(images)  # one fits into a CPU's cache
-        features = []
-        for part in images.split(at_a_time):
-            x = part.to(self.device, torch.float32, memory_format=torch.channels_last)
-            with autocast(self.device):
-                levels = self.extractor(x, self.recipe.strides)
-                features.append(join_levels(levels, self.recipe, images.shape[-2:]).float())
-        return torch.cat(features)
+        at_a_time = 1 if self.device.type == "cpu" else len(images)  # one fits into a core's cache
+        return torch.cat(side_by_side(self._features, images.split(at_a_time), self.device))
+
+    @torch.no_grad()
+    def _features(self, images):
+        x = images.to(self.device, torch.float32, memory_format=torch.channels_last)
+        with autocast(self.device):
+            levels = self.extractor(x, self.recipe.strides)
+            return join_levels(levels, self.recipe, images.shape[-2:]).float()
 
     def fit_whitening(self, features):
         """Mean and whitening of good features; layer norm has nothing to fit."""
@@ -622,10 +647,13 @@ class Detector(nn.Module):
         image of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
         folds = len(self.fields)
-        for k in range(folds):
-            for part in x_0[k::folds].split(SCORED):
-                e = self.arrival(part.to(self.device).float(), k=k)
-                part.copy_(within(e, part.dtype))
+
+        def replace_by_arrival(k, part):
+            e = self.arrival(part.to(self.device).float(), k=k)
+            part.copy_(within(e, part.dtype))
+
+        parts = [(k, part) for k in range(folds) for part in x_0[k::folds].split(SCORED)]
+        side_by_side(lambda numbered: replace_by_arrival(*numbered), parts, self.device)
         e = x_0.to(self.device)
         if self.recipe.calibrate:
             distances = self._fit_law(e)
@@ -673,12 +701,13 @@ class Detector(nn.Module):
 
     def score(self, x_0, euler_steps=1):
         """Maps (n, H, W) and scores (n,) of x_0 (n, d, h, w) of any length, on the CPU."""
-        read = [
-            self.read(self.log_p(part.to(self.device).float(), euler_steps))
-            for part in x_0.split(SCORED)
-        ]
-        maps, scores = zip(*read, strict=True)
-        return torch.cat([y.cpu() for y in maps]), torch.cat([s.cpu() for s in scores])
+
+        def read(part):
+            y, score = self.read(self.log_p(part.to(self.device).float(), euler_steps))
+            return y.cpu(), score.cpu()
+
+        maps, scores = zip(*side_by_side(read, x_0.split(SCORED), self.device), strict=True)
+        return torch.cat(maps), torch.cat(scores)
 
     def forward(self, images):
         """(B, 3, H, W) uint8 RGB -> maps (B, H, W) and scores (B,): the whole arrow."""
@@ -716,7 +745,7 @@ def autocast(device):
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 SAVE_SECONDS = 20  # a killed run loses at most this much training
-REPORT_STEPS = 20  # reading the loss waits for the device
+REPORT_STEPS = 20  # at most; reading the loss waits for the device
 
 
 def recipe_for(recipe, sizes):
@@ -758,115 +787,144 @@ def count_folds(recipe, n):
     return min(n, recipe.folds) if n > 1 else 0
 
 
-def without_fold(x_0, k, recipe):
-    """x_0 (n, d, h, w) of all images but those of fold k, and the whitening that was put on them.
+def without_fold(n, k, folds):
+    """Indices of those of n images that are not of fold k."""
+    images = torch.arange(n)
+    return images[images % folds != k]
+
+
+class Training:
+    """One field while it is trained, on the images of x_0 (n, d, h, w) that are not of fold k.
 
     As if those of the fold did not exist: the others are whitened anew, by themselves. With few
-    images this takes back what the whitening owes to the ones left out.
+    images this takes back what the whitening owes to the ones left out. folds = 0: on all images.
     """
-    folds = count_folds(recipe, len(x_0))
-    others = x_0[torch.arange(len(x_0)) % folds != k]
-    others = others.contiguous(memory_format=torch.channels_last)
-    if recipe.norm != "zca":
-        return others, None
-    whitening = fit_zca(others, recipe.shrinkage)
-    for part in others.split(PART):
-        part.copy_(within(whiten(part.float(), *whitening), part.dtype))
-    return others, whitening
+
+    def __init__(self, recipe, x_0, k, folds, seed, device):
+        n, d, h, w = x_0.shape
+        self.recipe, self.device, self.step = recipe, device, 0
+        images = without_fold(n, k, folds) if folds else torch.arange(n)
+        self.images = images.to(x_0.device)
+        self.x_0 = x_0
+        if recipe.field == "point":  # every location is a sample with its own t [ours]
+            self.x_0 = x_0.movedim(1, -1).reshape(n, h * w, d)
+        self.whitening = None
+        if folds and recipe.norm == "zca":
+            mean, W = fit_zca(x_0, recipe.shrinkage, self.images)
+            self.whitening = mean.to(device), W.to(device)
+        self.field = new_field(recipe, d).to(device).train()
+        self.couple = coupling(recipe)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(self.field.parameters(), recipe.lr, fused=True)
+
+    def draw(self):
+        """A batch of x_0: locations (batch, d), or images (batch, d, h, w)."""
+
+        def below(limit):
+            shape, g = (self.recipe.batch,), self.generator
+            return torch.randint(limit, shape, generator=g, device=self.device).to(self.x_0.device)
+
+        image = self.images[below(len(self.images))]
+        point = self.recipe.field == "point"
+        x = self.x_0[image, below(self.x_0.shape[1])] if point else self.x_0[image]
+        x = x.to(self.device).float()
+        return x if self.whitening is None else whiten(x, *self.whitening)
+
+    def advance(self, seconds=1.0):
+        """REPORT_STEPS steps, or as many as `seconds` allow, one at least; the last loss, or None.
+
+        None: all steps had been made. Raises InputError if the loss is not finite.
+        """
+        began, loss = time.monotonic(), None
+        for _ in range(min(REPORT_STEPS, self.recipe.steps - self.step)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.recipe)
+            x_0, t_max = self.draw(), self.recipe.t_max
+            with autocast(self.device):
+                losses = flow_matching_loss(
+                    self.field, x_0, self.couple, self.generator, t_max=t_max
+                )
+                loss = losses.mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            if time.monotonic() - began > seconds:
+                break
+        if loss is not None and not torch.isfinite(loss):
+            raise InputError(
+                f"loss is not finite at step {self.step}: "
+                "lower the rate, or look for damaged training images"
+            )
+        return None if loss is None else loss.item()
+
+    def state_dict(self):
+        return {
+            "step": self.step,
+            "field": self.field.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+        self.field.load_state_dict(state["field"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
 
 
 def train_fields(detector, x_0, seed, report=None, save=None, state=None):
-    """Fit detector.fields to the velocity of good x_0 (n, d, h, w).
+    """Fit detector.fields to the velocity of good x_0 (n, d, h, w); the last step is the model.
 
     Each to all images but those of a fold, as Detector.calibrate needs to know what a field leaves
     on images that it has not seen (cross-conformal prediction, Vovk 2015). [ours] No folds: one
     field, to all images [paper].
     report(step, all steps, loss): called now and then. save(state): called about every SAVE_SECONDS
-    and at the end of each field; with such a state the run goes on from there, the same to the last
-    bit. Raises InputError if the loss is not finite.
+    and at the end; with such a state the run goes on from there, the same to the last bit. Raises
+    InputError if the loss is not finite.
     """
     recipe, folds = detector.recipe, count_folds(detector.recipe, len(x_0))
-    finished, running = ([], None) if state is None else (state["finished"], state["running"])
-    fields, whitenings = [], []
-    for k in range(max(folds, 1)):
-        x, whitening = without_fold(x_0, k, recipe) if folds else (x_0, None)
-        if whitening is not None:
-            whitenings.append(whitening)
-        torch.manual_seed(seed)  # the field's initial weights
-        field = new_field(recipe, x_0.shape[1]).to(detector.device)
-        fields.append(field)
-        if k < len(finished):
-            field.load_state_dict(finished[k])
-            field.eval()
-            continue
+    torch.manual_seed(seed)  # the fields' initial weights
+    trainings = [
+        Training(recipe, x_0, k, folds, seed, detector.device) for k in range(max(folds, 1))
+    ]
+    if state is not None:
+        for training, had in zip(trainings, state["trainings"], strict=True):
+            training.load_state_dict(had)
 
-        def report_all(step, loss, before=k * recipe.steps):
-            if report is not None:
-                report(before + step, max(folds, 1) * recipe.steps, loss)
-
-        def save_all(running, done=fields[:-1]):
-            if save is not None:
-                save({"finished": [f.state_dict() for f in done], "running": running})
-
-        fit_velocity(field, recipe, x, seed, report_all, save_all, running)
-        running = None
-    detector.fields = for_use(fields)
-    if whitenings:
-        mean, W = zip(*whitenings, strict=True)
-        detector.fold_mean = torch.stack(mean).to(detector.device)
-        detector.fold_whitening = torch.stack(W).to(detector.device)
-
-
-def fit_velocity(field, recipe, x_0, seed, report, save, running=None):
-    """Fit one field to x_0 (n, d, h, w); the last step is the model.
-
-    report(step, loss), save(running): see train_fields.
-    """
-    device = next(field.parameters()).device
-    couple = coupling(recipe)
-    generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(field.parameters(), recipe.lr, fused=True)
-    start = 0
-    if running is not None:
-        start = running["step"]
-        field.load_state_dict(running["field"])
-        optimizer.load_state_dict(running["optimizer"])
-        generator.set_state(running["generator"])
-    if recipe.field == "point":  # every location of every image is a sample with its own t [ours]
-        x_0 = x_0.movedim(1, -1).reshape(-1, x_0.shape[1])
-
-    field.train()
-    saved = time.monotonic()
-    for step in range(start, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        drawn = torch.randint(len(x_0), (recipe.batch,), generator=generator, device=device)
-        batch = x_0[drawn.to(x_0.device)].to(device).float()
-        with autocast(device):
-            loss = flow_matching_loss(field, batch, couple, generator, t_max=recipe.t_max).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-        last = step + 1 == recipe.steps
-        if last or step % REPORT_STEPS == 0:
-            if not torch.isfinite(loss):
-                raise InputError(
-                    f"loss is not finite at step {step}: "
-                    "lower the rate, or look for damaged training images"
-                )
-            report(step + 1, loss.item())
-        if last or time.monotonic() - saved > SAVE_SECONDS:
-            save(
-                {
-                    "step": step + 1,
-                    "field": field.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                }
-            )
+    steps, saved = recipe.steps * len(trainings), time.monotonic()
+    done = sum(training.step for training in trainings)
+    while done < steps:
+        losses = side_by_side(Training.advance, trainings, detector.device)
+        done = sum(training.step for training in trainings)
+        if report is not None:
+            report(done, steps, statistics.mean(loss for loss in losses if loss is not None))
+        if save is not None and (done == steps or time.monotonic() - saved > SAVE_SECONDS):
+            save({"trainings": [training.state_dict() for training in trainings]})
             saved = time.monotonic()
-    field.eval()
+
+    detector.fields = for_use(training.field for training in trainings)
+    if trainings[0].whitening is not None:
+        means, whitenings = zip(*(training.whitening for training in trainings), strict=True)
+        detector.fold_mean, detector.fold_whitening = torch.stack(means), torch.stack(whitenings)
+
+
+def side_by_side(f, items, device):
+    """[f(item) for item in items], on a CPU as many at a time as there are cores. [ours]
+
+    One image, or a thousand locations, are too little for all cores to share: at the end of every
+    layer they would wait for each other, and for whatever other work holds one of them up.
+    """
+    threads, items = torch.get_num_threads(), list(items)
+    workers = min(threads, len(items))
+    if workers == 1 or device.type != "cpu":
+        return [f(item) for item in items]
+    each = (threads // workers,)
+    try:
+        with ThreadPoolExecutor(workers, "core", torch.set_num_threads, each) as pool:
+            return list(pool.map(f, items))
+    finally:
+        torch.set_num_threads(threads)  # the workers' number is that of all threads to come
 
 
 # ---- 10. Which recipes are valid, and the released one -------------------------------------------

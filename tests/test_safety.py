@@ -40,6 +40,7 @@ def train_apart(log, *options, prepare=None):
             os.dup2(f.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         wtflow.SAVE_SECONDS = 0
+        wtflow.REPORT_STEPS = 1
         if prepare is not None:
             prepare()
         evaluate.exit_cleanly(lambda: train.main([str(option) for option in options]))

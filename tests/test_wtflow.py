@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -366,14 +367,17 @@ def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
     assert [{*range(6)} - images for images in seen] == [{0, 2, 4}, {1, 3, 5}]
 
 
-def test_the_others_of_a_fold_are_whitened_by_themselves():
+@pytest.mark.parametrize("kind", ["point", "unet"])
+def test_a_batch_is_drawn_from_the_others_of_a_fold_whitened_by_themselves(kind):
+    """All 7 x 16 locations that are not of fold 1, and nothing else."""
     x_0 = gaussian((9, 3, 4, 4)) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1) + 5
-    others, whitening = wtflow.without_fold(x_0, 1, Recipe(folds=6, shrinkage=0.0))
+    recipe = Recipe(field=kind, base=8, shrinkage=0.0, batch=4096 if kind == "point" else 256)
+    training = wtflow.Training(recipe, x_0, 1, 6, 0, torch.device("cpu"))
+    others = wtflow.whiten(x_0[[0, 2, 3, 4, 5, 6, 8]], *training.whitening)
     rows = others.movedim(1, -1).reshape(-1, 3)
-    assert others.shape == (7, 3, 4, 4)
     assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
-    by_hand = wtflow.whiten(x_0[[0, 2, 3, 4, 5, 6, 8]], *whitening)
-    assert torch.allclose(others, by_hand, atol=1e-5)
+    distance, drawn = torch.cdist(training.draw().movedim(1, -1).reshape(-1, 3), rows).min(1)
+    assert distance.max() < 1e-2 and set(drawn.tolist()) == set(range(len(rows)))
 
 
 def test_few_images_have_scores_no_lower_than_new_ones_have():
@@ -535,6 +539,7 @@ def test_the_rate_of_each_schedule():
 
 def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
     monkeypatch.setattr(wtflow, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(wtflow, "REPORT_STEPS", 1)
     x_0 = gaussian((4, 152, 4, 4))
     states, steps, detector = [], [], Detector(tiny())
 
@@ -543,12 +548,25 @@ def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
 
     wtflow.train_fields(detector, x_0, 3, report, lambda state: states.append(clone(state)))
     whole = [field.state_dict() for field in detector.fields]
-    assert [state["running"]["step"] for state in states] == [1, 2, 3, 4] * 2
-    assert steps == [(k + step, 8) for k in range(0, 8, 4) for step in (1, 4)]
+    assert [[t["step"] for t in state["trainings"]] for state in states] == [
+        [step, step] for step in (1, 2, 3, 4)
+    ]
+    assert steps == [(2, 8), (4, 8), (6, 8), (8, 8)]
     for state in states:
         wtflow.train_fields(detector, x_0, 3, state=state)
         for field, of_whole in zip(detector.fields, whole, strict=True):
             assert same_values(field.state_dict(), of_whole)
+
+
+def test_fields_that_train_side_by_side_are_those_that_train_in_turn(two_threads):
+    """A core each: so not even the last bit depends on whether there are one or two."""
+    x_0, trained = gaussian((6, 152, 4, 4)), []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        detector = Detector(tiny(steps=30))
+        wtflow.train_fields(detector, x_0, 0)
+        trained.append(detector.state_dict())
+    assert same_values(*trained)
 
 
 @pytest.mark.parametrize("kind", ["point", "unet"])
@@ -583,8 +601,46 @@ def clone(value):
 def test_a_loss_that_is_not_finite_stops_the_training():
     x_0 = gaussian((4, 6, 2, 2))
     x_0[1, 2, 0, 1] = float("inf")
-    with pytest.raises(InputError, match="loss is not finite at step 0.*rate"):
+    with pytest.raises(InputError, match="loss is not finite at step 20.*rate"):
         wtflow.train_fields(Detector(Recipe(base=8, folds=0)), x_0, 0)
+
+
+# ---- side by side ------------------------------------------------------------------------------
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
+    """With a core for each; an error of one item is that of all."""
+    cpu = torch.device("cpu")
+    both, together = threading.Barrier(2, timeout=60), []
+
+    def seen(item):
+        if item < 2:
+            both.wait()  # the two are worked on at once
+        together.append(torch.get_num_threads())
+        return item
+
+    assert wtflow.side_by_side(seen, range(5), cpu) == [*range(5)]
+    assert together == [1] * 5 and torch.get_num_threads() == 2
+    assert wtflow.side_by_side(lambda _: torch.get_num_threads(), [0], cpu) == [2]
+    with pytest.raises(ZeroDivisionError):
+        wtflow.side_by_side(lambda item: 1 / item, (1, 0), cpu)
+    assert torch.get_num_threads() == 2
+
+
+def test_images_side_by_side_score_as_alone(two_threads):
+    detector, images = fitted(tiny())
+    images = torch.cat([images] * 3)
+    together = detector.score(detector.normalise(detector.features(images)))
+    for k in range(len(images)):
+        alone = detector(images[k : k + 1])
+        for one, of_all in zip(alone, together, strict=True):
+            assert torch.allclose(one[0], of_all[k], rtol=1e-4)
 
 
 # ---- backbones ---------------------------------------------------------------------------------
