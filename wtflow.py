@@ -318,7 +318,7 @@ def pool(S, one_scale):
     P = S.mean(0)
     if not one_scale or len(S) == 1:
         return P, torch.ones(len(S), device=S.device)
-    loudness = (S * torch.linalg.inv(P + ridge(P))).sum((1, 2)) / len(P)
+    loudness = (S * inverse(P + ridge(P))).sum((1, 2)) / len(P)
     log_c = loudness.clamp_min(LEAST_SCALE).log()
     share = (1 - FRAME**2 / log_c.var()).clamp_min(0)
     return P, (share * log_c).exp()
@@ -346,6 +346,15 @@ def towards_pooled(S, n, prior, P, scales):
     """
     r = share_of_pooled(prior, S.shape[-1], n)
     return (1 - r) * S / scales[:, None, None] + r * P + ridge(P)
+
+
+def inverse(S):
+    """S^(-1) of positive definite (..., d, d).
+
+    By Cholesky: once the number of threads was set, PyTorch's LU of many large matrices can be
+    wrong (its issue 141358).
+    """
+    return torch.cholesky_inverse(torch.linalg.cholesky(S))
 
 
 def inverse_factor(S):
@@ -814,7 +823,7 @@ class Training:
             self.whitening = mean.to(device), W.to(device)
         self.field = new_field(recipe, d).to(device).train()
         self.couple = coupling(recipe)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(10 * seed + k)  # of its own noise
         self.optimizer = torch.optim.AdamW(self.field.parameters(), recipe.lr, fused=True)
 
     def draw(self):

@@ -633,6 +633,16 @@ def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
     assert torch.get_num_threads() == 2
 
 
+def test_inverses_are_right_after_side_by_side(two_threads):
+    """torch.linalg.inv of these is not, with two threads, in PyTorch 2.13."""
+    wtflow.side_by_side(lambda item: item, range(4), torch.device("cpu"))
+    A = gaussian((64, 152, 200))
+    S = A @ A.mT / 200 + 0.01 * torch.eye(152)
+    W = wtflow.inverse_factor(S)
+    for found in (wtflow.inverse(S), W.mT @ W):
+        assert torch.allclose(found @ S, torch.eye(152).expand_as(S), atol=1e-3)
+
+
 def test_images_side_by_side_score_as_alone(two_threads):
     detector, images = fitted(tiny())
     images = torch.cat([images] * 3)
