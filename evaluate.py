@@ -1016,19 +1016,29 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
     quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
     even = np.linspace(values.min(), values.max(), BINS // 2)
     edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
-    positive, negative, overlap = np.zeros((3, len(edges) + 1))
-    n_regions = 0
-    for y, item, size in zip(maps, items, sizes, strict=True):
+    bins = len(edges) + 1
+
+    def counts(judged):
+        """Of one image: in each bin, pixels in its mask, others, overlap (3, bins); regions."""
+        y, item, size = judged
         regions, union = masks_of(item, size, saturation)
         index = np.searchsorted(edges, at_size(y, size), side="right")
-        inside = np.bincount(index[union], minlength=len(edges) + 1)
-        positive += inside
-        negative += np.bincount(index.ravel(), minlength=len(edges) + 1) - inside
+        inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
         for place, region, saturates_at in regions:
-            inside = index[place][region]
-            hits = np.cumsum(np.bincount(inside, minlength=len(edges) + 1)[::-1])
+            hits = np.cumsum(np.bincount(index[place][region], minlength=bins)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
-            n_regions += 1
+        outside = np.bincount(index.ravel(), minlength=bins) - inside
+        return np.stack([inside, outside, overlap]), len(regions)
+
+    totals, n_regions = np.zeros((3, bins)), 0
+    judged = list(zip(maps, items, sizes, strict=True))
+    for start in range(0, len(judged), BATCH):
+        for of_one, regions in wtflow.side_by_side(
+            counts, judged[start : start + BATCH], maps.device
+        ):
+            totals += of_one
+            n_regions += regions
+    positive, negative, overlap = totals
     auroc, ap = auroc_ap(positive, negative)
     if not n_regions or not negative.sum():
         return auroc, ap, None
