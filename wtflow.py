@@ -754,7 +754,7 @@ def autocast(device):
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 SAVE_SECONDS = 20  # a killed run loses at most this much training
-REPORT_STEPS = 20  # at most; reading the loss waits for the device
+REPORT_STEPS = 20  # that a field makes by itself, before all fields wait for each other
 
 
 def recipe_for(recipe, sizes):
@@ -846,26 +846,32 @@ class Training:
         """
         began, loss = time.monotonic(), None
         for _ in range(min(REPORT_STEPS, self.recipe.steps - self.step)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.recipe)
-            x_0, t_max = self.draw(), self.recipe.t_max
-            with autocast(self.device):
-                losses = flow_matching_loss(
-                    self.field, x_0, self.couple, self.generator, t_max=t_max
-                )
-                loss = losses.mean()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            loss = self.descend()
             self.step += 1
             if time.monotonic() - began > seconds:
                 break
-        if loss is not None and not torch.isfinite(loss):
+        if loss is None:
+            return None
+        if not torch.isfinite(loss):
             raise InputError(
                 f"loss is not finite at step {self.step}: "
                 "lower the rate, or look for damaged training images"
             )
-        return None if loss is None else loss.item()
+        return loss.item()
+
+    def descend(self):
+        """One step of AdamW on one batch; its loss before the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.recipe)
+        x_0, t_max = self.draw(), self.recipe.t_max
+        couple, generator = self.couple, self.generator
+        with autocast(self.device):
+            losses = flow_matching_loss(self.field, x_0, couple, generator, t_max=t_max)
+            loss = losses.mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss
 
     def state_dict(self):
         return {
@@ -888,9 +894,9 @@ def train_fields(detector, x_0, seed, report=None, save=None, state=None):
     Each to all images but those of a fold, as Detector.calibrate needs to know what a field leaves
     on images that it has not seen (cross-conformal prediction, Vovk 2015). [ours] No folds: one
     field, to all images [paper].
-    report(step, all steps, loss): called now and then. save(state): called about every SAVE_SECONDS
-    and at the end; with such a state the run goes on from there, the same to the last bit. Raises
-    InputError if the loss is not finite.
+    report(steps done, all steps, loss): called now and then. save(state): called about every
+    SAVE_SECONDS and at the end; with such a state the run goes on from there, the same to the last
+    bit. Raises InputError if the loss is not finite.
     """
     recipe, folds = detector.recipe, count_folds(detector.recipe, len(x_0))
     torch.manual_seed(seed)  # the fields' initial weights
