@@ -412,6 +412,7 @@ def strength(args):
 ABLATION = (
     {},
     {"strength": 0.0},
+    {"strength": 0.5},
     {"coupling": "optimal"},
     {"from_landing": False},
     {"calibrate": False},
@@ -421,11 +422,10 @@ ABLATION = (
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},
-    {"steps": 800},
     {"aspect": 1.0},
     {"strides": (4, 8, 16)},
     {"cell": 16, "smooth": 0.2},
-    {"image_size": 256},
+    {"image_size": 384},
 )
 
 
