@@ -295,16 +295,18 @@ def fit_blocks(e, chosen=None):
 
     [ours] chosen: indices of the images that count, by default all.
     """
-    chosen = slice(None) if chosen is None else chosen
+    places, chosen = count_blocks(e), slice(None) if chosen is None else chosen
+    mean = torch.empty(places, BLOCK * BLOCK, e.shape[1], device=e.device)
+    S = torch.empty(places, e.shape[1], e.shape[1], device=e.device)
 
     def fit(place):
         x = block_of(e, place)[chosen]
-        mean = x.mean(0)
-        z = (x - mean).flatten(0, 1)
-        return mean, z.T @ z / (max(len(x) - 1, 1) * x.shape[1])
+        mean[place] = x.mean(0)
+        z = (x - mean[place]).flatten(0, 1)
+        S[place] = z.T @ z / (max(len(x) - 1, 1) * x.shape[1])
 
-    mean, S = zip(*side_by_side(fit, range(count_blocks(e)), e.device), strict=True)
-    return torch.stack(mean), torch.stack(S)
+    side_by_side(fit, range(places), e.device)
+    return mean, S
 
 
 def pool(S, one_scale):
@@ -392,14 +394,17 @@ def left_out_distance(e, mean, S, prior, folds, one_scale):
         W = inverse_factor(towards_pooled((n - 1) / (n - 2) * S, n - 1, prior, P, scales))
         c = own * n / ((n - 1) * (n - 2) * cells) / scales
 
-        def judge(place, images=e[k::folds], W=W, c=c):
+        images = e[k::folds]
+        square = torch.empty(len(S), len(images), cells, device=S.device)
+
+        def judge(place, images=images, W=W, c=c, square=square):
             z = (block_of(images, place) - mean[place]) @ W[place].T
             G = z @ z.mT
-            square = torch.linalg.solve(eye - c[place] * G, G).diagonal(dim1=-2, dim2=-1)
-            return (n / (n - 1)) ** 2 * square / d
+            left_out = torch.linalg.solve(eye - c[place] * G, G)
+            square[place] = left_out.diagonal(dim1=-2, dim2=-1)
 
-        found = torch.stack(side_by_side(judge, range(len(S)), e.device))
-        distances[k::folds] = from_blocks(found, *e.shape[2:])
+        side_by_side(judge, range(len(S)), e.device)
+        distances[k::folds] = (n / (n - 1)) ** 2 / d * from_blocks(square, *e.shape[2:])
     return distances
 
 
