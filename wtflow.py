@@ -933,7 +933,8 @@ def side_by_side(f, items, device):
     """[f(item) for item in items], on a CPU as many at a time as there are cores. [ours]
 
     One image, or a thousand locations, are too little for all cores to share: at the end of every
-    layer they would wait for each other, and for whatever other work holds one of them up.
+    layer they would wait for each other, and for whatever other work holds one of them up. It sets
+    the number of threads, which torch.linalg.inv does not stand (see `inverse`).
     """
     threads, items = torch.get_num_threads(), list(items)
     workers = min(threads, len(items))
