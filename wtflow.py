@@ -83,7 +83,7 @@ class Recipe:
     told_t: bool = False  # [ours] whether v_theta sees t
     # Coupling
     coupling: str = "worst"  # [paper] "worst", "candidates", "independent", "optimal" (OT-CFM)
-    strength: float = 0.9  # [ours] rho of "worst", -1..1, 0: rFM; or n of "candidates", 1: rFM
+    strength: float = 0.5  # [ours] rho of "worst", -1..1, 0: rFM; or n of "candidates", 1: rFM
     # Training
     t_max: float = 1.0  # [released] t ~ U(0, t_max)
     steps: int = 400  # [ours] 0: as many as `epochs` gives
@@ -150,7 +150,7 @@ def independent(x_0, generator=None):
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
 
 
-def worst(x_0, generator=None, rho=0.9):
+def worst(x_0, generator=None, rho=0.5):
     """Worst transport of strength rho: x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z (W5).
 
     [ours: reading of "local"], at each location alone; z ~ N(0, I). E|x_1|^2 = d for every rho, so

@@ -412,7 +412,7 @@ def strength(args):
 ABLATION = (
     {},
     {"strength": 0.0},
-    {"strength": 0.5},
+    {"strength": 0.9},
     {"coupling": "optimal"},
     {"from_landing": False},
     {"calibrate": False},
