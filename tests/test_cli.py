@@ -108,7 +108,8 @@ def test_several_seeds_give_mean_and_spread(data, tmp_path):
     each = [float(rows(tmp_path / f"seed{s}/tiny")[0]["aupro"]) for s in (0, 1)]
     mean, spread = (rows(tmp_path / "tiny", f"{name}.csv")[0] for name in ("results", "spread"))
     assert float(mean["aupro"]) == pytest.approx(np.mean(each), abs=0.01)
-    assert float(spread["aupro"]) == pytest.approx(np.std(each, ddof=1), abs=0.01)
+    # two decimals: of two figures, by 0.005 each, moves the spread by 0.01 / sqrt(2), and its own
+    assert float(spread["aupro"]) == pytest.approx(np.std(each, ddof=1), abs=0.0122)
 
 
 def test_one_seed_has_no_spread(data, tmp_path):
