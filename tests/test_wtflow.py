@@ -627,6 +627,10 @@ def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
 
     assert wtflow.side_by_side(seen, range(5), cpu) == [*range(5)]
     assert together == [1] * 5 and torch.get_num_threads() == 2
+    later = threading.Thread(target=lambda: together.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert together[-1] == 2  # what threads to come begin with
     assert wtflow.side_by_side(lambda _: torch.get_num_threads(), [0], cpu) == [2]
     with pytest.raises(ZeroDivisionError):
         wtflow.side_by_side(lambda item: 1 / item, (1, 0), cpu)
