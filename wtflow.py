@@ -662,12 +662,13 @@ class Detector(nn.Module):
         """
         folds = len(self.fields)
 
-        def replace_by_arrival(k, part):
+        def replace_by_arrival(numbered):
+            k, part = numbered
             e = self.arrival(part.to(self.device).float(), k=k)
             part.copy_(within(e, part.dtype))
 
         parts = [(k, part) for k in range(folds) for part in x_0[k::folds].split(SCORED)]
-        side_by_side(lambda numbered: replace_by_arrival(*numbered), parts, self.device)
+        side_by_side(replace_by_arrival, parts, self.device)
         e = x_0.to(self.device)
         if self.recipe.calibrate:
             distances = self._fit_law(e)

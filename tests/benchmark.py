@@ -589,12 +589,14 @@ def peers(n=30):
 
 
 @contextlib.contextmanager
-def one_thread():
-    """Without wtflow.side_by_side, as operations are counted in one thread only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def threads(count):
+    """With another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def stage_table(device):
@@ -605,7 +607,8 @@ def stage_table(device):
     table = []
 
     def add(name, f, parameters, batch):
-        with FlopCounterMode(display=False) as counter, one_thread():
+        # one: without wtflow.side_by_side, as operations are counted in this thread alone
+        with FlopCounterMode(display=False) as counter, threads(1):
             f()
         median, spread = milliseconds(f, device)
         table.append({"stage": name, "batch": batch, "ms": median, "spread": spread})

@@ -14,6 +14,7 @@ from scipy.stats import ks_2samp, kstest
 from torch import nn
 
 import wtflow
+from tests import benchmark
 from wtflow import PAPER, Detector, InputError, PointField, Recipe, UNetField
 
 
@@ -608,10 +609,8 @@ def test_a_loss_that_is_not_finite_stops_the_training():
 # ---- side by side ------------------------------------------------------------------------------
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with benchmark.threads(2):
+        yield
 
 
 def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
