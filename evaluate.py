@@ -862,8 +862,8 @@ def white_of(detector):
 def extract(detector, paths, report=None):
     """Features of image files (n, d, h, w) float16, None if there are none; original sizes.
 
-    One pass; report(done) after each batch. Raises InputError naming the image that cannot be read
-    or whose features are not finite.
+    They are on the detector's device. One pass; report(done) after each batch. Raises InputError
+    naming the image that cannot be read or whose features are not finite.
     """
     out, sizes = None, []
     shape = wtflow.image_shape(detector.recipe)
@@ -877,6 +877,7 @@ def extract(detector, paths, report=None):
             out = torch.empty(
                 (len(paths), *x.shape[1:]),
                 dtype=torch.float16,
+                device=x.device,
                 memory_format=torch.channels_last,  # a location's features side by side
             )
         out[len(sizes) : len(sizes) + len(x)] = x
@@ -1763,12 +1764,17 @@ def exit_cleanly(main):
 
 
 def pick_device(name):
-    """The torch device of --device auto, cpu or cuda; under torchrun each process has its own."""
+    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
+
+    On a GPU the networks have bfloat16; all else, whitening and blur too, has float32 and not TF32.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU that torch can use: give --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    torch.backends.cudnn.allow_tf32 = False
+    mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return torch.device(f"cuda:{mine}")
 
 
 class Judged(NamedTuple):

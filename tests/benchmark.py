@@ -43,7 +43,10 @@ SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 # ---- 1. One category, its features, and the figures of a method ----------------------------------
 class Sample(NamedTuple):
-    """A category and its features (n, d, h, w) float16, as the extractor of `recipe` gives them."""
+    """A category and its features (n, d, h, w) float16, as the extractor of `recipe` gives them.
+
+    All that is fitted to them is on their device.
+    """
 
     category: evaluate.Category
     recipe: Recipe
@@ -55,12 +58,12 @@ class Sample(NamedTuple):
 FEATURES = ("backbone", "image_size", "aspect", "strides", "cell")  # settings of the extractor
 
 
-def read_sample(category, recipe):
+def read_sample(category, recipe, device="cpu"):
     """The Sample of a category. Raises InputError if there is nothing to measure."""
     if not category.test:
         raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
-    detector = Detector(own)
+    detector = Detector(own).to(device)
     detector.white = evaluate.grey_level(category.train)
     train, _ = evaluate.extract(detector, category.train)
     test, sizes = evaluate.extract(detector, [item.path for item in category.test])
@@ -85,7 +88,7 @@ def figures(sample, maps, scores):
 
 def verdicts(sample, scores, normal_scores):
     """False alarms and found defects in percent, at 1 % of the scores of good training images."""
-    known = normal_scores.numpy()
+    known = normal_scores.cpu().numpy()
     said = evaluate.judge(scores.numpy(), known, evaluate.threshold_of(known, false_alarms=1))
     return evaluate.alarm_rates([item.kind for item in sample.category.test], said)
 
@@ -103,7 +106,7 @@ def flows(sample, recipes, seed):
     for recipe in recipes:
         recipe = in_place_of(recipe, sample)
         began = time.perf_counter()
-        detector = Detector(recipe)
+        detector = Detector(recipe).to(sample.train.device)
         detector.fit_whitening(sample.train)
         x_0 = detector.normalise(sample.train)
         as_trained = replace(recipe, **{name: getattr(Recipe(), name) for name in SCORING})
@@ -182,7 +185,7 @@ def greedy_coreset(rows, size, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(rows), (1,), generator=generator).tolist()
-    distances = torch.full((len(rows),), torch.inf)
+    distances = torch.full((len(rows),), torch.inf, device=rows.device)
     lower(distances, rows, rows[chosen].float())
     while len(chosen) < size:
         far, index = distances.topk(min(POOL, len(rows)))
@@ -217,7 +220,7 @@ def reweighted(x, distances, index, memory):
     memory around m*, m* one of them (equation 7, its sign as in [anomalib]).
     """
     s, place = distances.max(1)
-    own = torch.arange(len(x))
+    own = torch.arange(len(x), device=x.device)
     x_far = x.flatten(2).movedim(1, -1)[own, place].float()
     m_near = memory[index[own, place]]
     count = min(NEIGHBOURS, len(memory))
@@ -259,7 +262,7 @@ def fit_padim(sample, seed):
         mu = part.mean(1, keepdim=True)
         S = (part - mu).mT @ (part - mu) / (part.shape[1] - 1)
         mean.append(mu)
-        inverse.append(wtflow.inverse(S + RIDGE * torch.eye(d)))
+        inverse.append(wtflow.inverse(S + RIDGE * torch.eye(d, device=part.device)))
     mean, inverse = torch.cat(mean), torch.cat(inverse)
 
     def score(features):
@@ -291,7 +294,7 @@ def calibrated(detector, x_0):
 
 def fit_flow(sample, seed):
     """WT-Flow itself, as a detector among the others."""
-    detector = Detector(sample.recipe)
+    detector = Detector(sample.recipe).to(sample.train.device)
     detector.fit_whitening(sample.train)
     x_0 = detector.normalise(sample.train)
     wtflow.train_fields(detector, x_0, seed)
@@ -301,7 +304,7 @@ def fit_flow(sample, seed):
 def fit_mahalanobis(sample, seed):
     """Our whitening, calibration and scorer with no field: what is left is Mahalanobis by place."""
     recipe = replace(sample.recipe, from_landing=False)
-    detector = Detector(recipe)
+    detector = Detector(recipe).to(sample.train.device)
     detector.fields = torch.nn.ModuleList([Still()])
     detector.fit_whitening(sample.train)
     return calibrated(detector, detector.normalise(sample.train))
@@ -312,7 +315,7 @@ def timed(sample, fit, seed):
     began = time.perf_counter()
     score, kept, *normal_scores = fit(sample, seed)
     trained = time.perf_counter()
-    maps, scores = score(sample.test)
+    maps, scores = (y.cpu() for y in score(sample.test))
     done = time.perf_counter()
     row = figures(sample, maps, scores)
     if normal_scores:
@@ -363,12 +366,13 @@ def compare(args):
     PatchCore and PaDiM on what they are usually given, and on the images and the grid that WT-Flow
     has, but for the memory of 10 %, which is slow to choose there.
     """
+    device = evaluate.pick_device(args.device)
     for category in categories_in(args.data):
-        sample = read_sample(category, Recipe())
+        sample = read_sample(category, Recipe(), device)
         recipes = {name: replace(Recipe(), **changes) for name, changes in COUPLINGS.items()}
         rows = flow_rows(sample, recipes, args.seeds)
         rows["Mahalanobis, no field"] = [timed(sample, fit_mahalanobis, 0)]
-        usual = read_sample(category, USUAL)
+        usual = read_sample(category, USUAL, device)
         for name, fit in OTHERS.items():
             seeds = args.seeds[:1] if fit is fit_padim else args.seeds
             rows[f"{name}, 256 px"] = [timed(usual, fit, seed) for seed in seeds]
@@ -402,7 +406,7 @@ def strength(args):
         for name, changes in couplings.items()
     }
     for category in categories_in(args.data):
-        sample = read_sample(category, base)
+        sample = read_sample(category, base, evaluate.pick_device(args.device))
         recipes = {name: replace(r, steps=sample.recipe.steps) for name, r in recipes.items()}
         rows = flow_rows(sample, recipes, args.seeds)
         evaluate.print_table(COLUMNS, table_of(category, rows))
@@ -417,15 +421,14 @@ ABLATION = (
     {"from_landing": False},
     {"calibrate": False},
     {"one_scale": False},
-    {"prior": 0.25},
     {"prior": 1.0},
     {"smooth": 0.8},
     {"folds": 0},
     {"t_max": 0.05},
     {"aspect": 1.0},
     {"strides": (4, 8, 16)},
-    {"cell": 16, "smooth": 0.2},
-    {"image_size": 384},
+    {"image_size": 320},
+    {"image_size": 448},
 )
 
 
@@ -436,6 +439,7 @@ def ablation(args):
     one, and its figures on that one.
     """
     names = [" ".join(f"{k}={v}" for k, v in c.items()) or "the default" for c in ABLATION]
+    device = evaluate.pick_device(args.device)
     measured = {}  # (category, change): figures, means over seeds
     for category in categories_in(args.data):
         table, samples = {}, {}
@@ -444,7 +448,7 @@ def ablation(args):
             features = tuple(getattr(recipe, setting) for setting in FEATURES)
             samples.setdefault(features, {})[name] = recipe
         for recipes in samples.values():  # one extraction for all that share it
-            sample = read_sample(category, next(iter(recipes.values())))
+            sample = read_sample(category, next(iter(recipes.values())), device)
             table |= flow_rows(sample, recipes, args.seeds)
         evaluate.print_table(COLUMNS, table_of(category, {name: table[name] for name in names}))
         for name in names:
@@ -493,7 +497,10 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def peak_gib():
+def peak_gib(device):
+    """Peak memory of this process, or what it had of a GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -517,14 +524,23 @@ def stages(detector, images):
     log_p = detector.log_p(x_0)
     size = detector.recipe.image_size
     total = count(detector.extractor) + count(detector.fields)
-    return (
+    rows = [
         (f"images to maps, {size} px", lambda: detector(images), total),
         ("  extractor", lambda: detector.features(images), count(detector.extractor)),
         ("  normalisation", lambda: detector.normalise(features), 0),
         ("  flow of a field, one step", lambda: detector.arrival(x_0), count(detector.fields[:1])),
         ("  flow of all, calibration, log p", lambda: detector.log_p(x_0), count(detector.fields)),
         ("  map and score", lambda: detector.read(log_p), 0),
-    )
+    ]
+    if detector.device.type == "cuda":  # one launch instead of one for each of hundreds of kernels
+        graph = torch.cuda.make_graphed_callables
+        whole = graph(detector.forward, (images.to(detector.device),))
+        flow = graph(detector.log_p, (x_0.clone(),))
+        rows += [
+            (f"images to maps, {size} px, CUDA graph", lambda: whole(images), total),
+            ("  flow of all, CUDA graph", lambda: flow(x_0), count(detector.fields)),
+        ]
+    return rows
 
 
 def beside_a_busy_process(detector, rounds=5):
@@ -534,7 +550,7 @@ def beside_a_busy_process(detector, rounds=5):
     """
     steps = replace(detector.recipe, steps=20)
     detector = Detector(steps).to(detector.device)
-    x_0 = torch.randn(8, detector.feature_mean.numel(), 16, 16)
+    x_0 = torch.randn(8, detector.feature_mean.numel(), 16, 16, device=detector.device)
     alone, beside = [], []
     for _ in range(rounds):
         for times, busy in ((alone, False), (beside, True)):
@@ -556,20 +572,20 @@ def speed(args):
     )
     with torch.no_grad():
         stage_table(device)
-    peers()
+    peers(device)
     print(
         f"20 steps of all fields: {alone:.0f} ms alone, {beside:.0f} ms beside a busy process, "
         f"{beside / alone:.1f} times"
     )
 
 
-def peers(n=30):
+def peers(device, n=30):
     """Print WT-Flow beside other detectors on the same features, those of n images of noise.
 
     Training from features; milliseconds from a tensor of an image to its map and score.
     """
     recipe = replace(Recipe(), image_size=256, aspect=1.0)
-    net, table = Detector(recipe), []
+    net, table = Detector(recipe).to(device), []
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 255, (n, 3, 256, 256), dtype=torch.uint8, generator=generator)
     sample = Sample(None, recipe, net.features(images).half(), None, [])
@@ -601,9 +617,11 @@ def threads(count):
 
 def stage_table(device):
     """Print the milliseconds of each stage of the arrow."""
-    a = torch.randn(2048, 2048, device=device)
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device)
     with wtflow.autocast(device):
-        rate = 2 * 2048**3 / milliseconds(lambda: a @ a, device)[0]  # FLOPs per ms
+        a = a @ a / n  # in the type that products have here
+        rate = 2 * n**3 / milliseconds(lambda: a @ a, device)[0]  # FLOPs per ms
     table = []
 
     def add(name, f, parameters, batch):
@@ -614,7 +632,8 @@ def stage_table(device):
         table.append({"stage": name, "batch": batch, "ms": median, "spread": spread})
         table[-1]["images_per_s"] = 1000 * batch / median
         table[-1]["parameters_M"] = parameters / 1e6
-        table[-1]["x_bound"] = median * rate / max(counter.get_total_flops(), 1)
+        operations = counter.get_total_flops()  # none are counted in a CUDA graph
+        table[-1]["x_bound"] = median * rate / operations if operations else None
 
     for size in (256, 512):
         detector = random_detector(replace(Recipe(), image_size=size), device)
@@ -622,7 +641,7 @@ def stage_table(device):
             images = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8)
             for name, f, parameters in stages(detector, images):
                 add(name, f, parameters, batch)
-    ours = peak_gib()
+    ours = peak_gib(device)
     unet = wtflow.UNetField(1024, PAPER.base).to(device).eval()
     for batch in (1, 16):
         x_0 = torch.randn(batch, 1024, 8, 8, device=device)
@@ -636,7 +655,7 @@ def stage_table(device):
     evaluate.print_table(columns, table)
     print(
         f"matrix rate {rate / 1e9:.2f} TFLOP/s, {torch.get_num_threads()} threads, "
-        f"peak memory {ours:.1f} GiB ({peak_gib():.1f} GiB with the U-Net)"
+        f"peak memory {ours:.1f} GiB ({peak_gib(device):.1f} GiB with the U-Net)"
     )
 
 
@@ -682,7 +701,7 @@ def main(argv=None):
     add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for speed")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--images", nargs="+", type=int, default=[200, 1600], help="for memory (default: 200 1600)")
     add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 # The same sums here and in the subprocesses.
 torch.set_num_threads(1)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+MODULES = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": MODULES}
 
 # derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N
 # draws others.

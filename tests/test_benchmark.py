@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import fails, make_mvtec, run, succeeds
 
 from tests import benchmark
@@ -81,7 +82,7 @@ def test_recipes_that_differ_in_scoring_share_a_training(tmp_path, quick, monkey
 
 
 def test_peers_are_timed_on_the_same_features(quick, capsys):
-    benchmark.peers(n=4)
+    benchmark.peers(torch.device("cpu"), n=4)
     lines = capsys.readouterr().out.splitlines()
     assert "ms_per_image_batch_16" in lines[0] and len(lines) == 1 + 2 + len(benchmark.OTHERS)
     seconds = [[float(number) for number in line.split()[-4:]] for line in lines[1:]]

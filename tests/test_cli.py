@@ -10,6 +10,8 @@ import torch
 from conftest import ROOT, fails, make_mvtec, picture, run, save, shell, succeeds
 from PIL import Image
 
+import evaluate
+
 TINY = ("--steps", 4, "--image-size", 64, "--maps", "none")  # drawing is most of a tiny run
 COLUMNS = "category,image_auroc,image_auroc_max,pixel_auroc,aupro,train_images,test_images,seconds"
 FIGURES = ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro")
@@ -127,6 +129,17 @@ def test_processes_share_the_categories(data, trained, tmp_path):
     options = ("--data", data, "--out", tmp_path / "o", *TINY)
     succeeds(shell(*launch, ROOT / "train.py", *options))
     assert without_seconds(tmp_path / "o/tiny") == without_seconds(trained[0])
+
+
+def test_torchrun_processes_take_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored after the test
+    for rank, mine in ((None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert str(evaluate.pick_device("auto")) == mine
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):

@@ -1,0 +1,91 @@
+"""On a GPU; skipped where there is none: same arithmetic, one CUDA graph, a whole run, torchrun."""
+
+import pytest
+import torch
+from conftest import ROOT, run, shell, succeeds
+
+import evaluate
+import wtflow
+from wtflow import Detector, Recipe
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SMALL = dict(image_size=64, base=64, steps=20, batch=64)
+
+
+def images(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+
+def fitted(device):
+    detector = Detector(Recipe(**SMALL)).to(device)
+    features = detector.features(images(12))
+    detector.fit_whitening(features)
+    x_0 = detector.normalise(features)
+    wtflow.train_fields(detector, x_0, 0)
+    detector.calibrate(x_0)
+    return detector
+
+
+def relative(a, b):
+    return ((a.cpu() - b.cpu()).norm() / b.cpu().norm()).item()
+
+
+@pytest.fixture
+def full_precision(monkeypatch):
+    """Without bfloat16 and TF32, on either device."""
+    monkeypatch.setattr(wtflow, "autocast", lambda d: torch.autocast(d.type, enabled=False))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def test_a_model_scores_as_on_the_cpu(full_precision):
+    detector = fitted(torch.device("cpu"))
+    maps, scores = detector(images(4, seed=1))
+    on_gpu = detector.to("cuda")(images(4, seed=1))
+    assert relative(on_gpu[0], maps) < 1e-3 and relative(on_gpu[1], scores) < 1e-3
+
+
+def test_a_law_is_as_on_the_cpu(full_precision):
+    """Given the fields: laws, distances under the laws of the others."""
+    detector = fitted(torch.device("cpu"))
+    x_0 = detector.normalise(detector.features(images(12)))
+    kept = detector.normal_scores, detector.normal_mean, detector.normal_whitening
+    detector.to("cuda").calibrate(x_0.cuda())
+    there = detector.normal_scores, detector.normal_mean, detector.normal_whitening
+    for a, b in zip(there, kept, strict=True):
+        assert relative(a, b) < 1e-2
+
+
+def test_bfloat16_moves_scores_by_a_few_percent():
+    detector = fitted(torch.device("cuda"))
+    maps, scores = detector(images(4, seed=1))
+    on_cpu = detector.to("cpu")(images(4, seed=1))
+    assert relative(maps, on_cpu[0]) < 0.1 and relative(scores, on_cpu[1]) < 0.1
+
+
+def test_a_cuda_graph_computes_the_same():
+    detector, few = fitted(torch.device("cuda")), images(1, seed=1).cuda()
+    graph = torch.cuda.make_graphed_callables(detector.forward, (few.clone(),))
+    for x in (few, images(1, seed=2).cuda()):
+        for a, b in zip(graph(x), detector(x), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_run_on_a_gpu(data, tmp_path):
+    """Trained there and resumed; its model scores there and on the CPU."""
+    options = ("--data", data / "bolt", "--steps", 20, "--image-size", 64, "--device", "cuda")
+    succeeds(run("train.py", *options, "--out", tmp_path))
+    model = tmp_path / "tiny/bolt/model.pt"
+    succeeds(run("train.py", *options, "--out", tmp_path, "--resume"))
+    for device in ("cuda", "cpu"):
+        detector = evaluate.load_model(model, device)
+        result = evaluate.score(detector, data / "bolt/test/dent/000.png")
+        assert result.verdict == "defect"
+
+
+def test_torchrun_shares_the_categories(data, tmp_path):
+    """Two processes; where there is one GPU, both on it."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    options = ("--data", data, "--steps", 20, "--image-size", 64, "--out", tmp_path)
+    result = succeeds(shell(*launch, ROOT / "train.py", *options, "--device", "cuda"))
+    assert "bolt" in result.stdout and "nut" in result.stdout
