@@ -386,7 +386,7 @@ def parse(argv):
         type=int,
         metavar="N",
         help="an image gets at most N x N pixels, at its aspect "
-        f"(default: {default.image_size}, never enlarged)",
+        f"(default: {default.image_size}, enlarged {wtflow.ENLARGED} times at most)",
     )
     add(
         "--steps",

@@ -14,8 +14,8 @@ authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md)
 default departs from the released recipe, PAPER, in 18 of 25 settings:
 
     setting                  released                       here [ours]
-    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 2 layers, 40x40
-    image_size, aspect       256 x 256, squeezed            320^2 pixels at most, not squeezed
+    backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 2 layers, 48x48
+    image_size, aspect       256 x 256, squeezed            384^2 pixels or so, not squeezed
     norm                     layer norm of the map          ZCA whitening
     field, base, told_t      U-Net over the map, told t     an MLP at each location, not told t
     epochs, steps, batch     100 epochs, 8 images a step    400 steps, 1024 locations a step
@@ -71,8 +71,8 @@ class Recipe:
 
     # Features
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
-    image_size: int = 320  # [ours] an image gets at most image_size^2 pixels
-    aspect: float = 0.0  # [ours] height / width; 0: that of the images, which are not enlarged
+    image_size: int = 384  # [ours] an image gets image_size^2 pixels, enlarged at most ENLARGED
+    aspect: float = 0.0  # [ours] height / width; 0: that of the images
     strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
     cell: int = 8  # [ours] pixels of the image per location of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening or "layer" norm
@@ -759,6 +759,7 @@ def autocast(device):
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
+ENLARGED = 2  # times on a side, at most, for a small image: a finer map, not new detail
 SAVE_SECONDS = 20  # a killed run loses at most this much training
 REPORT_STEPS = 20  # that a field makes by itself, before all fields wait for each other
 
@@ -767,7 +768,7 @@ def recipe_for(recipe, sizes):
     """The recipe for training images of sizes (H, W): number of steps, aspect, pixels.
 
     Where the recipe leaves the aspect open it is the images' own, their median, and image_size is
-    lowered to where the median image would not be enlarged.
+    lowered to where the median image is enlarged ENLARGED times.
     """
     steps = recipe.steps or recipe.epochs * -(-len(sizes) // recipe.batch)
     if recipe.aspect:
@@ -775,7 +776,7 @@ def recipe_for(recipe, sizes):
     aspect = statistics.median(h / w for h, w in sizes)
     side = statistics.median(math.sqrt(h * w) for h, w in sizes)
     unit = math.lcm(recipe.cell, max(recipe.strides))
-    most = max(-(-64 // unit), round(side / unit)) * unit
+    most = max(-(-64 // unit), round(ENLARGED * side / unit)) * unit
     image_size = min(recipe.image_size, most)
     return replace(recipe, steps=steps, image_size=image_size, aspect=min(max(aspect, 1 / 8), 8.0))
 
@@ -1033,11 +1034,10 @@ class SameConv2d(nn.Conv2d):
         self.before, self.after = surplus // 2, surplus - surplus // 2
 
     def forward(self, x):
-        inside = self.before
-        if self.before != self.after:
-            x = F.pad(x, (self.before, self.after) * 2)
-            inside = 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, inside, 1, self.groups)
+        weight = self.weight
+        if self.after > self.before:  # as much before, met by zeros: no padded copy of x is made
+            weight = F.pad(weight, (1, 0, 1, 0))
+        return F.conv2d(x, weight, self.bias, self.stride, self.after, 1, self.groups)
 
 
 class MBConv(nn.Module):
@@ -1055,7 +1055,7 @@ class MBConv(nn.Module):
         self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
         self._project_conv = SameConv2d(c, c_out, 1)
         self._bn2 = nn.BatchNorm2d(c_out, eps=1e-3)
-        self.expands = expand > 1
+        self.expands, self.stride = expand > 1, stride
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -1101,14 +1101,13 @@ class EfficientNetLite(nn.Module):
             self.channels[total] = c
 
     def forward(self, x, strides=(2, 4, 8, 16, 32)):
-        levels, width = {}, x.shape[-1]
+        levels, stride = {}, 2
         x = F.relu6(self._bn0(self._conv_stem((x - 127) / 128)), inplace=True)
         for block in self._blocks:
-            y = block(x)
-            stride = 2 ** round(math.log2(width / y.shape[-1]))
+            stride *= block.stride
             if stride > max(strides):
                 break
-            x = levels[stride] = y
+            x = levels[stride] = block(x)
         return levels
 
 

@@ -780,10 +780,10 @@ def test_a_tall_strip_is_read(tmp_path):
 
 
 def test_resolution_says_what_a_defect_needs():
-    small = train.resolution(wtflow.Recipe(), [(320, 320)])
+    small = train.resolution(wtflow.Recipe(), [(384, 384)])
     assert "a cell of the map covers 8 x 8" in small and "--image-size" not in small
     large = train.resolution(wtflow.Recipe(aspect=0.75), [(1500, 2000)] * 3)
-    assert "covers 44 x 44" in large and "--image-size, up to 864" in large
+    assert "covers 36 x 36" in large and "--image-size, up to 864" in large
 
 
 def test_files_of_a_folder_that_are_no_images_are_named_when_it_is_scored(trained, tmp_path):
