@@ -262,45 +262,46 @@ LEAST_SCALE = 0.01  # of a place, where nothing ever changes, beside the whole m
 FRAME = 0.1  # spread of the log of scales of places that are alike: the network pads with zeros
 
 
+def block_grid(h, w):
+    """Rows and columns of blocks on a map of h x w cells."""
+    return -(-h // BLOCK), -(-w // BLOCK)
+
+
 def to_blocks(e):
     """(n, d, h, w) -> (L, n, BLOCK^2, d), L blocks; edges are repeated where a block juts out."""
     n, d, h, w = e.shape
     e = F.pad(e, (0, -w % BLOCK, 0, -h % BLOCK), mode="replicate")
-    rows, columns = e.shape[2] // BLOCK, e.shape[3] // BLOCK
+    rows, columns = block_grid(h, w)
     blocks = e.view(n, d, rows, BLOCK, columns, BLOCK).permute(2, 4, 0, 3, 5, 1)
     return blocks.reshape(rows * columns, n, BLOCK * BLOCK, d)
 
 
 def from_blocks(y, h, w):
     """A number for each cell (L, n, BLOCK^2) -> (n, h, w)."""
-    columns = -(-w // BLOCK)
+    _, columns = block_grid(h, w)
     cells = y.view(-1, columns, y.shape[1], BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
     return cells.reshape(y.shape[1], -1, columns * BLOCK)[:, :h, :w]
 
 
-def block_of(e, place):
-    """Features (n, BLOCK^2, d) float32 of images e (n, d, h, w) in one block of to_blocks."""
-    row, column = divmod(place, -(-e.shape[3] // BLOCK))
+def block_of(e, place, chosen=slice(None)):
+    """Features (n, BLOCK^2, d) float32 of chosen images of e (n, d, h, w) in a block."""
+    row, column = divmod(place, block_grid(*e.shape[2:])[1])
     rows = slice(row * BLOCK, (row + 1) * BLOCK)
     columns = slice(column * BLOCK, (column + 1) * BLOCK)
-    return to_blocks(e[:, :, rows, columns].float())[0]
+    return to_blocks(e[:, :, rows, columns][chosen].float())[0]
 
 
-def count_blocks(e):
-    return -(-e.shape[2] // BLOCK) * -(-e.shape[3] // BLOCK)
-
-
-def fit_blocks(e, chosen=None):
+def fit_blocks(e, chosen=slice(None)):
     """Mean (L, BLOCK^2, d) and covariance (L, d, d) of images e (n, d, h, w), each block alone.
 
     [ours] chosen: indices of the images that count, by default all.
     """
-    places, chosen = count_blocks(e), slice(None) if chosen is None else chosen
+    places = math.prod(block_grid(*e.shape[2:]))
     mean = torch.empty(places, BLOCK * BLOCK, e.shape[1], device=e.device)
     S = torch.empty(places, e.shape[1], e.shape[1], device=e.device)
 
     def fit(place):
-        x = block_of(e, place)[chosen]
+        x = block_of(e, place, chosen)
         mean[place] = x.mean(0)
         z = (x - mean[place]).flatten(0, 1)
         S[place] = z.T @ z / (max(len(x) - 1, 1) * x.shape[1])
@@ -588,9 +589,9 @@ class Detector(nn.Module):
         self.register_buffer("fold_mean", torch.zeros(0, d))
         self.register_buffer("fold_whitening", torch.zeros(0, d, d))
         if recipe.calibrate:
-            rows, columns = (-(-side // recipe.cell // BLOCK) for side in image_shape(recipe))
-            self.register_buffer("normal_mean", torch.zeros(rows * columns, BLOCK**2, d))
-            self.register_buffer("normal_whitening", torch.zeros(rows * columns, d, d))
+            places = math.prod(block_grid(*(side // recipe.cell for side in image_shape(recipe))))
+            self.register_buffer("normal_mean", torch.zeros(places, BLOCK**2, d))
+            self.register_buffer("normal_whitening", torch.zeros(places, d, d))
         self.register_buffer("normal_scores", torch.zeros(0))
         self.eval()
 
@@ -741,6 +742,9 @@ class Detector(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, own.new_zeros(len(state[name]), *own.shape[1:]))
         numbers = {name.split(".")[1] for name in state if name.startswith("fields.")}
+        whitened = {len(self.fold_mean), len(self.fold_whitening)}
+        if whitened not in ({0}, {len(numbers)}):
+            raise RuntimeError(f"{len(numbers)} fields, whitening for {whitened}")
         d = self.fold_mean.shape[1]
         self.fields = for_use(new_field(self.recipe, d) for _ in numbers)
         return super().load_state_dict({**state, **frozen}, strict=True)

@@ -135,6 +135,7 @@ FOREIGN = {
     "missing": lambda s: {k: v for k, v in s.items() if k != "model"},
     "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
     "type": lambda s: changed_model(s, feature_mean="x"),
+    "folds": lambda s: changed_model(s, fold_mean=s["model"]["fold_mean"][:1]),
     "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
     "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
 }
