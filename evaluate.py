@@ -1332,9 +1332,6 @@ DRAWN = 1200  # pixels of an image's longer side in a picture, at most
 FILE_NAME = 150  # bytes of a name in the name of a picture: file systems take 255
 
 
-load = load_model  # as a notebook calls it
-
-
 def new_figure(*args, **options):
     """pyplot, a figure and its axes, without a window."""
     import matplotlib  # here, because it takes longer to import than to score an image
@@ -1638,13 +1635,13 @@ def score(detector, images, false_alarms=1.0):
     images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
     it. false_alarms: percent of good images that may be called defective. Raises InputError.
 
-        detector = evaluate.load("runs/parts/screw/model.pt")
+        detector = evaluate.load_model("runs/parts/screw/model.pt")
         result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
         result.score, result.p_value, result.verdict, result.map
     """
     if not isinstance(detector, wtflow.Detector):
         kind = type(detector).__name__
-        raise InputError(f"a detector of type {kind}: give evaluate.load('model.pt')")
+        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
     check_false_alarms(false_alarms)
     alone = not isinstance(images, (list, tuple))
     images = [images] if alone else images

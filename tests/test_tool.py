@@ -262,7 +262,7 @@ def test_a_pil_image_is_turned_as_its_file_is(data, model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(data / "bolt/test/dent/000.png").save(tmp_path / "a.png", exif=exif)
-    detector, path = evaluate.load(model), tmp_path / "a.png"
+    detector, path = evaluate.load_model(model), tmp_path / "a.png"
     results = evaluate.score(detector, [path, Image.open(path)])
     assert results[0].score == results[1].score and results[0].map.shape == (48, 40)
     assert results[1].map.shape == (48, 40)
