@@ -21,13 +21,13 @@ default departs from the released recipe, PAPER, in 18 of 25 settings:
     epochs, steps, batch     100 epochs, 8 images a step    400 steps, 1024 locations a step
     schedule                 a step in the rate             one cycle of the rate
     from_landing, calibrate  |x1_hat|^2                     see below
-    folds                    one field                      two, each trained on one half
+    folds                    one field                      below 100 images two, each on one half
     score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
 So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
 v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and the covariance that this has
-over good images in each place of the map (Detector.calibrate); -2 log p is the mean of what two
-fields say, each trained without the images that the other has seen.
+over good images in each place of the map (Detector.calibrate). Of fewer than 100 good images two
+fields are trained, each without those that the other has seen; -2 log p is the mean of the two.
 `worst` is our reading of the paper's local worst transport, with a strength.
 """
 
@@ -94,7 +94,7 @@ class Recipe:
     # Scoring
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
-    folds: int = 2  # [ours] as many fields, each trained without a fold; 0: one field on all
+    folds: int = 2  # [ours] fields, each trained without a fold; 0, or ENOUGH images: one on all
     prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
     one_scale: bool = True  # [ours] for all places, where a part is far louder than its background
     score: str = "max"  # [ours] "max" or "released"
@@ -657,9 +657,9 @@ class Detector(nn.Module):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
         [ours] The exact field would let nothing remain (W5); the learned one leaves a residual with
-        a law of its own, other at a border than in the middle. Each image is judged by the field
-        that has not seen it, and scored (normal_scores) under the law of all the others: so a good
-        image of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
+        a law of its own, other at a border than in the middle. Each image is scored (normal_scores)
+        under the law of all the others and, if they are few, by the field that has not seen it: so
+        a good image of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
         folds = len(self.fields)
 
@@ -799,12 +799,16 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
+ENOUGH = 100  # images that one field does not learn by heart, and of which 1 % is one
+
+
 def count_folds(recipe, n):
     """How many folds n images are split into; image k is of fold k % folds. [ours]
 
-    At most n, and none for a single image.
+    At most n, and none, so that one field learns from all images, for one or from ENOUGH on: few
+    images a field would know, and their scores, which set the threshold, would be too low.
     """
-    return min(n, recipe.folds) if n > 1 else 0
+    return min(n, recipe.folds) if 1 < n < ENOUGH else 0
 
 
 def without_fold(n, k, folds):
@@ -902,9 +906,9 @@ class Training:
 def train_fields(detector, x_0, seed, report=None, save=None, state=None):
     """Fit detector.fields to the velocity of good x_0 (n, d, h, w); the last step is the model.
 
-    Each to all images but those of a fold, as Detector.calibrate needs to know what a field leaves
-    on images that it has not seen (cross-conformal prediction, Vovk 2015). [ours] No folds: one
-    field, to all images [paper].
+    One field, to all images [paper]. Of fewer than ENOUGH images one for each fold, to all but
+    those of the fold, as Detector.calibrate needs to know what a field leaves on images that it
+    has not seen (cross-conformal prediction, Vovk 2015) [ours].
     report(steps done, all steps, loss): called now and then. save(state): called about every
     SAVE_SECONDS and at the end; with such a state the run goes on from there, the same to the last
     bit. Raises InputError if the loss is not finite.

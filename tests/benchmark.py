@@ -423,7 +423,6 @@ ABLATION = (
     {"one_scale": False},
     {"prior": 1.0},
     {"smooth": 0.8},
-    {"folds": 0},
     {"t_max": 0.05},
     {"aspect": 1.0},
     {"strides": (4, 8, 16)},
@@ -506,8 +505,8 @@ def peak_gib(device):
 
 @torch.enable_grad()
 def random_detector(recipe, device):
-    """A detector fitted to noise, with all its fields: for timing alone."""
-    detector = Detector(replace(recipe, steps=1)).to(device)
+    """A detector fitted to noise, with one field, as of many images: for timing alone."""
+    detector = Detector(replace(recipe, steps=1, folds=0)).to(device)
     images = torch.randint(0, 255, (2, 3, recipe.image_size, recipe.image_size), dtype=torch.uint8)
     features = detector.features(images)
     detector.fit_whitening(features)
@@ -528,8 +527,8 @@ def stages(detector, images):
         (f"images to maps, {size} px", lambda: detector(images), total),
         ("  extractor", lambda: detector.features(images), count(detector.extractor)),
         ("  normalisation", lambda: detector.normalise(features), 0),
-        ("  flow of a field, one step", lambda: detector.arrival(x_0), count(detector.fields[:1])),
-        ("  flow of all, calibration, log p", lambda: detector.log_p(x_0), count(detector.fields)),
+        ("  flow, one step", lambda: detector.arrival(x_0), count(detector.fields)),
+        ("  flow, calibration, log p", lambda: detector.log_p(x_0), count(detector.fields)),
         ("  map and score", lambda: detector.read(log_p), 0),
     ]
     if detector.device.type == "cuda":  # one launch instead of one for each of hundreds of kernels
@@ -538,7 +537,7 @@ def stages(detector, images):
         flow = graph(detector.log_p, (x_0.clone(),))
         rows += [
             (f"images to maps, {size} px, CUDA graph", lambda: whole(images), total),
-            ("  flow of all, CUDA graph", lambda: flow(x_0), count(detector.fields)),
+            ("  flow, log p, CUDA graph", lambda: flow(x_0), count(detector.fields)),
         ]
     return rows
 
@@ -579,7 +578,7 @@ def speed(args):
     )
 
 
-def peers(device, n=30):
+def peers(device, n=100):
     """Print WT-Flow beside other detectors on the same features, those of n images of noise.
 
     Training from features; milliseconds from a tensor of an image to its map and score.
