@@ -942,9 +942,9 @@ def threshold_of(normal_scores, false_alarms):
     """Score that at most `false_alarms` percent of new good images exceed, on average.
 
     normal_scores (n,): Detector.normal_scores, of training images, each under a law that has not
-    seen it, and if they are few by such a field. The ceil((n + 1) (1 - a))-th smallest: a new score that is exchangeable
-    with them exceeds it with a probability of a = false_alarms / 100 at most. Of fewer than 99
-    images it is the largest, for 1 %, and that promises less: few_images.
+    seen it, and if they are few by such a field. The ceil((n + 1) (1 - a))-th smallest: a new score
+    that is exchangeable with them exceeds it with a probability of a = false_alarms / 100 at most.
+    Of fewer than 99 images it is the largest, for 1 %, and that promises less: few_images.
     """
     n = len(normal_scores)
     rank = math.ceil((n + 1) * (1 - false_alarms / 100) - 1e-9)  # 200 * 0.99 may exceed 198
