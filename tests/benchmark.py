@@ -366,13 +366,12 @@ def compare(args):
     PatchCore and PaDiM on what they are usually given, and on the images and the grid that WT-Flow
     has, but for the memory of 10 %, which is slow to choose there.
     """
-    device = evaluate.pick_device(args.device)
     for category in categories_in(args.data):
-        sample = read_sample(category, Recipe(), device)
+        sample = read_sample(category, Recipe(), args.device)
         recipes = {name: replace(Recipe(), **changes) for name, changes in COUPLINGS.items()}
         rows = flow_rows(sample, recipes, args.seeds)
         rows["Mahalanobis, no field"] = [timed(sample, fit_mahalanobis, 0)]
-        usual = read_sample(category, USUAL, device)
+        usual = read_sample(category, USUAL, args.device)
         for name, fit in OTHERS.items():
             seeds = args.seeds[:1] if fit is fit_padim else args.seeds
             rows[f"{name}, 256 px"] = [timed(usual, fit, seed) for seed in seeds]
@@ -406,7 +405,7 @@ def strength(args):
         for name, changes in couplings.items()
     }
     for category in categories_in(args.data):
-        sample = read_sample(category, base, evaluate.pick_device(args.device))
+        sample = read_sample(category, base, args.device)
         recipes = {name: replace(r, steps=sample.recipe.steps) for name, r in recipes.items()}
         rows = flow_rows(sample, recipes, args.seeds)
         evaluate.print_table(COLUMNS, table_of(category, rows))
@@ -438,7 +437,6 @@ def ablation(args):
     one, and its figures on that one.
     """
     names = [" ".join(f"{k}={v}" for k, v in c.items()) or "the default" for c in ABLATION]
-    device = evaluate.pick_device(args.device)
     measured = {}  # (category, change): figures, means over seeds
     for category in categories_in(args.data):
         table, samples = {}, {}
@@ -447,7 +445,7 @@ def ablation(args):
             features = tuple(getattr(recipe, setting) for setting in FEATURES)
             samples.setdefault(features, {})[name] = recipe
         for recipes in samples.values():  # one extraction for all that share it
-            sample = read_sample(category, next(iter(recipes.values())), device)
+            sample = read_sample(category, next(iter(recipes.values())), args.device)
             table |= flow_rows(sample, recipes, args.seeds)
         evaluate.print_table(COLUMNS, table_of(category, {name: table[name] for name in names}))
         for name in names:
@@ -565,13 +563,12 @@ def beside_a_busy_process(detector, rounds=5):
 
 def speed(args):
     """Print milliseconds at batch 1 and 16, beside FLOPs / (the matrix rate of this run)."""
-    device = evaluate.pick_device(args.device)
     alone, beside = beside_a_busy_process(
-        random_detector(replace(Recipe(), image_size=256), device)
+        random_detector(replace(Recipe(), image_size=256), args.device)
     )
     with torch.no_grad():
-        stage_table(device)
-    peers(device)
+        stage_table(args.device)
+    peers(args.device)
     print(
         f"20 steps of all fields: {alone:.0f} ms alone, {beside:.0f} ms beside a busy process, "
         f"{beside / alone:.1f} times"
@@ -704,6 +701,7 @@ def main(argv=None):
     add("--images", nargs="+", type=int, default=[200, 1600], help="for memory (default: 200 1600)")
     add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)
+    args.device = evaluate.pick_device(args.device)
     if args.what not in ("speed", "memory") and not args.data:
         raise InputError(f"{args.what}: give --data, the data sets to measure on")
     commands[args.what](args)

@@ -3,28 +3,19 @@
 import pytest
 import torch
 from conftest import ROOT, run, shell, succeeds
+from test_wtflow import fitted
 
 import evaluate
 import wtflow
-from wtflow import Detector, Recipe
+from wtflow import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SMALL = dict(image_size=64, base=64, steps=20, batch=64)
+SMALL = Recipe(image_size=64, base=64, steps=20, batch=64)
 
 
-def images(n, seed=0):
+def images(n, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
-
-
-def fitted(device):
-    detector = Detector(Recipe(**SMALL)).to(device)
-    features = detector.features(images(12))
-    detector.fit_whitening(features)
-    x_0 = detector.normalise(features)
-    wtflow.train_fields(detector, x_0, 0)
-    detector.calibrate(x_0)
-    return detector
 
 
 def relative(a, b):
@@ -39,7 +30,7 @@ def full_precision(monkeypatch):
 
 
 def test_a_model_scores_as_on_the_cpu(full_precision):
-    detector = fitted(torch.device("cpu"))
+    detector, _ = fitted(SMALL, n=12)
     maps, scores = detector(images(4, seed=1))
     on_gpu = detector.to("cuda")(images(4, seed=1))
     assert relative(on_gpu[0], maps) < 1e-3 and relative(on_gpu[1], scores) < 1e-3
@@ -47,8 +38,8 @@ def test_a_model_scores_as_on_the_cpu(full_precision):
 
 def test_a_law_is_as_on_the_cpu(full_precision):
     """Given the fields: laws, distances under the laws of the others."""
-    detector = fitted(torch.device("cpu"))
-    x_0 = detector.normalise(detector.features(images(12)))
+    detector, good = fitted(SMALL, n=12)
+    x_0 = detector.normalise(detector.features(good))
     kept = detector.normal_scores, detector.normal_mean, detector.normal_whitening
     detector.to("cuda").calibrate(x_0.cuda())
     there = detector.normal_scores, detector.normal_mean, detector.normal_whitening
@@ -57,14 +48,15 @@ def test_a_law_is_as_on_the_cpu(full_precision):
 
 
 def test_bfloat16_moves_scores_by_a_few_percent():
-    detector = fitted(torch.device("cuda"))
+    detector, _ = fitted(SMALL, n=12, device="cuda")
     maps, scores = detector(images(4, seed=1))
     on_cpu = detector.to("cpu")(images(4, seed=1))
     assert relative(maps, on_cpu[0]) < 0.1 and relative(scores, on_cpu[1]) < 0.1
 
 
 def test_a_cuda_graph_computes_the_same():
-    detector, few = fitted(torch.device("cuda")), images(1, seed=1).cuda()
+    detector, _ = fitted(SMALL, n=12, device="cuda")
+    few = images(1, seed=1).cuda()
     graph = torch.cuda.make_graphed_callables(detector.forward, (few.clone(),))
     for x in (few, images(1, seed=2).cuda()):
         for a, b in zip(graph(x), detector(x), strict=True):

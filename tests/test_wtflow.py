@@ -478,13 +478,13 @@ def test_released_size_of_the_field_in_millions(base, low, high):
 
 
 # ---- detector ----------------------------------------------------------------------------------
-def fitted(recipe, seed=0):
-    """A detector of a recipe fitted to random images, and those images."""
+def fitted(recipe, seed=0, n=6, device="cpu"):
+    """A detector of a recipe fitted to n random images, and those images."""
     size = recipe.image_size
     generator = torch.Generator().manual_seed(seed)
-    shape = (6, 3, size, size)
+    shape = (n, 3, size, size)
     images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
-    detector = Detector(recipe)
+    detector = Detector(recipe).to(device)
     features = detector.features(images)
     detector.fit_whitening(features)
     x_0 = detector.normalise(features)
