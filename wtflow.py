@@ -11,7 +11,7 @@ Time runs from data (t = 0) to noise (t = 1), in every file of this project.
 Written from the abstract of arXiv 2508.05461 and from released code; the full text was not
 available. Tags: [paper] abstract or published table, [released] public code that drives the
 authors' release, [derived] by the mathematics (claims S1..W6, theory/README.md), [ours]. The
-default departs from the released recipe, PAPER, in 18 of 25 settings:
+default departs from the released recipe, PAPER, in 18 of 26 settings:
 
     setting                  released                       here [ours]
     backbone, strides, cell  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 2 layers, 48x48
@@ -94,7 +94,8 @@ class Recipe:
     # Scoring
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
-    folds: int = 2  # [ours] fields, each trained without a fold; 0, or ENOUGH images: one on all
+    folds: int = 2  # [ours] fields, each trained without a fold of the images; 0: one on all
+    folds_below: int = 100  # [ours] images, from which there is one field on all at any rate
     prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
     one_scale: bool = True  # [ours] for all places, where a part is far louder than its background
     score: str = "max"  # [ours] "max" or "released"
@@ -799,16 +800,14 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-ENOUGH = 100  # images that one field does not learn by heart, and of which 1 % is one
-
-
 def count_folds(recipe, n):
     """How many folds n images are split into; image k is of fold k % folds. [ours]
 
-    At most n, and none, so that one field learns from all images, for one or from ENOUGH on: few
-    images a field would know, and their scores, which set the threshold, would be too low.
+    At most n, and none, so that one field learns from all images, for one or from folds_below on:
+    few images a field would know by heart, and their scores, which set the threshold, would be too
+    low.
     """
-    return min(n, recipe.folds) if 1 < n < ENOUGH else 0
+    return min(n, recipe.folds) if 1 < n < recipe.folds_below else 0
 
 
 def without_fold(n, k, folds):
@@ -906,7 +905,7 @@ class Training:
 def train_fields(detector, x_0, seed, report=None, save=None, state=None):
     """Fit detector.fields to the velocity of good x_0 (n, d, h, w); the last step is the model.
 
-    One field, to all images [paper]. Of fewer than ENOUGH images one for each fold, to all but
+    One field, to all images [paper]. Of fewer than folds_below one for each fold, to all but
     those of the fold, as Detector.calibrate needs to know what a field leaves on images that it
     has not seen (cross-conformal prediction, Vovk 2015) [ours].
     report(steps done, all steps, loss): called now and then. save(state): called about every
@@ -971,6 +970,7 @@ LIMITS = {
     "batch": (1, 1e9),
     "lr": (0, 1e3),
     "folds": (0, 10),
+    "folds_below": (0, 1e9),
     "prior": (0, 1e9),
     "smooth": (0, 1e3),
 }

@@ -5,6 +5,7 @@
     python -m tests.benchmark compare --data D [D ..]  couplings and other detectors, side by side
     python -m tests.benchmark strength --data D [D ..] worst transport of any strength, rFM, OT-CFM
     python -m tests.benchmark ablation --data D [D ..] what each setting of the recipe is worth
+    python -m tests.benchmark few --data D [D ..]      what fewer training images do
 
 Figures are image AUROC / pixel AUROC / AUPRO in percent, mean +- standard deviation over --seeds.
 false_alarms, found: percent of the good and of the defective test images that are above the 99 %
@@ -420,6 +421,7 @@ ABLATION = (
     {"from_landing": False},
     {"calibrate": False},
     {"one_scale": False},
+    {"folds_below": 1_000_000},
     {"prior": 1.0},
     {"smooth": 0.8},
     {"t_max": 0.05},
@@ -474,6 +476,27 @@ def leave_one_out(categories, names, measured):
         rows.append({"left_out": left, "chosen_on_the_others": best, **measured[left, best]})
     mean = {name: np.mean([row[name] for row in rows]) for name in FIGURES}
     return [*rows, {"left_out": "mean", "chosen_on_the_others": None, **mean}]
+
+
+def few(args):
+    """Print WT-Flow trained on n of a category's good images, other ones for each seed.
+
+    For each n up to all that there are.
+    """
+    for category in categories_in(args.data):
+        sample = read_sample(category, Recipe(), args.device)
+        table = {}
+        for n in args.images or (25, 50, 100, 200, 600):
+            if n <= len(sample.train):
+                table[f"{n} images"] = [of_few(sample, n, seed) for seed in args.seeds]
+        evaluate.print_table(COLUMNS, table_of(category, table))
+
+
+def of_few(sample, n, seed):
+    """The row of WT-Flow of n training images of a sample, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(sample.train), generator=generator)[:n].sort().values
+    return flows(sample._replace(train=sample.train[chosen]), [Recipe()], seed)[0]
 
 
 # ---- 4. Speed ------------------------------------------------------------------------------------
@@ -661,7 +684,7 @@ def memory(args):
     Each is a process of its own. The images are links to one of noise, of 320 x 320 pixels.
     """
     rows = []
-    for n in args.images:
+    for n in args.images or (200, 1600):
         with tempfile.TemporaryDirectory() as folder:
             good = Path(folder, "parts/noise/train/good")
             good.mkdir(parents=True)
@@ -693,12 +716,12 @@ def main(argv=None):
     parser = evaluate.OneLineParser(prog="python -m tests.benchmark", description=__doc__)
     add = parser.add_argument
     commands = {"speed": speed, "memory": memory, "compare": compare}
-    commands |= {"strength": strength, "ablation": ablation}
+    commands |= {"strength": strength, "ablation": ablation, "few": few}
     add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--images", nargs="+", type=int, default=[200, 1600], help="for memory (default: 200 1600)")
+    add("--images", nargs="+", type=int, help="memory, few: how many (default: several numbers)")
     add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)

@@ -54,6 +54,21 @@ def test_one_set_is_left_out_of_the_choice():
     assert benchmark.leave_one_out(["x"], [*"ab"], measured) is None
 
 
+def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
+    trained_on = []
+
+    def flows(sample, recipes, seed):
+        trained_on.append(sample.train[:, 0, 0, 0].tolist())
+        return [dict.fromkeys(benchmark.FIGURES, 50.0)]
+
+    monkeypatch.setattr(benchmark, "flows", flows)
+    data = make_mvtec(tmp_path / "d")
+    result = succeeds(run("benchmark.py", "few", "--data", data, "--images", 3, 4, 1000))
+    assert len(result.stdout.splitlines()) == 3
+    assert [len(images) for images in trained_on] == [3, 3, 3, 4, 4, 4]
+    assert len({tuple(images) for images in trained_on[:3]}) > 1
+
+
 def test_strength_has_every_coupling_told_t_or_not(tmp_path, quick):
     data = make_mvtec(tmp_path / "d")
     result = succeeds(run("benchmark.py", "strength", "--data", data, "--seeds", 0))

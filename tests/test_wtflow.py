@@ -355,6 +355,7 @@ def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
     counts = {n: wtflow.count_folds(Recipe(folds=2), n) for n in (1, 2, 3, 9, 99, 100)}
     assert counts == {1: 0, 2: 2, 3: 2, 9: 2, 99: 2, 100: 0}
     assert wtflow.count_folds(Recipe(folds=0), 9) == 0
+    assert wtflow.count_folds(Recipe(folds=3, folds_below=101), 100) == 3
     detector, used = Detector(tiny(folds=2, norm="layer")), []
 
     def loss(field, batch, *args, **options):
