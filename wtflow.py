@@ -95,8 +95,8 @@ class Recipe:
     from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] fields, each trained without a fold of the images; 0: one on all
-    folds_below: int = 100  # [ours] images, from which there is one field on all at any rate
-    prior: float = 0.5  # [ours] weight of the pooled covariance there, in d images
+    folds_below: int = 100  # [ours] images: of as many, or more, there is one field, on all
+    prior: float = 0.5  # [ours] weight of the pooled covariance in each place, in d images
     one_scale: bool = True  # [ours] for all places, where a part is far louder than its background
     score: str = "max"  # [ours] "max" or "released"
     smooth: float = 0.4  # [ours] standard deviation of the map's blur in cells, 0: none
@@ -805,7 +805,7 @@ def count_folds(recipe, n):
 
     At most n, and none, so that one field learns from all images, for one or from folds_below on:
     few images a field would know by heart, and their scores, which set the threshold, would be too
-    low.
+    low. Of 100 images, 1 % false alarms is one of them.
     """
     return min(n, recipe.folds) if 1 < n < recipe.folds_below else 0
 

@@ -486,7 +486,7 @@ def few(args):
     for category in categories_in(args.data):
         sample = read_sample(category, Recipe(), args.device)
         table = {}
-        for n in args.images or (25, 50, 100, 200, 600):
+        for n in args.images:
             if n <= len(sample.train):
                 table[f"{n} images"] = [of_few(sample, n, seed) for seed in args.seeds]
         evaluate.print_table(COLUMNS, table_of(category, table))
@@ -684,7 +684,7 @@ def memory(args):
     Each is a process of its own. The images are links to one of noise, of 320 x 320 pixels.
     """
     rows = []
-    for n in args.images or (200, 1600):
+    for n in args.images:
         with tempfile.TemporaryDirectory() as folder:
             good = Path(folder, "parts/noise/train/good")
             good.mkdir(parents=True)
@@ -712,6 +712,9 @@ def peak_of(command):
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
+IMAGES = {"memory": (200, 1600), "few": (25, 50, 100, 200, 600)}  # what --images is by default
+
+
 def main(argv=None):
     parser = evaluate.OneLineParser(prog="python -m tests.benchmark", description=__doc__)
     add = parser.add_argument
@@ -721,10 +724,12 @@ def main(argv=None):
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--images", nargs="+", type=int, help="memory, few: how many (default: several numbers)")
+    numbers = "; ".join(f"{what}: {' '.join(map(str, n))}" for what, n in IMAGES.items())
+    add("--images", nargs="+", type=int, metavar="N", help=f"how many (default: {numbers})")
     add("--released", action="store_true", help="strength: under the released recipe, base 64")
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)
+    args.images = args.images or IMAGES.get(args.what)
     if args.what not in ("speed", "memory") and not args.data:
         raise InputError(f"{args.what}: give --data, the data sets to measure on")
     commands[args.what](args)
