@@ -1763,7 +1763,7 @@ def exit_cleanly(main):
 def pick_device(name):
     """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
 
-    On a GPU the networks have bfloat16; all else, whitening and blur too, has float32 and not TF32.
+    On a GPU the networks have 16 bits; all else, whitening and blur too, has float32 and not TF32.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU that torch can use: give --device cpu")
