@@ -18,6 +18,7 @@ import math
 import os
 import re
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -248,6 +249,8 @@ def find_mask(image, places, files_of):
     for place in places:
         for name in wanted:
             found = [path for path in files_of(place).get(name, ()) if path != image]
+            if place == image.parent:  # a photograph of the same name in another format is no mask
+                found = [path for path in found if mask_owner(path)]
             if found:
                 return min(found, key=lambda path: path.suffix.casefold() != suffix)
     return None
@@ -365,7 +368,7 @@ def read_flat(root):
             if mask is None:
                 raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
                                  "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
-            good = not np.asarray(open_image(mask)).any()
+            good = not mask_values(mask).any()
             items.append(Item(path, "good" if good else "defect", () if good else (mask,)))
     train = [item.path for item in parts["train"] if item.kind == "good"]
     left_out = len(parts["train"]) - len(train)
@@ -380,7 +383,8 @@ def read_flat(root):
 def read_mvtec_loco(root):
     """MVTec LOCO AD: several masks per image, saturation thresholds; validation is not used."""
     config, test = root / "defects_config.json", []
-    for folder in folders_in(root / "test"):
+    train_folder, test_folder = part_of(root, "train"), part_of(root, "test")
+    for folder in folders_in(test_folder):
         for path in images_in(folder):
             truth = root / "ground_truth" / folder.name / path.stem
             masks = tuple(images_in(truth))
@@ -396,9 +400,9 @@ def read_mvtec_loco(root):
         raise InputError(
             f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
         ) from None
-    train = images_in(root / "train/good")
+    train = images_in(train_folder / "good")
     category = Category(root.name, "MVTec LOCO AD", train, test, saturation)
-    name_skipped(category, (root / "train", root / "test"))
+    name_skipped(category, (train_folder, test_folder))
     return category
 
 
@@ -409,7 +413,14 @@ def read_mvtec_3d(root):
         for path in images_in(folder / "rgb"):
             mask = folder / "gt" / (path.stem + ".png")
             test.append(Item(path, folder.name, () if folder.name == "good" else (mask,)))
-    return Category(root.name, "MVTec 3D-AD", images_in(root / "train/good/rgb"), test, None)
+    train = images_in(root / "train/good/rgb")
+    category = Category(root.name, "MVTec 3D-AD", train, test, None)
+    labels = [label for part in ("train", "test") for label in folders_in(root / part)]
+    name_skipped(category, [label / "rgb" for label in labels])
+    without = [label for label in labels if not (label / "rgb").is_dir()]
+    if without:
+        say_once(f"{root.name}: folders without rgb are not read: {listed(without)}")
+    return category
 
 
 def read_visa(root):
@@ -452,7 +463,8 @@ def read_category(root):
         return read_flat(root)
     if not good_folders(part_of(root, "train")):
         return None
-    if (root / "test/logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
+    logical = part_of(root, "test") / "logical_anomalies"
+    if logical.is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root)
     return read_mvtec(root)
 
@@ -575,6 +587,7 @@ def unreadable(path):
     except (
         *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError),
         *(OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError),
+        struct.error,
     ) as e:
         raise InputError(
             f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
@@ -632,15 +645,11 @@ def read_image(path, white=None, enough=None):
     image = open_image(path, enough)
     if has_levels(image):
         image = to_8_bits(path, image, white)
-    try:
+    with unreadable(path):
         if FULL_SIZE in image.info and image.getexif().get(ORIENTATION, 1) >= 5:
             image.info[FULL_SIZE] = image.info[FULL_SIZE][::-1]
         ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError) as e:
-        raise InputError(
-            f"{path}: cannot be converted to RGB ({e}): save it again as PNG"
-        ) from None
 
 
 def has_levels(image):
@@ -736,12 +745,10 @@ GREYS, BRIGHT, FAINT = 8, 128, 1 / 8  # what tells a mask that JPEG or resizing 
 # values than labels have, or some below a share FAINT of one as high as BRIGHT
 
 
-def read_mask(path, size):
-    """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
+def mask_values(path):
+    """Values (H, W) as they are in the file: of the channels the largest, but for alpha.
 
-    A palette is read by its colours. What JPEG or resizing left is defective from half of the
-    largest value on; small numbers are labels, all of them defective. Says what it saw where that
-    is no plain mask, once for each folder. Raises InputError if the mask is not of `size`, (H, W).
+    A palette is read by its colours.
     """
     image = open_image(path)
     if image.mode == "P":
@@ -756,6 +763,17 @@ def read_mask(path, size):
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
         values = values[..., :colours].max(2)
+    return values
+
+
+def read_mask(path, size):
+    """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
+
+    What JPEG or resizing left is defective from half of the largest value on; small numbers are
+    labels, all of them defective. Says what it saw where that is no plain mask, once for each
+    folder. Raises InputError if the mask is not of `size`, (H, W).
+    """
+    values = mask_values(path)
     if values.shape != tuple(size):
         raise InputError(
             f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
@@ -1053,19 +1071,22 @@ def measure(category, maps, scores, sizes):
     row["why"] says why a figure is None, or which defective images have an empty mask.
     """
     kinds = np.array([item.kind for item in category.test])
-    bad, row = kinds != "good", dict.fromkeys(COLUMNS + MORE)
-    row.update(category=category.name, train_images=len(category.train), why="")
+    bad, row, why = kinds != "good", dict.fromkeys(COLUMNS + MORE), []
+    row.update(category=category.name, train_images=len(category.train))
     row["test_images"] = len(kinds)
     if not len(kinds):
-        row["why"] = "no test images"
+        why.append("no test images")
     elif bad.all():
-        row["why"] = "no good test images: AUROC is not defined"
+        why.append("no good test images: AUROC is not defined")
     elif not bad.any():
-        row["why"] = "no defective test images: AUROC is not defined"
+        why.append("no defective test images: AUROC is not defined")
     else:
         row["image_auroc"], row["image_ap"] = image_metrics(scores, bad)
         row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
-    if len(kinds) and not any(item.masks is None for item in category.test):
+    without = sum(item.masks is None for item in category.test)
+    if 0 < without < bad.sum():
+        why.append(f"{without} defective images have no folder of masks: no pixel figures")
+    if len(kinds) and not without:
         figures = pixel_metrics(maps, category.test, sizes)
         row["pixel_auroc"], row["pixel_ap"], row["aupro"] = figures
         empty = [
@@ -1074,10 +1095,11 @@ def measure(category, maps, scores, sizes):
             if item.masks and not any(read_mask(p, size).any() for p in item.masks)
         ]
         if empty:
-            row["why"] += (
+            why.append(
                 f"{len(empty)} defective images have an empty mask (defect-free in the pixel "
                 f"figures): {', '.join(empty[:4])}"
             )
+    row["why"] = "; ".join(why)
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
         row |= measure_loco(category, maps, scores, sizes)
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
@@ -1164,7 +1186,8 @@ def write_whole(path, write):
 
 
 def cannot_write(path, e):
-    return InputError(f"{path}: cannot be written ({e}): free some space or give another --out")
+    remedy = "free some space or change --out, --run, --export"
+    return InputError(f"{path}: cannot be written ({e}): {remedy}")
 
 
 @contextlib.contextmanager
@@ -1285,6 +1308,8 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as e:  # damaged archives raise a dozen types; none of them is ours
         raise InputError(
             f"{path}: not a WT-Flow model ({first_line(e)[:80]}): train it again"
@@ -1305,21 +1330,28 @@ def load_checkpoint(path):
 
 def save_model(path, detector, **content):
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    content = {"white": white_of(detector), **content}
+    content = {"white": white_of(detector), "weights": detector.extractor.digest, **content}
     save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
-def load_model(path, device="cpu", weights=None):
-    """The detector of save_model. Raises InputError if it does not fit the recipe it carries."""
-    state = load_checkpoint(path)
+def load_model(path, device="auto", weights=None):
+    """The detector of save_model on a device (pick_device).
+
+    Raises InputError if it does not fit the recipe it carries.
+    """
+    state, device = load_checkpoint(path), pick_device(device)
     try:
         detector = wtflow.Detector(state["recipe"], weights)
         detector.load_state_dict(state["model"])
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
+        if state.get("weights", detector.extractor.digest) != detector.extractor.digest:
+            raise InputError(
+                f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
+            )
         detector.white = None if state.get("white") is None else float(state["white"])
         return detector.to(device)
-    except InputError as e:  # its extractor has no weights here
+    except InputError as e:  # its extractor has no weights here, or others
         raise InputError(f"{path}: {e}") from None
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
@@ -1466,8 +1498,7 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
         return
     bad = np.array([item.kind != "good" for item in category.test])
     prefixes = telling_images(verdicts, bad)
-    for old in (folder / "maps").glob("*.png"):  # pictures of an earlier run
-        old.unlink()
+    remove_pictures(folder)
     inside, failed = names_of(category.test), []
     names = distinct_names(inside, Path("."))
     for j in range(len(verdicts)) if which == "all" else prefixes:
@@ -1481,6 +1512,12 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
     with drawing_may_fail(failed):
         draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
     warn_of(failed)
+
+
+def remove_pictures(folder):
+    """Those of a category's earlier model. scores.png is drawn last: with it, all are there."""
+    for old in (folder / "scores.png", *(folder / "maps").glob("*.png")):
+        old.unlink(missing_ok=True)
 
 
 def draw_scores(path, title, scores, bad, threshold):
@@ -1538,6 +1575,7 @@ def draw_contact_sheet(folder, names):
         rows.append([Image.open(paths[0]) for paths in found if paths][:2])
     rows = [row for row in rows if row]
     if not rows:
+        (folder / "contact-sheet.png").unlink(missing_ok=True)
         return
     failed = []
     with drawing_may_fail(failed):
@@ -1579,7 +1617,8 @@ def as_image(value, white=None, enough=None):
                 f"a PIL image of mode {value.mode}: its white is not known: "
                 "give its path, or convert it to 8 bits"
             )
-        return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
+        with unreadable("a PIL image"):
+            return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
         raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
@@ -1743,7 +1782,7 @@ def exit_cleanly(main):
     except InputError as e:
         message = str(e)
     except KeyboardInterrupt:
-        print("interrupted: run the same command with --resume to go on", file=sys.stderr)
+        print("interrupted: train.py goes on with --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1755,7 +1794,7 @@ def exit_cleanly(main):
     except (MemoryError, RuntimeError) as e:
         if not no_memory(e):
             raise
-        message = "out of memory: give a smaller --image-size, or go on elsewhere with --resume"
+        message = "out of memory: train.py takes a smaller --image-size, and --resume elsewhere"
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -1763,13 +1802,16 @@ def exit_cleanly(main):
 def pick_device(name):
     """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
 
-    On a GPU the networks have 16 bits; all else, whitening and blur too, has float32 and not TF32.
+    Another name is torch's own. On a GPU the networks have 16 bits; all else, whitening and blur
+    too, has float32 and not TF32.
     """
+    torch.backends.cudnn.allow_tf32 = False
+    if name not in ("auto", "cpu", "cuda"):
+        return torch.device(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU that torch can use: give --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False
     mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     return torch.device(f"cuda:{mine}")
 
@@ -1874,6 +1916,8 @@ def evaluate_run(args, device):
         write_scores(folder / category.name, category, judged)
         write_pictures(folder / category.name, category, judged, sizes, args)
     write_tables(folder, rows)
+    if args.maps != "none":
+        draw_contact_sheet(folder, [category.name for category in categories])
 
 
 def images_outside(folder, out):
@@ -1887,7 +1931,11 @@ def images_outside(folder, out):
         return paths
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: is the folder of the images: give another")
+    if folder.resolve() not in out.resolve().parents:
+        return paths
     kept = [path for path in paths if out.resolve() not in path.resolve().parents]
+    if not kept:
+        raise InputError(f"--out {out}: all images of {folder} lie in it: give another")
     if len(kept) < len(paths):
         print(f"{len(paths) - len(kept)} images in --out {out} are left out", file=sys.stderr)
     return kept
@@ -2059,7 +2107,7 @@ def add_common_options(parser):
         "--maps",
         choices=("all", "worst", "none"),
         default="worst",
-        help="pictures: all, or those that tell most (default: worst)",
+        help="pictures of test images: all, or those that tell most (default: worst)",
     )
     add(
         "--save-maps",

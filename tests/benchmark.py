@@ -13,6 +13,7 @@ quantile of Detector.normal_scores. Features are extracted once; every method ha
 for PatchCore and PaDiM, which have their own grid and no whitening.
 """
 
+import argparse
 import contextlib
 import os
 import resource
@@ -61,8 +62,11 @@ FEATURES = ("backbone", "image_size", "aspect", "strides", "cell")  # settings o
 
 def read_sample(category, recipe, device="cpu"):
     """The Sample of a category. Raises InputError if there is nothing to measure."""
-    if not category.test:
-        raise InputError(f"{category.name}: no test images: nothing to measure")
+    kinds = {item.kind == "good" for item in category.test}
+    if len(kinds) < 2 or any(item.masks is None for item in category.test):
+        raise InputError(
+            f"{category.name}: give good and defective test images, and masks: nothing to measure"
+        )
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = Detector(own).to(device)
     detector.white = evaluate.grey_level(category.train)
@@ -72,8 +76,13 @@ def read_sample(category, recipe, device="cpu"):
 
 
 def categories_in(roots):
-    """The categories of the data sets under `roots`."""
-    return [category for root in roots for category in evaluate.read_dataset(root)[1]]
+    """The categories of the data sets under `roots`. Raises InputError if two have one name."""
+    found = [category for root in roots for category in evaluate.read_dataset(root)[1]]
+    names = [category.name for category in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--data: two categories are called {name}: give one of them")
+    return found
 
 
 def in_place_of(recipe, sample):
@@ -116,7 +125,7 @@ def flows(sample, recipes, seed):
             took = time.perf_counter() - began
             of_folds = detector.fold_mean, detector.fold_whitening
             fields[as_trained] = detector.fields, *of_folds, took
-            began = time.perf_counter()
+        began = time.perf_counter()
         detector.fields, detector.fold_mean, detector.fold_whitening, took = fields[as_trained]
         detector.calibrate(x_0)
         took += time.perf_counter() - began
@@ -487,8 +496,10 @@ def few(args):
         sample = read_sample(category, Recipe(), args.device)
         table = {}
         for n in args.images:
-            if n <= len(sample.train):
-                table[f"{n} images"] = [of_few(sample, n, seed) for seed in args.seeds]
+            if n > len(sample.train):
+                print(f"{category.name}: has {len(sample.train)} images, not {n}", file=sys.stderr)
+                continue
+            table[f"{n} images"] = [of_few(sample, n, seed) for seed in args.seeds]
         evaluate.print_table(COLUMNS, table_of(category, table))
 
 
@@ -575,12 +586,14 @@ def beside_a_busy_process(detector, rounds=5):
     for _ in range(rounds):
         for times, busy in ((alone, False), (beside, True)):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-            began = time.perf_counter()
-            wtflow.train_fields(detector, x_0, 0)
-            times.append(1000 * (time.perf_counter() - began))
-            if other is not None:
-                other.kill()
-                other.wait()
+            try:
+                began = time.perf_counter()
+                wtflow.train_fields(detector, x_0, 0)
+                times.append(1000 * (time.perf_counter() - began))
+            finally:
+                if other is not None:
+                    other.kill()
+                    other.wait()
     return np.median(alone), np.median(beside)
 
 
@@ -603,11 +616,10 @@ def peers(device, n=100):
 
     Training from features; milliseconds from a tensor of an image to its map and score.
     """
-    recipe = replace(Recipe(), image_size=256, aspect=1.0)
-    net, table = Detector(recipe).to(device), []
+    net, table = Detector(USUAL).to(device), []
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 255, (n, 3, 256, 256), dtype=torch.uint8, generator=generator)
-    sample = Sample(None, recipe, net.features(images).half(), None, [])
+    sample = Sample(None, USUAL, net.features(images).half(), None, [])
     methods = {"WT-Flow": fit_flow, "Mahalanobis, no field": fit_mahalanobis, **OTHERS}
     for name, fit in methods.items():
         began = time.perf_counter()
@@ -707,7 +719,8 @@ def peak_of(command):
     process = subprocess.Popen([sys.executable, root / command[0], *command[1:]], **SILENT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise InputError(f"{command[0]}: ended with {status}: run it by itself to see why")
+        code = os.waitstatus_to_exitcode(status)
+        raise InputError(f"{command[0]}: ended with {code}: run it by itself to see why")
     return usage.ru_maxrss / 1024
 
 
@@ -716,7 +729,11 @@ IMAGES = {"memory": (200, 1600), "few": (25, 50, 100, 200, 600)}  # what --image
 
 
 def main(argv=None):
-    parser = evaluate.OneLineParser(prog="python -m tests.benchmark", description=__doc__)
+    parser = evaluate.OneLineParser(
+        prog="python -m tests.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     commands = {"speed": speed, "memory": memory, "compare": compare}
     commands |= {"strength": strength, "ablation": ablation, "few": few}
@@ -730,6 +747,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)
     args.images = args.images or IMAGES.get(args.what)
+    if min(args.images or [1]) < 1:
+        raise InputError(f"--images {min(args.images)}: give at least 1")
     if args.what not in ("speed", "memory") and not args.data:
         raise InputError(f"{args.what}: give --data, the data sets to measure on")
     commands[args.what](args)
