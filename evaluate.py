@@ -221,7 +221,8 @@ def mask_owner(path):
 
 def images_apart_from_masks(paths):
     """(images, masks) of image files: a mask is named after an image beside it, like 003_GT.png."""
-    stems = {(path.parent, path.stem.casefold()) for path in paths}
+    names = [(path, name) for path in paths for name in (path.stem, stem_and_suffix(path))]
+    stems = {(path.parent, name.casefold()) for path, name in names}
     masks = {path for path in paths if (path.parent, mask_owner(path)) in stems}
     if masks:
         first = min(masks)
@@ -313,7 +314,8 @@ def defective_items(folder, truth):
         if truth and not own:
             places.append(truth)
         mask = find_mask(path, places, files_of)
-        expected = (truth or folder) / folder.name / inside / f"{path.stem}_mask.png"
+        usual = truth / folder.name / inside if truth else path.parent
+        expected = usual / f"{path.stem}_mask.png"
         items.append(Item(path, folder.name, (mask or expected,) if truth or places else None))
     return items
 

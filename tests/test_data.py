@@ -1,5 +1,6 @@
 """Every layout on a tiny folder with known counts; every kind of image file."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import struct
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_loco(tmp_path):
     assert [saturates_at for *_, saturates_at in regions] == [84, 20]
 
 
-def test_mvtec_3d(tmp_path):
+def test_mvtec_3d(tmp_path, capsys):
     root = tmp_path / "3d/bagel"
     images = {"train/good": 4, "validation/good": 2, "test/good": 2, "test/hole": 3}
     for part, n in images.items():
@@ -120,6 +122,12 @@ def test_mvtec_3d(tmp_path):
     (c,) = read_dataset(tmp_path / "3d")[1]
     assert counts(c) == ("MVTec 3D-AD", 4, {"good": 2, "hole": 3})
     assert all(i.masks for i in c.test if i.kind == "hole")
+    assert not capsys.readouterr().err
+    (root / "test/hole/rgb/notes.txt").write_text("")
+    save(root / "test/crack/000.png", picture(0)[0])
+    assert read_dataset(tmp_path / "3d")[1] == [c]
+    said = capsys.readouterr().err
+    assert "not read: rgb/notes.txt" in said and "folders without rgb are not read: crack" in said
 
 
 def test_folder_of_good_images(tmp_path):
@@ -742,6 +750,49 @@ def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
     save(tmp_path / "k/test/9_GT.png", mask * 255)
     assert counts(read_dataset(tmp_path / "k")[1][0])[2] == {"good": 3, "defect": 1}
     assert "k: 1 files are not read: test/9_GT.png" in capsys.readouterr().err
+    with_alpha = np.dstack([np.zeros((40, 48, 3)), np.full((40, 48), 255)])
+    save(tmp_path / "k/test/1_GT.png", with_alpha)  # opaque and black: defect-free
+    assert counts(read_dataset(tmp_path / "k")[1][0])[2] == {"good": 3, "defect": 1}
+
+
+def test_a_photograph_of_the_same_name_is_no_mask(tmp_path):
+    make_mvtec(tmp_path)
+    dent, truth = tmp_path / "bolt/test/dent", tmp_path / "bolt/ground_truth/dent"
+    for k in range(3):
+        (truth / f"{k:03d}_mask.png").rename(dent / f"{k:03d}_mask.png")
+    save(dent / "001.bmp", picture(7, defect=True)[0])
+    save(dent / "001_bmp_mask.png", picture(7, defect=True)[1] * 255)
+    for path in (truth, truth.parent):
+        path.rmdir()
+    (c,) = read_dataset(tmp_path)[1]
+    masks = {item.path.name: item.masks[0].name for item in c.test if item.kind == "dent"}
+    assert masks["001.png"] == "001_mask.png" and masks["001.bmp"] == "001_bmp_mask.png"
+    (dent / "001_mask.png").unlink()
+    with pytest.raises(InputError, match="001_mask.png"):
+        read_dataset(tmp_path)
+
+
+def test_damaged_exif_is_named(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, exif=exif)
+    whole = path.read_bytes()
+    start = whole.index(b"Exif")
+    for k in range(6, 36):  # each byte of the header and of the one entry
+        path.write_bytes(whole[: start + k] + b"\xff" + whole[start + k + 1 :])
+        with contextlib.suppress(InputError):
+            evaluate.read_image(path)
+
+
+def test_reasons_for_missing_figures_are_kept_apart():
+    items = [evaluate.Item(Path("a.png"), "dent", None), evaluate.Item(Path("b.png"), "hole", ())]
+    category = evaluate.Category("c", "MVTec AD", [], items, None)
+    row = evaluate.measure(category, torch.zeros(2, 4, 4), np.zeros(2), [(4, 4)] * 2)
+    assert row["why"] == (
+        "no good test images: AUROC is not defined; "
+        "1 defective images have no folder of masks: no pixel figures"
+    )
 
 
 def test_products_given_by_their_good_images_are_told_apart(tmp_path, capsys):

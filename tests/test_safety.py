@@ -201,6 +201,32 @@ def test_resume_refuses_another_backbone_and_other_images(data, trained, tmp_pat
     fails(result, "backbone efficientnet_lite2 there, efficientnet_lite0 here")
 
 
+def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
+    """With other settings, into the folder of a finished run: its state goes before the model."""
+    options = ("--data", data / "bolt", *TINY, "--seed", 3)
+    succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    shutil.copytree(trained[0], cut / "tiny")
+    process = train_apart(
+        tmp_path / "log", *options, "--out", cut, prepare=lambda: dies_at("judge_category", 1)
+    )
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and (cut / "tiny/bolt/state.pt").exists()
+    fails(run("train.py", "--data", data / "bolt", *TINY, "--out", cut, "--resume"), "state.pt")
+    succeeds(run("train.py", *options, "--out", cut, "--resume"))
+    assert same_tensors(model_of(cut / "tiny", "bolt"), model_of(tmp_path / "whole/tiny", "bolt"))
+
+
+def test_pictures_that_are_asked_for_later_are_drawn(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    options = ("--data", data, "--out", tmp_path, *TINY, "--resume", "--maps", "all")
+    succeeds(run("train.py", *options))
+    assert len([*(tmp_path / "tiny/bolt/maps").iterdir()]) == 6
+    again = ("--data", data, "--out", tmp_path, *TINY, "--seed", 3, "--maps", "none")
+    succeeds(run("train.py", *again))  # another model: the pictures are not its own
+    assert not [*tmp_path.rglob("maps/*.png")] and not [*tmp_path.rglob("contact-sheet.png")]
+
+
 def test_two_runs_into_one_folder(data, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "tiny").mkdir()

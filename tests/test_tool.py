@@ -131,6 +131,12 @@ def test_pictures_are_neither_scored_nor_put_in_an_image_s_place(model, tmp_path
     for _ in range(2):
         result = succeeds(run("evaluate.py", *command, tmp_path, "--out", tmp_path / "o"))
     assert len(read_scores(tmp_path / "o/scores.csv")) == 1 and "1 images in" in result.stderr
+    inside = tmp_path / "line"
+    save(inside / "b.png", picture(0)[0])  # --out above the images: all are scored
+    succeeds(run("evaluate.py", *command, inside, "--out", tmp_path))
+    assert [row["image"] for row in read_scores(tmp_path / "scores.csv")] == ["b.png"]
+    result = run("evaluate.py", *command, inside, "--out", inside)
+    fails(result, "--out")
     where = ("--out", tmp_path / "p", "--save-maps")  # a folder, for one image
     succeeds(run("evaluate.py", *command, tmp_path / "a.png", *where))
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_map.png", "a_map.tiff"}
@@ -415,6 +421,22 @@ def test_every_option_has_a_help_text(command):
     assert len(options) > 8
     for text in options:
         assert "(default" in text, text
+
+
+def test_other_weights_than_in_training_are_refused(data, model, tmp_path):
+    """Their features would be others, and so would the scores."""
+    state = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
+    state["_conv_stem.weight"] *= 1.01
+    torch.save(state, tmp_path / "w.pth")
+    options, own = ("--data", data / "bolt", "--out", tmp_path), ("--weights", tmp_path / "w.pth")
+    succeeds(run("train.py", *options, *own, *TINY))
+    fails(run("train.py", *options, *TINY, "--resume"), "weights", "model.pt")
+    save(tmp_path / "a.png", picture(0)[0])
+    command = ("evaluate.py", "--image", tmp_path / "a.png", "--out", tmp_path / "p")
+    mine = ("--model", tmp_path / "tiny/bolt/model.pt")
+    fails(run(*command, *mine), "other weights", "--weights")
+    fails(run(*command, "--model", model, *own), "other weights")
+    succeeds(run(*command, *mine, *own))
 
 
 def test_a_share_of_false_alarms_is_checked():
