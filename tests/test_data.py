@@ -1,6 +1,5 @@
 """Every layout on a tiny folder with known counts; every kind of image file."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -773,16 +772,19 @@ def test_a_photograph_of_the_same_name_is_no_mask(tmp_path):
 
 
 def test_damaged_exif_is_named(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    path = tmp_path / "a.jpg"
+    """What Pillow raises when it writes the entries again without the orientation."""
+    exif, path, refused = Image.Exif(), tmp_path / "a.jpg", 0
+    exif[274], exif[282], exif[305] = 6, 2.5, "x"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, exif=exif)
     whole = path.read_bytes()
     start = whole.index(b"Exif")
-    for k in range(6, 36):  # each byte of the header and of the one entry
-        path.write_bytes(whole[: start + k] + b"\xff" + whole[start + k + 1 :])
-        with contextlib.suppress(InputError):
+    for k, value in itertools.product(range(24, 40), (0, 1, 13)):  # of the second entry's head
+        path.write_bytes(whole[: start + k] + bytes([value]) + whole[start + k + 1 :])
+        try:
             evaluate.read_image(path)
+        except InputError as e:
+            refused += str(path) in str(e)
+    assert refused > 1
 
 
 def test_reasons_for_missing_figures_are_kept_apart():
