@@ -24,11 +24,12 @@ default departs from the released recipe, PAPER, in 18 of 26 settings:
     folds                    one field                      below 100 images two, each on one half
     score, smooth            max p - p, mean of top 3 %     maximum of sqrt(-2 log p), blurred
 
-So the default score is not |x1_hat|^2. It is measured from where the exact field would land,
-v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance with the mean and the covariance that this has
-over good images in each place of the map (Detector.calibrate). Of fewer than 100 good images two
-fields are trained, each without those that the other has seen; -2 log p is the mean of the two.
-`worst` is our reading of the paper's local worst transport, with a strength.
+So the default score is not |x1_hat|^2. It is measured from where the exact field told t would land,
+v_theta(x_0, 0) - u_0(x_0), as a Mahalanobis distance by the law that this has over good images in
+each place of the map: a mean of each cell, a covariance of each block of cells, rescaled and drawn
+towards that of the whole map (Detector.calibrate). Of fewer than 100 good images two fields are
+trained, each without those that the other has seen; -2 log p is the mean of the two. `worst` is our
+reading of the paper's local worst transport, with a strength.
 """
 
 import importlib.util
@@ -72,7 +73,7 @@ class Recipe:
 
     # Features
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
-    image_size: int = 384  # [ours] an image gets image_size^2 pixels, enlarged at most ENLARGED
+    image_size: int = 384  # [ours] an image gets image_size^2 pixels, a small one less
     aspect: float = 0.0  # [ours] height / width; 0: that of the images
     strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
     cell: int = 8  # [ours] pixels of the image per location of the map
@@ -88,12 +89,12 @@ class Recipe:
     # Training
     t_max: float = 1.0  # [released] t ~ U(0, t_max)
     steps: int = 400  # [ours] 0: as many as `epochs` gives
-    epochs: int = 0  # [ours] passes over the training images
+    epochs: int = 0  # [ours] of the "unet", if steps = 0: passes over the training images
     batch: int = 1024  # [ours] locations (PointField) or images (UNetField) per step
     lr: float = 1e-3  # [ours] largest rate of AdamW
     schedule: str = "cycle"  # [ours] "cycle" or "step"
     # Scoring
-    from_landing: bool = True  # [ours] measure x1_hat from where the exact field lands (W6)
+    from_landing: bool = True  # [ours] of "worst": from where the exact field lands (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] fields, each trained without a fold of the images; 0: one on all
     folds_below: int = 100  # [ours] images: of as many, or more, there is one field, on all
@@ -116,8 +117,9 @@ def path(x_0, x_1, t):
 def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None, t_max=1.0):
     """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, t_max) [paper, released].
 
-    couple: (x_0, generator) -> x_1, one of the couplings below. Its least mean is reached by the
-    marginal field u_t(x) = E[x_1 - x_0 | x_t = x]; t_max < 1 [ours] stays near the data.
+    couple: (x_0, generator) -> x_1, one of the couplings below. Its mean is least for the marginal
+    field u_t(x) = E[x_1 - x_0 | x_t = x]; of fields not told t, for its average over p(t | x) (B1).
+    t_max < 1 [ours] stays near the data.
     """
     if t is None:
         t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device) * t_max
@@ -163,7 +165,7 @@ def worst(x_0, generator=None, rho=0.5):
 
 
 def landing(x_0, rho):
-    """Where one step of the exact field lands under worst(rho): -rho sqrt(d) x_0/|x_0| (W5).
+    """Where a step of the exact field told t lands under worst(rho): -rho sqrt(d) x_0/|x_0| (W5).
 
     x_0 + u_0(x_0), as u_0(x) = E[x_1 | x_0 = x] - x. The origin for rFM, rho = 0 (C2).
     """
@@ -181,7 +183,7 @@ def worst_candidate(x_0, generator=None, n=64):
     z = independent(x_0, generator)
     shape = x_0[:, :1].shape
     u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device)
-    log_u = u.clamp_min(1e-300).log()
+    log_u = u.clamp_min(2.0**-53).log()  # the smallest u but 0, of which m would be infinite
     m = torch.special.ndtri(-torch.expm1(log_u / n)).to(x_0.dtype)
     e = F.normalize(x_0, dim=1)
     return z + (m - (z * e).sum(1, keepdim=True)) * e
@@ -190,13 +192,13 @@ def worst_candidate(x_0, generator=None, n=64):
 def optimal(x_0, generator=None, sign=1.0, block=256):
     """OT-CFM: the noise of a minibatch, permuted so that E|x_1 - x_0|^2 is smallest.
 
-    Hungarian assignment (Tong et al. 2024) in blocks of `block` vectors, one image on a 16 x 16
-    grid. sign = -1 makes it largest: the worst plan, as N(0, I) is symmetric (W1).
+    Hungarian assignment (Tong et al. 2024) in blocks of `block` vectors; 256 are one image on a
+    16 x 16 grid. sign = -1 makes it largest: the worst plan (W1).
     """
     from scipy.optimize import linear_sum_assignment  # here: the detector starts sooner without
 
     x_1 = independent(x_0, generator)
-    data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]).clone() for v in (x_0, x_1))
+    data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]) for v in (x_0, x_1))
     for a, b in zip(data.split(block), noise.split(block), strict=True):
         cost = -sign * (a @ b.T)
         _, order = linear_sum_assignment(cost.cpu().double().numpy())
@@ -226,11 +228,12 @@ def inverse_root(S):
     return (Q * torch.maximum(values, floor).rsqrt()[..., None, :]) @ Q.mT
 
 
-def fit_zca(x, shrinkage, chosen=None):
+def fit_zca(x, shrinkage, chosen=None, earlier=None):
     """Mean (C,) and ZCA whitening W (C, C) of all locations of x (N, C, h, w), float32. [ours]
 
     W = ((1-r) S + r (tr S / C) I)^(-1/2), r = shrinkage: finite for constant channels, few samples.
-    chosen: indices of the images that count, by default all.
+    chosen: indices of the images that count, by default all. earlier: W_0 (C, C) of all images, if
+    x has been whitened by it: I is then that of the features before, W_0 W_0 here.
     """
     total, products, n = 0.0, 0.0, 0
     for part in parts_of(x, chosen):  # moments in float64
@@ -241,7 +244,9 @@ def fit_zca(x, shrinkage, chosen=None):
     mean = total / n
     S = products / n - mean[:, None] * mean
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    target = eye * S.diagonal().mean().clamp_min(1e-12)
+    if earlier is not None:
+        eye = earlier.to(S) @ earlier.to(S)
+    target = eye * (S * inverse(eye)).sum().div(len(S)).clamp_min(1e-12)
     return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * target).float()
 
 
@@ -258,10 +263,26 @@ def whiten(x, mean, W):
 
 
 # ---- 5. Calibration: the law of what normal features leave, in each place of the map -------------
-FEW = 20  # images below which each is left out of the pooled covariance by itself
+FEW = 20  # below so many images the pooled covariance is fitted anew without each of them
 BLOCK = 2  # cells on a side that share a covariance; each cell has a mean of its own
-LEAST_SCALE = 0.01  # of a place, where nothing ever changes, beside the whole map
-FRAME = 0.1  # spread of the log of scales of places that are alike: the network pads with zeros
+LEAST_SCALE = 0.01  # least loudness of a block beside the whole map, where nothing ever changes
+FRAME = 0.1  # standard deviation of the log loudness that the network's zero padding alone makes
+
+
+def count_folds(recipe, n):
+    """How many folds n images are split into; image k is of fold k % folds. [ours]
+
+    0, one field on all images, of one image and from folds_below on; else at most n. A field knows
+    few images by heart, and their scores, which set the threshold, would be too low. Of 100 images,
+    1 % false alarms is one of them.
+    """
+    return min(n, recipe.folds) if 1 < n < recipe.folds_below else 0
+
+
+def without_fold(n, k, folds):
+    """Indices of those of n images that are not of fold k."""
+    images = torch.arange(n)
+    return images[images % folds != k]
 
 
 def block_grid(h, w):
@@ -312,13 +333,13 @@ def fit_blocks(e, chosen=slice(None)):
     return mean, S
 
 
-def pool(S, one_scale):
+def pooled_covariance(S, one_scale):
     """Covariances of all places S (L, d, d) -> the pooled one P (d, d) and scales (L,). [ours]
 
-    P is their mean. one_scale: c_l = (tr(P^-1 S_l) / d)^s, how loud normal features are in a place
-    beside the whole map, as far as that is the part's doing: s = 1 - FRAME^2 / variance of the log,
-    at least 0, is the share of the variance that is not of the frame that zero padding leaves in
-    every map (positive part of James & Stein 1961). Not one_scale: 1 everywhere.
+    P is their mean. one_scale: c_l = (tr(P^-1 S_l) / d)^s, how loud normal features are in a block
+    beside the whole map, LEAST_SCALE at least. The share s = 1 - FRAME^2 / Var(log c), at least 0,
+    is what of the spread zero padding does not explain, which alone makes one of FRAME (positive
+    part of James & Stein 1961). Not one_scale: 1 everywhere.
     """
     P = S.mean(0)
     if not one_scale or len(S) == 1:
@@ -346,8 +367,8 @@ def towards_pooled(S, n, prior, P, scales):
     As if `prior` d more images had been seen at every place. With few images it is one covariance
     for the whole map; with many, a Gaussian for each place, as PaDiM (Defard et al. 2021), but for
     its scale: divided by c_l, a place keeps a mean and a shape of its own, and has the scale of the
-    whole map. A quiet background is then not held to be as telling as a loud part, whose defects
-    are no quieter. Where all places are about as loud they keep their scales.
+    whole map. Else a small change of a quiet background would count as much as a large one of a
+    loud part. Where all places are about as loud they keep their scales.
     """
     r = share_of_pooled(prior, S.shape[-1], n)
     return (1 - r) * S / scales[:, None, None] + r * P + ridge(P)
@@ -372,28 +393,28 @@ def inverse_factor(S):
     return torch.cat(W)
 
 
-def block_distance(e, mean, W):
+def squared_distance(e, mean, W):
     """|W (e - mean)|^2 / d at each location of e (n, d, h, w): (n, h, w)."""
     z = (to_blocks(e) - mean[:, None]).flatten(1, 2) @ W.mT
     square = z.square().mean(-1).view(len(W), len(e), -1)
     return from_blocks(square, *e.shape[2:])
 
 
-def left_out_distance(e, mean, S, prior, folds, one_scale):
-    """block_distance of images e (n, d, h, w), n >= 3, each under the law of the n - 1 others.
+def left_out_squared_distance(e, mean, S, prior, folds, one_scale):
+    """squared_distance of images e (n, d, h, w), n >= 3, each under a law without it.
 
     [derived] Leaving an image out moves the mean and takes c z z' from the covariance, z (d,
     BLOCK^2) the image's deviations in the block. With G = z' base^(-1) z, base the covariance
     before that, the squared distances are the diagonal of G (1 - c G)^(-1) times (n/(n-1))^2
-    (Sherman, Morrison & Woodbury). Pooled covariance and scales are those of all images but the
-    fold of the image, k % folds of image k; folds = n: but the image itself.
+    (Sherman, Morrison & Woodbury). Pooled covariance and scales are those of the other folds, image
+    k being of fold k % folds; with folds = n, of all images but itself.
     """
     n, d, cells = len(e), S.shape[-1], mean.shape[1]
     own = 1 - share_of_pooled(prior, d, n - 1)
     eye = torch.eye(cells, device=S.device)
     distances = torch.empty(n, *e.shape[2:], device=S.device)
     for k in range(folds):
-        P, scales = pool(fit_blocks(e, without_fold(n, k, folds))[1], one_scale)
+        P, scales = pooled_covariance(fit_blocks(e, without_fold(n, k, folds))[1], one_scale)
         W = inverse_factor(towards_pooled((n - 1) / (n - 2) * S, n - 1, prior, P, scales))
         c = own * n / ((n - 1) * (n - 2) * cells) / scales
 
@@ -418,8 +439,8 @@ TOP = 0.03  # share of the pixels that the released image score averages
 def anomaly_map(log_p, size, smooth=0.0, score="max"):
     """log p (B, h, w) -> map (B, *size), larger = less normal, and image score (B,).
 
-    score="max": the map is sqrt(-2 log p), a distance of which normal features have about 1, the
-    score its maximum; one scale for every image, so that one threshold serves all. [ours]
+    score="max": the map is sqrt(-2 log p), the score its maximum; one scale for every image, so one
+    threshold serves all. Calibrated, its mean square over good images is about 1. [ours]
     score="released": the map is max(p) - p over the image, the score the mean of its top 3 %; both
     are measured from the image's own best pixel. [released]
     smooth: standard deviation, in cells, of a Gaussian after bilinear upsampling. [ours]
@@ -629,13 +650,13 @@ class Detector(nn.Module):
         In the type and on the device of `features`; out: where to put it, `features` itself too.
         """
         out = torch.empty_like(features) if out is None else out
-        for x, place in zip(features.split(PART), out.split(PART), strict=True):
+        for x, target in zip(features.split(PART), out.split(PART), strict=True):
             x = x.to(self.device).float()
             if self.recipe.norm == "zca":
                 x_0 = whiten(x, self.feature_mean, self.feature_whitening)
             else:
                 x_0 = F.layer_norm(x, x.shape[1:])
-            place.copy_(within(x_0, out.dtype))
+            target.copy_(within(x_0, out.dtype))
         return out
 
     # x_0 -> x1_hat -> log p
@@ -643,8 +664,9 @@ class Detector(nn.Module):
     def arrival(self, x_0, euler_steps=1, k=0):
         """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
 
-        Then, after one step, it is v_theta(x_0, 0) - u_0(x_0): what v_theta gets wrong (W6). [ours]
-        v_theta is the field that was trained without fold k, on features whitened without it.
+        Then, after one step, it is v_theta(x_0, 0) - u_0(x_0) [ours]: of a field told t its error
+        (W6), of one that is not also what averaging over t does (B1). v_theta is the field that was
+        trained without fold k, on features whitened without it.
         """
         if len(self.fold_mean):
             x_0 = whiten(x_0, self.fold_mean[k], self.fold_whitening[k])
@@ -658,10 +680,11 @@ class Detector(nn.Module):
     def calibrate(self, x_0):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
-        [ours] The exact field would let nothing remain (W5); the learned one leaves a residual with
-        a law of its own, other at a border than in the middle. Each image is scored (normal_scores)
-        under the law of all the others and, if they are few, by the field that has not seen it: so
-        a good image of tomorrow scores. x_0 (n, d, h, w) is used up: its arrivals take its place.
+        [ours] The exact field told t would let nothing remain (W6); one that was learned, or is not
+        told t (B1), leaves a residual with a law of its own, other at a border than in the middle.
+        Each image is scored (normal_scores) under the law of all the others and, if they are few,
+        by the field that has not seen it: as a good image of tomorrow is by one field, and hardly
+        less than by the mean of several. x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
         folds = len(self.fields)
 
@@ -678,7 +701,7 @@ class Detector(nn.Module):
         else:
             distances = torch.cat([-2 * log_density(part.float()) for part in e.split(SCORED)])
         scores = [self.read(-part / 2)[1] for part in distances.split(SCORED)]
-        self.normal_scores = torch.cat(scores).float().clone()
+        self.normal_scores = torch.cat(scores).float()
 
     def _fit_law(self, e):
         """Set mean and whitening of arrivals e (n, d, h, w); their squared distances (n, h, w).
@@ -687,26 +710,26 @@ class Detector(nn.Module):
         """
         n, prior, one_scale = len(e), self.recipe.prior, self.recipe.one_scale
         mean, S = fit_blocks(e)
-        T = towards_pooled(S, n, prior, *pool(S, one_scale))
-        self.normal_mean = mean.clone()
-        self.normal_whitening = inverse_factor(T).clone()
+        T = towards_pooled(S, n, prior, *pooled_covariance(S, one_scale))
+        self.normal_mean = mean
+        self.normal_whitening = inverse_factor(T)
         if n < 3:
-            return block_distance(e.float(), mean, self.normal_whitening)
+            return squared_distance(e.float(), mean, self.normal_whitening)
         folds = n if n < FEW else max(2, count_folds(self.recipe, n))
-        return left_out_distance(e, mean, S, prior, folds, one_scale)
+        return left_out_squared_distance(e, mean, S, prior, folds, one_scale)
 
     def log_p(self, x_0, euler_steps=1):
-        """log p (B, h, w) of x_0 (B, d, h, w), up to a constant: in the units of the calibration.
+        """log p (B, h, w) of x_0 (B, d, h, w): -1/2 |.|^2 / d in the units of the calibration.
 
-        The mean of what the fields of all folds say. [ours] Raises RuntimeError before the detector
-        is fitted.
+        Without the log-determinant of the law of the place, which says nothing of x_0. The mean of
+        what the fields of all folds say. [ours] Raises RuntimeError before the detector is fitted.
         """
         if not len(self.normal_scores):
             raise RuntimeError("this detector is not fitted: train it, or load a trained one")
         folds = len(self.fields)
         e = torch.cat([self.arrival(x_0, euler_steps, k) for k in range(folds)])
         if self.recipe.calibrate:
-            log_p = -block_distance(e, self.normal_mean, self.normal_whitening) / 2
+            log_p = -squared_distance(e, self.normal_mean, self.normal_whitening) / 2
         else:
             log_p = log_density(e)
         return log_p.unflatten(0, (folds, len(x_0))).mean(0)
@@ -752,43 +775,9 @@ class Detector(nn.Module):
         return super().load_state_dict({**state, **frozen}, strict=True)
 
 
-def within(x, dtype):
-    """x, no further from zero than the numbers of a smaller type."""
-    largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest)
-
-
-def autocast(device, dtype=torch.bfloat16):
-    """Products in a type of 16 bits where the hardware is fast at them, else no change. [ours]
-
-    A GPU in both, a CPU with AVX512-BF16 in bfloat16. The field stands bfloat16. The extractor
-    needs float16, of three digits, or float32: whitening enlarges the errors in its quiet channels.
-    """
-    bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" or bfloat16)
-
-
 # ---- 9. Training ---------------------------------------------------------------------------------
-ENLARGED = 2  # times on a side, at most, for a small image: a finer map, not new detail
 SAVE_SECONDS = 20  # a killed run loses at most this much training
 REPORT_STEPS = 20  # that a field makes by itself, before all fields wait for each other
-
-
-def recipe_for(recipe, sizes):
-    """The recipe for training images of sizes (H, W): number of steps, aspect, pixels.
-
-    Where the recipe leaves the aspect open it is the images' own, their median, and image_size is
-    lowered to where the median image is enlarged ENLARGED times.
-    """
-    steps = recipe.steps or recipe.epochs * -(-len(sizes) // recipe.batch)
-    if recipe.aspect:
-        return replace(recipe, steps=steps)
-    aspect = statistics.median(h / w for h, w in sizes)
-    side = statistics.median(math.sqrt(h * w) for h, w in sizes)
-    unit = math.lcm(recipe.cell, max(recipe.strides))
-    most = max(-(-64 // unit), round(ENLARGED * side / unit)) * unit
-    image_size = min(recipe.image_size, most)
-    return replace(recipe, steps=steps, image_size=image_size, aspect=min(max(aspect, 1 / 8), 8.0))
 
 
 def learning_rate(step, recipe):
@@ -805,22 +794,6 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def count_folds(recipe, n):
-    """How many folds n images are split into; image k is of fold k % folds. [ours]
-
-    At most n, and none, so that one field learns from all images, for one or from folds_below on:
-    few images a field would know by heart, and their scores, which set the threshold, would be too
-    low. Of 100 images, 1 % false alarms is one of them.
-    """
-    return min(n, recipe.folds) if 1 < n < recipe.folds_below else 0
-
-
-def without_fold(n, k, folds):
-    """Indices of those of n images that are not of fold k."""
-    images = torch.arange(n)
-    return images[images % folds != k]
-
-
 class Training:
     """One field while it is trained, on the images of x_0 (n, d, h, w) that are not of fold k.
 
@@ -828,8 +801,9 @@ class Training:
     images this takes back what the whitening owes to the ones left out. folds = 0: on all images.
     """
 
-    def __init__(self, recipe, x_0, k, folds, seed, device):
+    def __init__(self, detector, x_0, k, folds, seed):
         n, d, h, w = x_0.shape
+        recipe, device = detector.recipe, detector.device
         self.recipe, self.device, self.step = recipe, device, 0
         images = without_fold(n, k, folds) if folds else torch.arange(n)
         self.images = images.to(x_0.device)
@@ -838,7 +812,8 @@ class Training:
             self.x_0 = x_0.movedim(1, -1).reshape(n, h * w, d)
         self.whitening = None
         if folds and recipe.norm == "zca":
-            mean, W = fit_zca(x_0, recipe.shrinkage, self.images)
+            earlier = detector.feature_whitening
+            mean, W = fit_zca(x_0, recipe.shrinkage, self.images, earlier)
             self.whitening = mean.to(device), W.to(device)
         self.field = new_field(recipe, d).to(device).train()
         self.couple = coupling(recipe)
@@ -919,9 +894,7 @@ def train_fields(detector, x_0, seed, report=None, save=None, state=None):
     """
     recipe, folds = detector.recipe, count_folds(detector.recipe, len(x_0))
     torch.manual_seed(seed)  # the fields' initial weights
-    trainings = [
-        Training(recipe, x_0, k, folds, seed, detector.device) for k in range(max(folds, 1))
-    ]
+    trainings = [Training(detector, x_0, k, folds, seed) for k in range(max(folds, 1))]
     if state is not None:
         for training, had in zip(trainings, state["trainings"], strict=True):
             training.load_state_dict(had)
@@ -943,26 +916,7 @@ def train_fields(detector, x_0, seed, report=None, save=None, state=None):
         detector.fold_mean, detector.fold_whitening = torch.stack(means), torch.stack(whitenings)
 
 
-def side_by_side(f, items, device):
-    """[f(item) for item in items], on a CPU as many at a time as there are cores. [ours]
-
-    One image, or a thousand locations, are too little for all cores to share: at the end of every
-    layer they would wait for each other, and for whatever other work holds one of them up. It sets
-    the number of threads, which torch.linalg.inv does not stand (see `inverse`).
-    """
-    threads, items = torch.get_num_threads(), list(items)
-    workers = min(threads, len(items))
-    if workers == 1 or device.type != "cpu":
-        return [f(item) for item in items]
-    each = (threads // workers,)
-    try:
-        with ThreadPoolExecutor(workers, "core", torch.set_num_threads, each) as pool:
-            return list(pool.map(f, items))
-    finally:
-        torch.set_num_threads(threads)  # the workers' number is that of all threads to come
-
-
-# ---- 10. Which recipes are valid, and the released one -------------------------------------------
+# ---- 10. Which recipes are valid, the released one, and what a recipe makes of images ------------
 LIMITS = {
     "image_size": (64, 2048),
     "aspect": (0, 8),
@@ -993,7 +947,9 @@ def check_recipe(recipe):
     for name, (low, high) in LIMITS.items():
         value = getattr(recipe, name)
         need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
-    need(recipe.steps or recipe.epochs, "steps", "give at least 1")
+    need(recipe.steps or (recipe.epochs and recipe.field == "unet"), "steps", "give at least 1")
+    even = recipe.base % 2 == 0 or recipe.field == "point" or not recipe.told_t
+    need(even, "base", "give an even number, for cos and sin of t")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
     need(recipe.batch > 1 or recipe.field == "unet", "batch", "give at least 2 locations")
     low, high = (1, 1e9) if recipe.coupling == "candidates" else (-1, 1)
@@ -1004,14 +960,16 @@ def check_recipe(recipe):
     need(recipe.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
 
 
-# [released]; lr, which is not known to us, and what the release has no use for are the default's.
+# [released]; lr, which is not known to us, the coupling and its strength, our reading of the paper,
+# and what the release has no use for are the default's.
 PAPER = Recipe(backbone="wide_resnet50_2", image_size=256, aspect=1.0, strides=(16,), cell=32,
                norm="layer", field="unet", base=768, told_t=True, steps=0, epochs=100, batch=8,
                schedule="step", from_landing=False, calibrate=False, folds=0, score="released",
                smooth=0.0)  # fmt: skip
 
+ENLARGED = 2  # times on a side, at most, for a small image: a finer map, not new detail
 
-# ---- 11. Extractor: frozen ImageNet networks and their weight files ------------------------------
+
 def image_shape(recipe):
     """Height and width in pixels of what the network sees: image_size^2 pixels at the aspect."""
     unit = math.lcm(recipe.cell, max(recipe.strides))
@@ -1020,6 +978,24 @@ def image_shape(recipe):
     return tuple(max(1, round(side / unit)) * unit for side in sides)
 
 
+def recipe_for(recipe, sizes):
+    """The recipe for training images of sizes (H, W): number of steps, aspect, pixels.
+
+    Where the recipe leaves the aspect open it is the images' own, their median, and image_size is
+    lowered to where the median image is enlarged ENLARGED times.
+    """
+    steps = recipe.steps or recipe.epochs * -(-len(sizes) // recipe.batch)
+    if recipe.aspect:
+        return replace(recipe, steps=steps)
+    aspect = statistics.median(h / w for h, w in sizes)
+    side = statistics.median(math.sqrt(h * w) for h, w in sizes)
+    unit = math.lcm(recipe.cell, max(recipe.strides))
+    most = max(-(-64 // unit), round(ENLARGED * side / unit)) * unit
+    image_size = min(recipe.image_size, most)
+    return replace(recipe, steps=steps, image_size=image_size, aspect=min(max(aspect, 1 / 8), 8.0))
+
+
+# ---- 11. Extractor: frozen ImageNet networks and their weight files ------------------------------
 def join_levels(levels, recipe, size):
     """{stride: (B, c, H/stride, W/stride)} -> (B, d, h, w): the chosen layers on one grid.
 
@@ -1258,3 +1234,39 @@ def load_extractor(backbone, weights=None):
         ) from None
     fold_batch_norms(net.eval())
     return net.requires_grad_(False)
+
+
+# ---- 12. Numbers of 16 bits, and several cores ---------------------------------------------------
+def within(x, dtype):
+    """x, no further from zero than the numbers of a smaller type."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest)
+
+
+def autocast(device, dtype=torch.bfloat16):
+    """Products in a type of 16 bits where the hardware is fast at them, else no change. [ours]
+
+    A GPU in both, a CPU with AVX512-BF16 in bfloat16. The field stands bfloat16. The extractor
+    needs float16, eight times as fine, or float32: whitening enlarges what its quiet channels lose.
+    """
+    bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" or bfloat16)
+
+
+def side_by_side(f, items, device):
+    """[f(item) for item in items], on a CPU as many at a time as there are cores. [ours]
+
+    One image, or a thousand locations, are too little for all cores to share: at the end of every
+    layer they would wait for each other, and for whatever other work holds one of them up. It sets
+    the number of threads, which torch.linalg.inv does not stand (see `inverse`).
+    """
+    threads, items = torch.get_num_threads(), list(items)
+    workers = min(threads, len(items))
+    if workers == 1 or device.type != "cpu":
+        return [f(item) for item in items]
+    each = (threads // workers,)
+    try:
+        with ThreadPoolExecutor(workers, "core", torch.set_num_threads, each) as pool:
+            return list(pool.map(f, items))
+    finally:
+        torch.set_num_threads(threads)  # the workers' number is that of all threads to come

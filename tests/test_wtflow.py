@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_the_law_of_each_place_is_its_own_mean_and_covariance(monkeypatch):
 
 def test_covariances_are_drawn_to_their_mean_as_by_prior_d_images():
     S = torch.stack([torch.eye(2), 3 * torch.eye(2)])
-    P, scales = wtflow.pool(S, one_scale=False)
+    P, scales = wtflow.pooled_covariance(S, one_scale=False)
     drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)  # r = 2 / 8
     assert torch.allclose(drawn, 0.75 * S + 0.25 * 2 * torch.eye(2), atol=1e-4)
     assert torch.allclose(wtflow.towards_pooled(S, 6, 1e9, P, scales)[0], P, atol=1e-4)
@@ -236,7 +237,7 @@ def test_places_have_one_scale_and_a_shape_of_their_own():
     As near as the share of the frame lets it be: of a variance of 1.9 of log c, 0.01.
     """
     S = torch.stack([k * torch.diag(torch.tensor([1.0, 4.0 - k, 2.0])) for k in (0.2, 1.0, 3.0)])
-    P, scales = wtflow.pool(S, one_scale=True)
+    P, scales = wtflow.pooled_covariance(S, one_scale=True)
     drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)
     traces = (drawn @ torch.linalg.inv(P)).diagonal(dim1=1, dim2=2).mean(1)
     assert torch.allclose(traces, torch.ones(3), rtol=0.01)
@@ -247,7 +248,9 @@ def test_scales_are_taken_out_as_far_as_they_are_not_those_of_the_frame():
     """c_l^s, s = 1 - 0.1^2 / var: of a variance of 0.005 nothing, of 0.04 three quarters."""
     kept = {0.05: 0.0, 0.02**0.5: 0.75}  # log c = +-spread; of two places, over 2 - 1
     for spread, share in kept.items():
-        P, scales = wtflow.pool(torch.tensor([spread, -spread]).exp().view(2, 1, 1), True)
+        P, scales = wtflow.pooled_covariance(
+            torch.tensor([spread, -spread]).exp().view(2, 1, 1), True
+        )
         ratio = (scales[0] / scales[1]).log().item()
         assert ratio == pytest.approx(share * 2 * spread, abs=1e-4)
 
@@ -255,15 +258,15 @@ def test_scales_are_taken_out_as_far_as_they_are_not_those_of_the_frame():
 def test_a_place_that_never_changes_is_judged_as_the_whole_map():
     """Its covariance is r P, r = 1/2: distances there are at most the root of 2 too large."""
     S = torch.stack([torch.zeros(2, 2), 2 * torch.eye(2)])
-    P, scales = wtflow.pool(S, one_scale=True)
+    P, scales = wtflow.pooled_covariance(S, one_scale=True)
     assert torch.allclose(wtflow.towards_pooled(S, 2, 1.0, P, scales)[0], P / 2, atol=1e-4)
 
 
 def test_distance_is_that_of_mahalanobis():
     x = gaussian((9, 3, 4, 6))
     mean, S = wtflow.fit_blocks(x)
-    drawn = wtflow.towards_pooled(S, 9, 1.0, *wtflow.pool(S, True))
-    y = wtflow.block_distance(x, mean, wtflow.inverse_factor(drawn))
+    drawn = wtflow.towards_pooled(S, 9, 1.0, *wtflow.pooled_covariance(S, True))
+    y = wtflow.squared_distance(x, mean, wtflow.inverse_factor(drawn))
     e = wtflow.to_blocks(x)[4, 2, 3] - mean[4, 3]  # block row 1, column 1; its last cell
     by_hand = e @ torch.linalg.inv(drawn[4]) @ e / 3
     assert y[2, 3, 3].item() == pytest.approx(by_hand.item(), rel=1e-4)
@@ -276,7 +279,7 @@ def test_left_out_distances_are_those_of_a_law_fitted_without_the_image(folds, o
     n, d, prior = 7, 3, 0.8
     x = gaussian((n, d, 4, 4)) * torch.tensor([1.0, 1, 3, 3]) + 1  # half of it is loud
     mean, S = wtflow.fit_blocks(x)
-    y = wtflow.left_out_distance(x, mean, S, prior, folds, one_scale)
+    y = wtflow.left_out_squared_distance(x, mean, S, prior, folds, one_scale)
     r = prior * d / (prior * d + n - 1)
     for k in range(n):
         mean_k, S_k = wtflow.fit_blocks(torch.cat([x[:k], x[k + 1 :]]))
@@ -285,7 +288,7 @@ def test_left_out_distances_are_those_of_a_law_fitted_without_the_image(folds, o
         c = torch.einsum("lij,ji->l", S_f, torch.linalg.inv(P)) / d if one_scale else torch.ones(4)
         c = c ** (1 - 0.1**2 / c.log().var()) if one_scale else c
         W_k = wtflow.inverse_factor((1 - r) * S_k / c[:, None, None] + r * P)
-        refitted = wtflow.block_distance(x[k : k + 1], mean_k, W_k)[0]
+        refitted = wtflow.squared_distance(x[k : k + 1], mean_k, W_k)[0]
         assert torch.allclose(y[k], refitted, rtol=1e-3)
 
 
@@ -374,12 +377,29 @@ def test_a_batch_is_drawn_from_the_others_of_a_fold_whitened_by_themselves(kind)
     """All 7 x 16 locations that are not of fold 1, and nothing else."""
     x_0 = gaussian((9, 3, 4, 4)) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1) + 5
     recipe = Recipe(field=kind, base=8, shrinkage=0.0, batch=4096 if kind == "point" else 256)
-    training = wtflow.Training(recipe, x_0, 1, 6, 0, torch.device("cpu"))
+    device, W_0 = torch.device("cpu"), torch.eye(3)
+    detector = SimpleNamespace(recipe=recipe, device=device, feature_whitening=W_0)
+    training = wtflow.Training(detector, x_0, 1, 6, 0)
     others = wtflow.whiten(x_0[[0, 2, 3, 4, 5, 6, 8]], *training.whitening)
     rows = others.movedim(1, -1).reshape(-1, 3)
     assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
     distance, drawn = torch.cdist(training.draw().movedim(1, -1).reshape(-1, 3), rows).min(1)
     assert distance.max() < 1e-2 and set(drawn.tolist()) == set(range(len(rows)))
+
+
+def test_a_fold_is_whitened_as_if_the_images_left_out_did_not_exist():
+    """Whitened features, whitened again without an image, are the features whitened without it.
+
+    But for a rotation, as lengths show; with the same shrinkage, though it has been applied twice.
+    """
+    features = gaussian((5, 3, 4, 4)) * torch.tensor([0.01, 1, 3]).view(1, 3, 1, 1) + 5
+    features[4] *= 20
+    others = torch.arange(4)
+    first = wtflow.fit_zca(features, 0.05)
+    x_0 = wtflow.whiten(features, *first)
+    twice = wtflow.whiten(x_0, *wtflow.fit_zca(x_0, 0.05, others, first[1]))
+    once = wtflow.whiten(features, *wtflow.fit_zca(features, 0.05, others))
+    assert torch.allclose(twice.norm(dim=1), once.norm(dim=1), rtol=1e-3)
 
 
 def test_few_images_have_scores_no_lower_than_new_ones_have():
@@ -544,6 +564,7 @@ def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
     monkeypatch.setattr(wtflow, "REPORT_STEPS", 1)
     x_0 = gaussian((4, 152, 4, 4))
     states, steps, detector = [], [], Detector(tiny())
+    detector.feature_whitening += torch.eye(152)
 
     def report(step, total, loss):
         steps.append((step, total))
@@ -566,6 +587,7 @@ def test_fields_that_train_side_by_side_are_those_that_train_in_turn(two_threads
     for threads in (2, 1):
         torch.set_num_threads(threads)
         detector = Detector(tiny(steps=30))
+        detector.feature_whitening += torch.eye(152)
         wtflow.train_fields(detector, x_0, 0)
         trained.append(detector.state_dict())
     assert same_values(*trained)
