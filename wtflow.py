@@ -231,9 +231,9 @@ def inverse_root(S):
 def fit_zca(x, shrinkage, chosen=None, earlier=None):
     """Mean (C,) and ZCA whitening W (C, C) of all locations of x (N, C, h, w), float32. [ours]
 
-    W = ((1-r) S + r (tr S / C) I)^(-1/2), r = shrinkage: finite for constant channels, few samples.
-    chosen: indices of the images that count, by default all. earlier: W_0 (C, C) of all images, if
-    x has been whitened by it: I is then that of the features before, W_0 W_0 here.
+    W = ((1-r) S + r s I)^(-1/2), r = shrinkage, s = tr S / C: finite for constant channels, few
+    samples. chosen: indices of the images that count, by default all. earlier: W_0 (C, C), if x has
+    been whitened by it; I and s are those of the features before, whose I is W_0' W_0 in x.
     """
     total, products, n = 0.0, 0.0, 0
     for part in parts_of(x, chosen):  # moments in float64
@@ -243,11 +243,12 @@ def fit_zca(x, shrinkage, chosen=None, earlier=None):
         n += len(rows)
     mean = total / n
     S = products / n - mean[:, None] * mean
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    isotropic = torch.eye(len(S), dtype=S.dtype, device=S.device)
     if earlier is not None:
-        eye = earlier.to(S) @ earlier.to(S)
-    target = eye * (S * inverse(eye)).sum().div(len(S)).clamp_min(1e-12)
-    return mean.float(), inverse_root((1 - shrinkage) * S + shrinkage * target).float()
+        isotropic = earlier.to(S).mT @ earlier.to(S)
+    s = (S * inverse(isotropic)).sum() / len(S)
+    W = inverse_root((1 - shrinkage) * S + shrinkage * s.clamp_min(1e-12) * isotropic)
+    return mean.float(), W.float()
 
 
 def parts_of(x, chosen=None):
