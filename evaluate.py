@@ -1888,12 +1888,19 @@ def check_run(folder, categories):
             raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
 
 
-def draw_again(folder, category, args, device):
-    """The pictures and maps of a finished category that was stopped before it had them."""
-    if category.test and (args.maps != "none" or args.save_maps):
-        detector = load_model(folder / "model.pt", device, args.weights)
+def judged_by_model(folder, category, args, device):
+    """The test images of a category, Judged by the model in a folder, and their sizes."""
+    detector = load_model(folder / "model.pt", device, args.weights)
+    x_0, sizes = None, []
+    if category.test:
         x_0, sizes = x_0_of(detector, [item.path for item in category.test])
-        judged = judge_category(detector, category, x_0, args)
+    return judge_category(detector, category, x_0, args), sizes
+
+
+def draw_again(folder, category, args, device):
+    """The pictures and maps of a finished category that it does not have."""
+    if category.test and (args.maps != "none" or args.save_maps):
+        judged, sizes = judged_by_model(folder, category, args, device)
         write_pictures(folder, category, judged, sizes, args)
 
 
@@ -1906,17 +1913,13 @@ def evaluate_run(args, device):
     check_run(folder, categories)
     rows = []
     for category in categories:
-        began = time.monotonic()
-        detector = load_model(folder / category.name / "model.pt", device, args.weights)
-        x_0, sizes = None, []
-        if category.test:
-            x_0, sizes = x_0_of(detector, [item.path for item in category.test])
-        judged = judge_category(detector, category, x_0, args)
+        began, place = time.monotonic(), folder / category.name
+        judged, sizes = judged_by_model(place, category, args, device)
         row = measure_category(category, judged, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
-        write_scores(folder / category.name, category, judged)
-        write_pictures(folder / category.name, category, judged, sizes, args)
+        write_scores(place, category, judged)
+        write_pictures(place, category, judged, sizes, args)
     write_tables(folder, rows)
     if args.maps != "none":
         draw_contact_sheet(folder, [category.name for category in categories])
