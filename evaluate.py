@@ -343,7 +343,11 @@ def name_skipped(category, folders):
     """Say which files of folders are not read, with their number: none is dropped silently."""
     used = {*category.train, *(item.path for item in category.test)}
     used |= {mask for item in category.test for mask in item.masks or ()}
-    images = {(path.parent, path.stem.casefold()) for path in used}
+    images = {
+        (path.parent, name.casefold())
+        for path in used
+        for name in (path.stem, stem_and_suffix(path))
+    }
     files = [path for folder in folders for path in all_files(folder)]
     files = [path for path in files if (path.parent, mask_owner(path)) not in images]
     say_skipped(category.name, files, used)
@@ -1352,7 +1356,6 @@ def load_model(path, device="auto", weights=None):
                 f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
             )
         detector.white = None if state.get("white") is None else float(state["white"])
-        return detector.to(device)
     except InputError as e:  # its extractor has no weights here, or others
         raise InputError(f"{path}: {e}") from None
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
@@ -1360,6 +1363,7 @@ def load_model(path, device="auto", weights=None):
         raise InputError(
             f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
         ) from None
+    return detector.to(device)
 
 
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
@@ -1516,9 +1520,19 @@ def draw_category(folder, category, maps, verdicts, sizes, threshold, which="wor
     warn_of(failed)
 
 
-def remove_pictures(folder):
-    """Those of a category's earlier model. scores.png is drawn last: with it, all are there."""
-    for old in (folder / "scores.png", *(folder / "maps").glob("*.png")):
+def pictures_of(folder):
+    """The pictures of a category's test images."""
+    return [*(folder / "maps").glob("*.png")]
+
+
+def maps_of(folder):
+    """The float maps of a category, written by save_maps."""
+    return [*(folder.parent / "anomaly_maps" / folder.name).rglob("*.tiff")]
+
+
+def remove_pictures(folder, and_maps=False):
+    """Those of a category's earlier model, and its float maps."""
+    for old in (folder / "scores.png", *pictures_of(folder), *(maps_of(folder) * and_maps)):
         old.unlink(missing_ok=True)
 
 
@@ -1796,7 +1810,10 @@ def exit_cleanly(main):
     except (MemoryError, RuntimeError) as e:
         if not no_memory(e):
             raise
-        message = "out of memory: train.py takes a smaller --image-size, and --resume elsewhere"
+        message = (
+            "out of memory: give train.py a smaller --image-size, or --resume on a machine of the "
+            "same kind with more"
+        )
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -1804,18 +1821,23 @@ def exit_cleanly(main):
 def pick_device(name):
     """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
 
-    Another name is torch's own. On a GPU the networks have 16 bits; all else, whitening and blur
-    too, has float32 and not TF32.
+    name may also be a torch.device. On a GPU the networks have 16 bits; all else, whitening and
+    blur too, has float32: TF32 is switched off. Raises InputError.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    if name not in ("auto", "cpu", "cuda"):
-        return torch.device(name)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU that torch can use: give --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    return torch.device(f"cuda:{mine}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is None:
+            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            return torch.device(f"cuda:{mine}")
+    return device
 
 
 class Judged(NamedTuple):
@@ -1897,11 +1919,20 @@ def judged_by_model(folder, category, args, device):
     return judge_category(detector, category, x_0, args), sizes
 
 
-def draw_again(folder, category, args, device):
-    """The pictures and maps of a finished category that it does not have."""
-    if category.test and (args.maps != "none" or args.save_maps):
+def draw_missing(folder, category, args, device):
+    """Of the pictures and maps that are asked for, those that a finished category does not have."""
+    n, there = len(category.test), (folder / "scores.png").exists()  # drawn last
+    if args.maps == "all":
+        there = there and len(pictures_of(folder)) == n
+    pictures = n and args.maps != "none" and not there
+    maps = n and args.save_maps and not maps_of(folder)
+    if pictures or maps:
         judged, sizes = judged_by_model(folder, category, args, device)
-        write_pictures(folder, category, judged, sizes, args)
+        if maps:
+            save_maps(folder.parent, category, judged.maps, sizes)
+        if pictures:
+            shown = judged.maps, judged.verdicts, sizes, judged.threshold
+            draw_category(folder, category, *shown, args.maps, judged.white)
 
 
 def evaluate_run(args, device):
@@ -1930,13 +1961,14 @@ def images_outside(folder, out):
     paths = images_under(folder)
     if not paths:
         raise InputError(f"{folder}: no images in this folder ({', '.join(SUFFIXES)})")
-    written = all_files(out) if out and out.is_dir() else []
+    inside = out is not None and folder.resolve() in out.resolve().parents
+    written = all_files(out) if inside else []
     say_skipped(folder.resolve().name, all_files(folder), {*paths, *written})
     if out is None or out.suffix.lower() == ".csv":
         return paths
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: is the folder of the images: give another")
-    if folder.resolve() not in out.resolve().parents:
+    if not inside:
         return paths
     kept = [path for path in paths if out.resolve() not in path.resolve().parents]
     if not kept:

@@ -45,9 +45,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     source = source_of(category)
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        stopped = not (folder / "scores.png").exists()  # between the model and its pictures
-        if stopped or args.maps == "all" or args.save_maps:
-            evaluate.draw_again(folder, category, args, device)
+        evaluate.draw_missing(folder, category, args, device)
         return row
     refuse_another_source(model_file, source)
     if args.resume and state_file.exists():
@@ -92,7 +90,7 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
-    evaluate.remove_pictures(folder)
+    evaluate.remove_pictures(folder, and_maps=True)
     evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
@@ -155,7 +153,7 @@ def signature(category, recipe, seed, weights_digest):
 def continued(path, mine):
     """The checkpoint of an interrupted run. Raises InputError naming what differs from this one."""
     state = evaluate.load_checkpoint(path)
-    had = state.get("signature") or {}
+    had = {"weights": mine["weights"], **(state.get("signature") or {})}  # once not named
     differ = [f"{k} {had.get(k)} there, {mine[k]} here" for k in mine if had.get(k) != mine[k]]
     if differ:
         raise InputError(
@@ -255,7 +253,7 @@ def locked(folder):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield  # the file stays: another process may have it open, and wait to lock it
+        yield  # the file stays: another process may have opened it, and not locked it yet
 
 
 def fit(images, seed=0, weights=None, device="auto", **settings):
@@ -359,12 +357,11 @@ def damage(rng, image, kind):
 
 
 def save_grey_levels(path, values):
-    """Write a PNG, if it is not there: another run may be reading it."""
+    """Write a PNG, unless it is there already, the same: another run may be reading it."""
     file = io.BytesIO()
     Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).save(file, format="PNG")
     if not path.is_file() or path.read_bytes() != file.getvalue():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.getvalue())
+        evaluate.write_whole(path, lambda to: to.write_bytes(file.getvalue()))
 
 
 def make_demo(root, train=48, good=16, each=8, n=256):

@@ -118,7 +118,7 @@ def flow_matching_loss(v_theta, x_0, couple, generator=None, t=None, t_max=1.0):
     """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, t_max) [paper, released].
 
     couple: (x_0, generator) -> x_1, one of the couplings below. Its mean is least for the marginal
-    field u_t(x) = E[x_1 - x_0 | x_t = x]; of fields not told t, for its average over p(t | x) (B1).
+    field u_t(x) = E[x_1 - x_0 | x_t = x]; of fields not told t, for its average over p(t | x) (B).
     t_max < 1 [ours] stays near the data.
     """
     if t is None:
@@ -233,7 +233,7 @@ def fit_zca(x, shrinkage, chosen=None, earlier=None):
 
     W = ((1-r) S + r s I)^(-1/2), r = shrinkage, s = tr S / C: finite for constant channels, few
     samples. chosen: indices of the images that count, by default all. earlier: W_0 (C, C), if x has
-    been whitened by it; I and s are those of the features before, whose I is W_0' W_0 in x.
+    been whitened by it; I and s are those of the features before, whose I is W_0 W_0' in x.
     """
     total, products, n = 0.0, 0.0, 0
     for part in parts_of(x, chosen):  # moments in float64
@@ -245,7 +245,7 @@ def fit_zca(x, shrinkage, chosen=None, earlier=None):
     S = products / n - mean[:, None] * mean
     isotropic = torch.eye(len(S), dtype=S.dtype, device=S.device)
     if earlier is not None:
-        isotropic = earlier.to(S).mT @ earlier.to(S)
+        isotropic = earlier.to(S) @ earlier.to(S).mT
     s = (S * inverse(isotropic)).sum() / len(S)
     W = inverse_root((1 - shrinkage) * S + shrinkage * s.clamp_min(1e-12) * isotropic)
     return mean.float(), W.float()
@@ -273,9 +273,9 @@ FRAME = 0.1  # standard deviation of the log loudness that the network's zero pa
 def count_folds(recipe, n):
     """How many folds n images are split into; image k is of fold k % folds. [ours]
 
-    0, one field on all images, of one image and from folds_below on; else at most n. A field knows
-    few images by heart, and their scores, which set the threshold, would be too low. Of 100 images,
-    1 % false alarms is one of them.
+    0, one field on all images: of a single image, from folds_below on, and for folds = 0. A field
+    knows few images by heart, and their scores, which set the threshold, would be too low. Of 100
+    images, 1 % false alarms is one of them.
     """
     return min(n, recipe.folds) if 1 < n < recipe.folds_below else 0
 
@@ -337,18 +337,18 @@ def fit_blocks(e, chosen=slice(None)):
 def pooled_covariance(S, one_scale):
     """Covariances of all places S (L, d, d) -> the pooled one P (d, d) and scales (L,). [ours]
 
-    P is their mean. one_scale: c_l = (tr(P^-1 S_l) / d)^s, how loud normal features are in a block
-    beside the whole map, LEAST_SCALE at least. The share s = 1 - FRAME^2 / Var(log c), at least 0,
-    is what of the spread zero padding does not explain, which alone makes one of FRAME (positive
-    part of James & Stein 1961). Not one_scale: 1 everywhere.
+    P is their mean. one_scale: m_l = tr(P^-1 S_l) / d, LEAST_SCALE at least, is how loud normal
+    features are in a block beside the whole map, and c_l = m_l^s. The share s = 1 - FRAME^2 /
+    Var(log m), at least 0, is what of the spread zero padding does not explain, which alone makes
+    one of FRAME (positive part of James & Stein 1961). Not one_scale: 1 everywhere.
     """
     P = S.mean(0)
     if not one_scale or len(S) == 1:
         return P, torch.ones(len(S), device=S.device)
     loudness = (S * inverse(P + ridge(P))).sum((1, 2)) / len(P)
-    log_c = loudness.clamp_min(LEAST_SCALE).log()
-    share = (1 - FRAME**2 / log_c.var()).clamp_min(0)
-    return P, (share * log_c).exp()
+    log_m = loudness.clamp_min(LEAST_SCALE).log()
+    share = (1 - FRAME**2 / log_m.var()).clamp_min(0)
+    return P, (share * log_m).exp()
 
 
 def ridge(P):
@@ -684,8 +684,8 @@ class Detector(nn.Module):
         [ours] The exact field told t would let nothing remain (W6); one that was learned, or is not
         told t (B1), leaves a residual with a law of its own, other at a border than in the middle.
         Each image is scored (normal_scores) under the law of all the others and, if they are few,
-        by the field that has not seen it: as a good image of tomorrow is by one field, and hardly
-        less than by the mean of several. x_0 (n, d, h, w) is used up: its arrivals take its place.
+        by the field that has not seen it. A new one is by the mean of all fields, hardly lower.
+        x_0 (n, d, h, w) is used up: its arrivals take its place.
         """
         folds = len(self.fields)
 
@@ -889,9 +889,9 @@ def train_fields(detector, x_0, seed, report=None, save=None, state=None):
     One field, to all images [paper]. Of fewer than folds_below one for each fold, to all but
     those of the fold, as Detector.calibrate needs to know what a field leaves on images that it
     has not seen (cross-conformal prediction, Vovk 2015) [ours].
-    report(steps done, all steps, loss): called now and then. save(state): called about every
-    SAVE_SECONDS and at the end; with such a state the run goes on from there, the same to the last
-    bit. Raises InputError if the loss is not finite.
+    Call it after fit_whitening. report(steps done, all steps, loss): called now and then.
+    save(state): called about every SAVE_SECONDS and at the end; with such a state the run goes on
+    from there, the same to the last bit. Raises InputError if the loss is not finite.
     """
     recipe, folds = detector.recipe, count_folds(detector.recipe, len(x_0))
     torch.manual_seed(seed)  # the fields' initial weights
@@ -1247,8 +1247,9 @@ def within(x, dtype):
 def autocast(device, dtype=torch.bfloat16):
     """Products in a type of 16 bits where the hardware is fast at them, else no change. [ours]
 
-    A GPU in both, a CPU with AVX512-BF16 in bfloat16. The field stands bfloat16. The extractor
-    needs float16, eight times as fine, or float32: whitening enlarges what its quiet channels lose.
+    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone. It is enough for the field. The
+    extractor needs float16, eight times as fine, or float32: whitening enlarges what its quiet
+    channels lose.
     """
     bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, dtype, enabled=device.type == "cuda" or bfloat16)

@@ -217,14 +217,31 @@ def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
     assert same_tensors(model_of(cut / "tiny", "bolt"), model_of(tmp_path / "whole/tiny", "bolt"))
 
 
+def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_path):
+    options = ("--data", data / "bolt", *TINY, "--out", tmp_path)
+    for seed, dies in ((3, "judge_category"), (4, "extract")):  # after the last state, before any
+        process = train_apart(
+            tmp_path / "log", *options, "--seed", seed, prepare=lambda dies=dies: dies_at(dies, 1)
+        )
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    succeeds(run("train.py", *options, "--seed", 4, "--resume"))
+
+
 def test_pictures_that_are_asked_for_later_are_drawn(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "tiny")
     options = ("--data", data, "--out", tmp_path, *TINY, "--resume", "--maps", "all")
     succeeds(run("train.py", *options))
     assert len([*(tmp_path / "tiny/bolt/maps").iterdir()]) == 6
+    drawn = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("bolt/**/*.png")}
+    succeeds(run("train.py", *options))
+    succeeds(run("train.py", *options[:-2], "--save-maps"))  # what is there stays
+    assert drawn == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("bolt/**/*.png")}
+    assert len([*tmp_path.rglob("bolt/**/*.tiff")]) == 6
     again = ("--data", data, "--out", tmp_path, *TINY, "--seed", 3, "--maps", "none")
     succeeds(run("train.py", *again))  # another model: the pictures are not its own
-    assert not [*tmp_path.rglob("maps/*.png")] and not [*tmp_path.rglob("contact-sheet.png")]
+    left = [*tmp_path.rglob("maps/*.png"), *tmp_path.rglob("*.tiff")]
+    assert not left and not [*tmp_path.rglob("contact-sheet.png")]
 
 
 def test_two_runs_into_one_folder(data, tmp_path):

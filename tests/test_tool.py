@@ -52,7 +52,7 @@ def test_rates_are_of_good_and_of_defective_images():
 
 def test_every_score_has_a_verdict(data, trained, model, tmp_path):
     detector = evaluate.load_model(model)
-    threshold = evaluate.threshold_of(detector.normal_scores.numpy(), 1)
+    threshold = evaluate.threshold_of(detector.normal_scores.cpu().numpy(), 1)
     assert f"bolt: threshold {threshold:.4f} at 1 % false alarms" in trained[1].stdout
     rows = read_scores(trained[0] / "bolt/scores.csv")
     assert [row["kind"] for row in rows] == ["dent"] * 3 + ["good"] * 3
@@ -327,7 +327,8 @@ def test_export_scores_as_the_model_does(model, tmp_path, monkeypatch):
     program = torch.export.load(tmp_path / "m.pt2", extra_files=files).module()
     assert f"threshold {json.loads(files[evaluate.CONSTANTS])['threshold']:.4f}" in out
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    for there, here in zip(program(image), evaluate.load_model(model)(image), strict=True):
+    of_model = evaluate.load_model(model, "cpu")(image)
+    for there, here in zip(program(image), of_model, strict=True):
         assert torch.allclose(there, here, rtol=1e-5)
     fails(run("evaluate.py", "--model", model, "--export", tmp_path / "m.onnx"), ".pt2")
     off = torch.full((1,), float("nan"))

@@ -156,6 +156,12 @@ def test_worst_candidate_of_a_zero_vector_is_noise():
     assert torch.isfinite(wtflow.worst_candidate(torch.zeros(4, 3), n=64)).all()
 
 
+@pytest.mark.parametrize("n", [1, 64])
+def test_worst_candidate_is_finite_for_any_random_number(monkeypatch, n):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
+    assert torch.isfinite(wtflow.worst_candidate(torch.ones(4, 3), n=n)).all()
+
+
 @pytest.mark.parametrize("rho", [-0.5, 0.0, 0.9])
 def test_worst_is_noise_about_the_landing_point_on_the_shell(rho):
     """Means within 5 standard errors; the noise is N(0, 1 - rho^2): Kolmogorov-Smirnov, 1e-6."""
@@ -376,13 +382,14 @@ def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
 def test_a_batch_is_drawn_from_the_others_of_a_fold_whitened_by_themselves(kind):
     """All 7 x 16 locations that are not of fold 1, and nothing else."""
     x_0 = gaussian((9, 3, 4, 4)) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1) + 5
-    recipe = Recipe(field=kind, base=8, shrinkage=0.0, batch=4096 if kind == "point" else 256)
-    device, W_0 = torch.device("cpu"), torch.eye(3)
+    recipe = Recipe(field=kind, base=8, shrinkage=0.1, batch=4096 if kind == "point" else 256)
+    device, W_0 = torch.device("cpu"), torch.diag(torch.tensor([0.5, 1.0, 4.0]))
     detector = SimpleNamespace(recipe=recipe, device=device, feature_whitening=W_0)
     training = wtflow.Training(detector, x_0, 1, 6, 0)
-    others = wtflow.whiten(x_0[[0, 2, 3, 4, 5, 6, 8]], *training.whitening)
-    rows = others.movedim(1, -1).reshape(-1, 3)
-    assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
+    numbers = torch.tensor([0, 2, 3, 4, 5, 6, 8])
+    expected = wtflow.fit_zca(x_0, 0.1, numbers, W_0)
+    assert all(map(torch.equal, training.whitening, expected))
+    rows = wtflow.whiten(x_0[numbers], *training.whitening).movedim(1, -1).reshape(-1, 3)
     distance, drawn = torch.cdist(training.draw().movedim(1, -1).reshape(-1, 3), rows).min(1)
     assert distance.max() < 1e-2 and set(drawn.tolist()) == set(range(len(rows)))
 
