@@ -14,7 +14,7 @@ def quick(monkeypatch):
     """The default at 64 px with a narrow field and four steps."""
     small = replace(benchmark.Recipe(), image_size=64, base=8, steps=4, batch=32)
     monkeypatch.setattr(benchmark, "Recipe", lambda: small)
-    monkeypatch.setattr(benchmark, "USUAL", replace(benchmark.USUAL, image_size=64))
+    monkeypatch.setattr(benchmark, "USUAL", replace(small, aspect=1.0))
 
 
 def test_compare_has_every_method_with_its_spread(tmp_path, quick):
