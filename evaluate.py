@@ -219,11 +219,16 @@ def mask_owner(path):
     return stem.removesuffix(ends[0]) if ends else None
 
 
+def mask_owners(paths):
+    """What mask_owner may say of the masks of images: {(folder, stem, with the suffix or not)}."""
+    names = [(path, name) for path in paths for name in (path.stem, stem_and_suffix(path))]
+    return {(path.parent, name.casefold()) for path, name in names}
+
+
 def images_apart_from_masks(paths):
     """(images, masks) of image files: a mask is named after an image beside it, like 003_GT.png."""
-    names = [(path, name) for path in paths for name in (path.stem, stem_and_suffix(path))]
-    stems = {(path.parent, name.casefold()) for path, name in names}
-    masks = {path for path in paths if (path.parent, mask_owner(path)) in stems}
+    owners = mask_owners(paths)
+    masks = {path for path in paths if (path.parent, mask_owner(path)) in owners}
     if masks:
         first = min(masks)
         say_once(f"{first.parent}: {len(masks)} files like {first.name} are read as masks")
@@ -343,13 +348,9 @@ def name_skipped(category, folders):
     """Say which files of folders are not read, with their number: none is dropped silently."""
     used = {*category.train, *(item.path for item in category.test)}
     used |= {mask for item in category.test for mask in item.masks or ()}
-    images = {
-        (path.parent, name.casefold())
-        for path in used
-        for name in (path.stem, stem_and_suffix(path))
-    }
+    owners = mask_owners(used)
     files = [path for folder in folders for path in all_files(folder)]
-    files = [path for path in files if (path.parent, mask_owner(path)) not in images]
+    files = [path for path in files if (path.parent, mask_owner(path)) not in owners]
     say_skipped(category.name, files, used)
 
 
@@ -1498,8 +1499,9 @@ def names_of(items):
     return [names[item.kind, item.path] for item in items]
 
 
-def draw_category(folder, category, maps, verdicts, sizes, threshold, which="worst", white=None):
+def draw_category(folder, category, judged, sizes, which="worst"):
     """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
+    maps, verdicts, threshold, white = judged
     if which == "none" or not len(verdicts):
         return
     bad = np.array([item.kind != "good" for item in category.test])
@@ -1530,9 +1532,9 @@ def maps_of(folder):
     return [*(folder.parent / "anomaly_maps" / folder.name).rglob("*.tiff")]
 
 
-def remove_pictures(folder, and_maps=False):
-    """Those of a category's earlier model, and its float maps."""
-    for old in (folder / "scores.png", *pictures_of(folder), *(maps_of(folder) * and_maps)):
+def remove_pictures(folder):
+    """Those of a category's earlier model."""
+    for old in (folder / "scores.png", *pictures_of(folder)):
         old.unlink(missing_ok=True)
 
 
@@ -1896,8 +1898,7 @@ def write_pictures(folder, category, judged, sizes, args):
     """Pictures of a category's test images, and float maps if they are asked for."""
     if args.save_maps:
         save_maps(folder.parent, category, judged.maps, sizes)
-    shown = judged.maps, judged.verdicts, sizes, judged.threshold
-    draw_category(folder, category, *shown, args.maps, judged.white)
+    draw_category(folder, category, judged, sizes, args.maps)
 
 
 def check_run(folder, categories):
@@ -1931,8 +1932,7 @@ def draw_missing(folder, category, args, device):
         if maps:
             save_maps(folder.parent, category, judged.maps, sizes)
         if pictures:
-            shown = judged.maps, judged.verdicts, sizes, judged.threshold
-            draw_category(folder, category, *shown, args.maps, judged.white)
+            draw_category(folder, category, judged, sizes, args.maps)
 
 
 def evaluate_run(args, device):

@@ -90,7 +90,9 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Saving. Pictures last: one that fails costs no training.
     evaluate.write_scores(folder, category, judged)
-    evaluate.remove_pictures(folder, and_maps=True)
+    evaluate.remove_pictures(folder)
+    for old in evaluate.maps_of(folder):
+        old.unlink()
     evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
     evaluate.write_pictures(folder, category, judged, sizes, args)
@@ -194,9 +196,14 @@ class Progress:
 
 
 # ---- 2. A data set, a seed -----------------------------------------------------------------------
+def rank_and_world():
+    """The number of this process and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def run(args, recipe, seed, out, data, device):
     """All categories of a data set for one seed; rank 0 writes the table. Its rows, on rank 0."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     name, categories = evaluate.read_dataset(data, args.category)
     folder = out / name
     for category in categories:
@@ -481,7 +488,7 @@ def main(argv=None):
     # The network first: what is missing is said before all else.
     args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
     out = Path(args.out)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     data = args.data or out / "demo-data/demo"
     if not args.data and rank == 0:
         make_demo(data)

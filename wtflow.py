@@ -94,7 +94,7 @@ class Recipe:
     lr: float = 1e-3  # [ours] largest rate of AdamW
     schedule: str = "cycle"  # [ours] "cycle" or "step"
     # Scoring
-    from_landing: bool = True  # [ours] of "worst": from where the exact field lands (W6)
+    from_landing: bool = True  # [ours] "worst": measure x1_hat from the landing point (W6)
     calibrate: bool = True  # [ours] in units of what normal features leave in each place
     folds: int = 2  # [ours] fields, each trained without a fold of the images; 0: one on all
     folds_below: int = 100  # [ours] images: of as many, or more, there is one field, on all
@@ -481,7 +481,7 @@ class PointField(nn.Module):
 
     (N, d) or (B, d, h, w), t (B,) -> the shape of x. So every location is a sample of its own,
     which is the setting of the claims S1..W6. told_t=False: it does not see t, and learns the
-    average of u_t(x) over the times at which x is likely (B1).
+    average of u_t(x) over the times at which x is likely (B).
     """
 
     D_TIME = 32
@@ -666,7 +666,7 @@ class Detector(nn.Module):
         """x1_hat (B, d, h, w) of x_0, measured from where the exact field lands if so asked.
 
         Then, after one step, it is v_theta(x_0, 0) - u_0(x_0) [ours]: of a field told t its error
-        (W6), of one that is not also what averaging over t does (B1). v_theta is the field that was
+        (W6), of one that is not also what averaging over t does (B). v_theta is the field that was
         trained without fold k, on features whitened without it.
         """
         if len(self.fold_mean):
@@ -682,7 +682,7 @@ class Detector(nn.Module):
         """Fit the law of good arrivals in each place of the map; keep the scores of good images.
 
         [ours] The exact field told t would let nothing remain (W6); one that was learned, or is not
-        told t (B1), leaves a residual with a law of its own, other at a border than in the middle.
+        told t (B), leaves a residual with a law of its own, other at a border than in the middle.
         Each image is scored (normal_scores) under the law of all the others and, if they are few,
         by the field that has not seen it. A new one is by the mean of all fields, hardly lower.
         x_0 (n, d, h, w) is used up: its arrivals take its place.

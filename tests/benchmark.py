@@ -62,11 +62,8 @@ FEATURES = ("backbone", "image_size", "aspect", "strides", "cell")  # settings o
 
 def read_sample(category, recipe, device="cpu"):
     """The Sample of a category. Raises InputError if there is nothing to measure."""
-    kinds = {item.kind == "good" for item in category.test}
-    if len(kinds) < 2 or any(item.masks is None for item in category.test):
-        raise InputError(
-            f"{category.name}: give good and defective test images, and masks: nothing to measure"
-        )
+    if not category.test:
+        raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = Detector(own).to(device)
     detector.white = evaluate.grey_level(category.train)
@@ -449,7 +446,12 @@ def ablation(args):
     """
     names = [" ".join(f"{k}={v}" for k, v in c.items()) or "the default" for c in ABLATION]
     measured = {}  # (category, change): figures, means over seeds
-    for category in categories_in(args.data):
+    categories = categories_in(args.data)
+    for category in categories:  # a choice needs both of its figures
+        kinds = {item.kind == "good" for item in category.test}
+        if len(kinds) < 2 or any(item.masks is None for item in category.test):
+            raise InputError(f"{category.name}: give good and defective test images, and masks")
+    for category in categories:
         table, samples = {}, {}
         for name, changes in zip(names, ABLATION, strict=True):
             recipe = replace(Recipe(), **changes)

@@ -407,6 +407,9 @@ def test_a_fold_is_whitened_as_if_the_images_left_out_did_not_exist():
     twice = wtflow.whiten(x_0, *wtflow.fit_zca(x_0, 0.05, others, first[1]))
     once = wtflow.whiten(features, *wtflow.fit_zca(features, 0.05, others))
     assert torch.allclose(twice.norm(dim=1), once.norm(dim=1), rtol=1e-3)
+    alone = wtflow.whiten(x_0[others], *wtflow.fit_zca(x_0, 0.0, others, first[1]))
+    rows = alone.movedim(1, -1).reshape(-1, 3)
+    assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
 
 
 def test_few_images_have_scores_no_lower_than_new_ones_have():
