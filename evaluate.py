@@ -1,17 +1,16 @@
 """Data sets, metrics and pictures for WT-Flow, and the commands that read saved models.
 
     python evaluate.py --run DIR --data DIR          the table again, from saved models
-    python evaluate.py --model FILE --image FILE     one image (or a folder): score and picture
+    python evaluate.py --model FILE --image PATH     one image (or a folder): score and picture
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
-never. Figures are in percent.
+never. Metrics are in percent.
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
-import hashlib
 import io
 import json
 import math
@@ -23,12 +22,11 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
 # others. Longer costs a shared machine far more than its share, no spin at all makes training alone
@@ -39,30 +37,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 
 import wtflow
 from wtflow import InputError
 
-# ---- 1. Data sets: folders -> categories, files -> arrays. Reads the data set, writes nothing ----
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff"),
-    *(".webp", ".gif", ".ppm", ".pgm"),
-)
-# Names of folders, in the form of plain_name.
-GOOD = (
-    *("good", "ok", "okay", "io", "normal", "nominal", "pass", "passed", "healthy", "intact"),
-    *("defectfree", "nodefect", "nondefective", "anomalyfree", "noanomaly"),
-)
-BAD = (
-    *("bad", "ko", "ng", "nok", "nio", "notok", "fail", "failed", "reject", "faulty", "broken"),
-    *("defect", "defective", "anomaly", "anomalies", "anomalous", "abnormal"),
-)
-TRUTH = ("groundtruth", "mask", "gt")  # of folders of masks
-MASK_ENDS = (  # of their files, after the image's stem
-    *("_mask", "_gt", "-mask", "-gt", ".mask", "_label", "_labels", "_seg"),
-    *("_groundtruth", "_ground_truth", ""),
-)
-NO_IMAGES = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
+Array = np.ndarray
+
+# ---- 1. Data sets: folders -> categories, files -> arrays. Reads, writes nothing -----------------
+SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".split())
+# Names of folders and ends of names, in any case.
+GOOD = ("good", "ok", "normal")
+TRUTH = ("ground_truth", "masks", "mask", "gt")  # folders of masks
+MASK_ENDS = ("_mask", "_gt")  # of a mask, after the stem of its image
+# Words in the name of a folder of test that may mean good images: such a folder is refused.
+MAYBE_GOOD = {*GOOD, *"normals okay io pass passed fine free healthy intact image images".split()}
+IGNORED = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
 BATCH = 16  # images that are read and turned into features together
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 
@@ -83,43 +73,46 @@ class Category(NamedTuple):
 
     name: str
     layout: str
-    train: list  # of paths
-    test: list  # of Items
+    train: list[Path]
+    test: list[Item]
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 SAID = set()  # what say_once has spoken of
 
 
-def say_once(text, about=None):
+def say_once(text: str, about: Any = None) -> None:
     """A line on stderr about what was seen and how it is read, once in a run.
 
-    about: of many lines about the same, only the first is said.
+    about: of many lines about the same, only the first is printed.
     """
     if (about or text) not in SAID:
         SAID.add(about or text)
         print(f"note: {text}", file=sys.stderr)
 
 
-def images_in(folder):
-    """Image files of a folder, sorted. A dangling link is kept, so that reading it names it."""
+def listed(items: list) -> str:
+    """Names, or those of paths, in a line, at most four."""
+    names = [item if isinstance(item, str) else item.name for item in items[:4]]
+    return ", ".join(names + ["..."] * (len(items) > 4))
+
+
+# Folders
+def folders_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in SUFFIXES and not p.is_dir() and p.name[0] != "."
-    )
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
-def all_files(folder, above=()):
+def all_files(folder: Path, above: tuple = ()) -> list[Path]:
     """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
 
-    above: folders that lead here; a link back to one of them is not followed.
+    above: folders that lead here; a link back to one of them is not followed. A dangling link is
+    kept, so that reading it names it.
     """
     here = folder.resolve()
     if here in above or not folder.is_dir():
@@ -130,274 +123,187 @@ def all_files(folder, above=()):
     return found
 
 
-def images_under(folder):
-    """Image files at any depth in a folder, but for those in folders of masks."""
-    images = [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
-    inside = [path.parent.relative_to(folder).parts for path in images]
-    masks = [any(plain_name(name) in TRUTH for name in names) for names in inside]
-    return [path for path, mask in zip(images, masks, strict=True) if not mask]
+def images_under(folder: Path) -> list[Path]:
+    """Image files at any depth in a folder."""
+    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
-def folders_in(folder):
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+def images_in(folder: Path) -> list[Path]:
+    """Image files of a folder, without those of the folders in it."""
+    return [path for path in images_under(folder) if path.parent == folder]
 
 
-def plain_name(name):
-    """A name without its case, "_", "-" and spaces, in the singular."""
-    plain = re.sub(r"[\s_-]", "", name.casefold())
-    return plain if plain in GOOD + BAD else plain.removesuffix("s")
+def child(folder: Path, name: str) -> Path | None:
+    """The folder of this name, in any case, in a folder."""
+    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
 
 
-def is_truth(folder):
-    return plain_name(folder.name) in TRUTH
+def is_good(folder: Path) -> bool:
+    return folder.name.casefold() in GOOD
 
 
-def is_good(folder):
-    """Whether a folder's name says that its images are good. Raises InputError if it may."""
-    if plain_name(folder.name) in GOOD:
-        return True
+def refuse_unclear(folder: Path) -> None:
+    """Raises InputError if a folder of test may hold good images and is not called so."""
     words = re.findall(r"[^\W\d_]+", folder.name.casefold())
-    maybe = [word for word in words if word in GOOD]
-    if maybe and words[0] not in ("not", "no", "non"):
+    if MAYBE_GOOD.intersection(words) and words[0] not in ("not", "no", "non"):
         raise InputError(
-            f"{folder}: good images, or a defect? Put good ones under {maybe[0]}/, or let the name "
-            f"of a defect not hold {maybe[0]}"
+            f"{folder}: good images, or a defect? Put good ones into {folder.parent / 'good'}, or "
+            "name the folder as the defect"
         )
-    return False
 
 
-def listed(items):
-    """Names, or those of paths, in a line, at most four."""
-    names = [item if isinstance(item, str) else item.name for item in items[:4]]
-    return ", ".join(names + ["..."] * (len(items) > 4))
+def mask_owner(path: Path) -> str | None:
+    """The stem, in lower case, of the image that a file like 003_GT.png is the mask of."""
+    stem = path.stem.casefold()
+    return next((stem.removesuffix(end) for end in MASK_ENDS if stem.endswith(end)), None)
 
 
-def good_folders(part):
-    """Folders of good images in train or test, by their names; of train else its only one, or
-    train itself. Raises InputError if train holds several and none is named good.
+def images_and_masks(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+    """Images of a folder and of all folders in it, and {image: the mask beside it}.
+
+    Raises InputError for a folder of masks, and for a mask beside no image.
     """
-    inside = folders_in(part)
-    found = [folder for folder in inside if is_good(folder)]
-    if found or part.name.casefold() != "train":
-        return found
-    filled = [folder for folder in inside if images_under(folder)]
-    if len(filled) > 1 and part_of(part.parent, "test").is_dir():
-        raise InputError(f"{part}: which of {listed(filled)} holds the good images? Call it good")
-    if images_in(part) and not filled:
-        return [part]
-    return [] if len(filled) != 1 or plain_name(filled[0].name) in BAD else filled
+    paths, masks = images_under(folder), {}
+    images = {(p.parent, p.stem.casefold()): p for p in paths if mask_owner(p) is None}
+    for path in paths:
+        if any(name.casefold() in TRUTH for name in path.relative_to(folder.parent).parts[:-1]):
+            raise InputError(
+                f"{path.parent}: masks among images: put them into ground_truth/<defect> beside "
+                "train and test"
+            )
+        if owner := mask_owner(path):
+            image = images.get((path.parent, owner))
+            if image is None:
+                raise InputError(f"{path}: is named as a mask, but no image {owner} is beside it: "
+                                 "rename or remove it")  # fmt: skip
+            masks[image] = path
+    return [path for path in paths if mask_owner(path) is None], masks
 
 
-def good_images(folders):
-    """Images of folders of good ones, and of all folders in these."""
-    images = []
-    for folder in folders:
-        if folder.name != "good":
-            say_once(f"{folder}: taken as good images")
-        images += images_apart_from_masks(images_under(folder))[0]
+def good_images(folder: Path) -> list[Path]:
+    """Images of a folder of good ones. Raises InputError if one has a mask."""
+    images, masks = images_and_masks(folder)
+    if masks:
+        raise InputError(
+            f"{min(masks.values())}: a mask among good images: put defects, with their masks, into "
+            "test/<defect>"
+        )
     return images
 
 
-def child(folder, name):
-    """The file or folder of this name in any case, or None."""
-    if not folder.is_dir():
-        return None
-    return next((p for p in sorted(folder.iterdir()) if p.name.casefold() == name.casefold()), None)
-
-
-def part_of(root, name):
-    """The folder "train" or "test" of a root, in any case; where there is none, as it is usual."""
-    return child(root, name) or root / name
-
-
-def mask_owner(path):
-    """The stem of the image that a file name like 003_GT.png is the mask of, or None."""
-    stem = path.stem.casefold()
-    ends = [end for end in MASK_ENDS if end and stem.endswith(end)]
-    return stem.removesuffix(ends[0]) if ends else None
-
-
-def mask_owners(paths):
-    """What mask_owner may say of the masks of images: {(folder, stem, with the suffix or not)}."""
-    names = [(path, name) for path in paths for name in (path.stem, stem_and_suffix(path))]
-    return {(path.parent, name.casefold()) for path, name in names}
-
-
-def images_apart_from_masks(paths):
-    """(images, masks) of image files: a mask is named after an image beside it, like 003_GT.png."""
-    owners = mask_owners(paths)
-    masks = {path for path in paths if (path.parent, mask_owner(path)) in owners}
-    if masks:
-        first = min(masks)
-        say_once(f"{first.parent}: {len(masks)} files like {first.name} are read as masks")
-    return [path for path in paths if path not in masks], masks
-
-
-def by_stem(folder):
-    """Image files of a folder by their stems, in lower case: {stem: [path]}."""
-    found = {}
+def masks_in(folder: Path) -> dict[str, Path]:
+    """{stem of the image, in lower case: file} of a folder of masks."""
+    masks = {}
     for path in images_in(folder):
-        found.setdefault(path.stem.casefold(), []).append(path)
-    return found
+        other = masks.setdefault(mask_owner(path) or path.stem.casefold(), path)
+        if other != path:
+            raise InputError(f"{path}: {other.name} is a mask of the same image: remove one")
+    return masks
 
 
-def find_mask(image, places, files_of):
-    """The mask of an image in the first of the folders `places` that has one, or None.
+def defective_items(folder: Path, truth: Path | None) -> list[Item]:
+    """Items of a folder of defective images; their masks are beside them or in truth/<defect>.
 
-    A name with the image's suffix, 003_jpg_mask.png or 003_mask.jpg, goes before 003_mask.png.
-    files_of: by_stem, cached by a caller with many images.
+    truth: the folder of the category's masks. A mask that is missing is expected where others are.
     """
-    stem, suffix = image.stem.casefold(), image.suffix.casefold()
-    wanted = [f"{stem}{joint}{suffix[1:]}{end}" for joint in "_." for end in MASK_ENDS]
-    wanted += [stem + end for end in MASK_ENDS] + [f"mask_{stem}"]
-    for place in places:
-        for name in wanted:
-            found = [path for path in files_of(place).get(name, ()) if path != image]
-            if place == image.parent:  # a photograph of the same name in another format is no mask
-                found = [path for path in found if mask_owner(path)]
-            if found:
-                return min(found, key=lambda path: path.suffix.casefold() != suffix)
-    return None
-
-
-def read_mvtec(root):
-    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
-
-    Good folders may have any name of GOOD, masks any of TRUTH and MASK_ENDS, images may lie deeper.
-    """
-    train, test_folder = part_of(root, "train"), part_of(root, "test")
-    good, kinds = good_folders(train), [f for f in folders_in(test_folder) if not is_truth(f)]
-    as_in_train = [plain_name(folder.name) for folder in good]
-    good_kinds = good_folders(test_folder)
-    good_kinds = good_kinds or [f for f in kinds if plain_name(f.name) in as_in_train]
-    kinds = [folder for folder in kinds if folder not in good_kinds]
-    truth = truth_in(root) or truth_in(test_folder)
-    test = [Item(path, "good", ()) for path in good_images(good_kinds)]
-    if kinds and not test:
-        say_once(
-            f"{root.name}: no good images in test (a folder good, ok, normal, ...): all of "
-            f"{listed(kinds)} are taken as defects"
-        )
-    for folder in kinds:
-        test += defective_items(folder, truth)
-    owners = {}
-    for item in test:
-        for mask in item.masks or ():
-            check_owners(mask, owners.setdefault(mask, item.path), item.path)
-    test.sort(key=lambda item: item.path)
-    category = Category(root.name, "MVTec AD", good_images(good), test, None)
-    others = [folder for folder in folders_in(root) if folder not in (train, test_folder, truth)]
-    if others := [folder for folder in others if images_under(folder)]:
-        say_once(f"{root.name}: folders that are not read: {listed(others)}")
-    name_skipped(category, (train, test_folder))
-    return category
-
-
-def truth_in(folder):
-    """The folder of masks in a folder, or None."""
-    return next((inner for inner in folders_in(folder) if is_truth(inner)), None)
-
-
-def defective_items(folder, truth):
-    """Items of a folder of defective images. truth: the folder of the set's masks, or None."""
-    images, beside = images_apart_from_masks(images_under(folder))
-    own = child(truth, folder.name) if truth else None  # the masks of this kind
-    direct = {path.stem.casefold() for path in images if path.parent == folder}
-    truth_near, files_of, items = cache(truth_in), cache(by_stem), []  # each folder is read once
+    images, beside = images_and_masks(folder)
+    own = truth and (child(truth, folder.name) or truth / folder.name)
+    masks_of_folder, items = cache(masks_in), []  # each folder is read once
     for path in images:
-        inside = path.parent.relative_to(folder)
-        near = truth_near(path.parent)
-        places = [near] if near else []
-        if beside:
-            places.append(path.parent)
-        if own:
-            places.append(own / inside)
-        if own and path.stem.casefold() not in direct:  # else the mask there is that of another
-            places.append(own)
-        if truth and not own:
-            places.append(truth)
-        mask = find_mask(path, places, files_of)
-        usual = truth / folder.name / inside if truth else path.parent
-        expected = usual / f"{path.stem}_mask.png"
-        items.append(Item(path, folder.name, (mask or expected,) if truth or places else None))
+        mask, name = beside.get(path), f"{path.stem}_mask.png"
+        if mask is None and own:
+            place = own / path.parent.relative_to(folder)
+            mask = masks_of_folder(place).get(path.stem.casefold(), place / name)
+        elif mask is None and beside:
+            mask = path.with_name(name)
+        items.append(Item(path, folder.name, None if mask is None else (mask,)))
     return items
 
 
-def check_owners(mask, one, other):
-    """Say that two images have one mask. Raises InputError if they lie in different folders."""
-    if one.parent != other.parent:
-        raise InputError(
-            f"{mask}: the mask of {one} or of {other}? "
-            "Let the folders of the masks be as those of the images"
-        )
-    if one != other:
-        say_once(
-            f"{mask}: taken as the mask of {one.name} and of {other.name}; masks of their own "
-            f"are {stem_and_suffix(one)}_mask.png and {stem_and_suffix(other)}_mask.png",
-            about=(mask.parent, "shared"),
-        )
+ANNOTATIONS = {"labels", "Labels", "annotations", "Annotations"}  # folders of YOLO, COCO, VOC
 
 
-def stem_and_suffix(path):
-    return f"{path.stem}_{path.suffix[1:]}"
+def name_unread(category: Category, folders: list[Path]) -> None:
+    """Say which files of folders are not read, with their number: none is dropped silently.
 
-
-def name_skipped(category, folders):
-    """Say which files of folders are not read, with their number: none is dropped silently."""
+    Raises InputError if one is an annotation of a good image: x.json beside x.png, say.
+    """
+    good = [*category.train, *(item.path for item in category.test if item.kind == "good")]
+    stems = {(path.parent, path.stem.casefold()) for path in good}
     used = {*category.train, *(item.path for item in category.test)}
     used |= {mask for item in category.test for mask in item.masks or ()}
-    owners = mask_owners(used)
-    files = [path for folder in folders for path in all_files(folder)]
-    files = [path for path in files if (path.parent, mask_owner(path)) not in owners]
-    say_skipped(category.name, files, used)
+    unread = []
+    for folder in folders:
+        for path in [path for path in all_files(folder) if path not in used]:
+            unread.append(path)
+            tool = ANNOTATIONS.intersection(path.relative_to(folder.parent).parts)
+            beside = (path.parent, path.stem.casefold()) in stems
+            named = tool or beside or path.name.startswith("_annotations")
+            if named and path.suffix.lower() in (".json", ".txt", ".xml"):
+                raise InputError(
+                    f"{path}: an annotation, so not all images may be good: put good ones into "
+                    "train/good, defects into test/<defect>, and remove the annotations"
+                )
+    say_unread(category.name, unread)
 
 
-def say_skipped(name, files, used):
-    """Say which of the files are not among those used, and of which kinds they are."""
-    skipped = [path for path in files if path not in used]
-    skipped = [path for path in skipped if path.name.casefold() not in NO_IMAGES]
-    if skipped:
-        names = listed([f"{path.parent.name}/{path.name}" for path in skipped])
-        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in skipped}))
-        say_once(f"{name}: {len(skipped)} files are not read: {names} ({suffixes})")
+def say_unread(name: str, files: list[Path]) -> None:
+    files = [path for path in files if path.name.casefold() not in IGNORED]
+    if files:
+        names = listed([f"{path.parent.name}/{path.name}" for path in files])
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
+        say_once(f"{name}: {len(files)} files are not read: {names} ({suffixes})")
 
 
-def read_flat(root):
-    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
-    parts, files_of = {"train": [], "test": []}, cache(by_stem)
-    for part, items in parts.items():
-        for path in images_apart_from_masks(images_in(part_of(root, part)))[0]:
-            mask = find_mask(path, [path.parent], files_of)
-            if mask is None and mask_owner(path):
-                continue  # a mask of no image: name_skipped says so
-            if mask is None:
-                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
-                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
-            good = not mask_values(mask).any()
-            items.append(Item(path, "good" if good else "defect", () if good else (mask,)))
-    train = [item.path for item in parts["train"] if item.kind == "good"]
-    left_out = len(parts["train"]) - len(train)
-    if left_out:
-        say_once(f"{root.name}: {left_out} defective images in train are left out")
-    category = Category(root.name, "KolektorSDD2", train, parts["test"], None)
-    named = category._replace(train=[item.path for item in parts["train"]])
-    name_skipped(named, [part_of(root, part) for part in parts])
+# Layouts
+def read_mvtec(root: Path, train: Path, test: Path) -> Category:
+    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png."""
+    truth = next(filter(None, (child(root, name) for name in TRUTH)), None)
+    good = [path for folder in folders_in(train) if is_good(folder) for path in good_images(folder)]
+    items = []
+    for folder in folders_in(test):
+        if is_good(folder):
+            items += [Item(path, "good", ()) for path in good_images(folder)]
+        else:
+            refuse_unclear(folder)
+            items += defective_items(folder, truth)
+    kinds = sorted({item.kind for item in items})
+    if kinds and "good" not in kinds:
+        say_once(f"{root.name}: no good images in test: {listed(kinds)} are defects")
+    category = Category(root.name, "MVTec AD", good, items, None)
+    name_unread(category, folders_in(root))
     return category
 
 
-def read_mvtec_loco(root):
+def read_kolektor(root: Path, train: Path, test: Path) -> Category:
+    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
+    items = {}
+    for part in (train, test):
+        images, masks = images_and_masks(part)
+        for path in images:
+            if path not in masks:
+                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
+                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
+        bad = {path: (masks[path],) for path in images if mask_values(masks[path]).any()}
+        items[part] = [Item(p, "defect" if p in bad else "good", bad.get(p, ())) for p in images]
+    good = [item.path for item in items[train] if item.kind == "good"]
+    if left_out := len(items[train]) - len(good):
+        say_once(f"{root.name}: {left_out} defective images in train are left out")
+    others = [path for part in (train, test) for path in all_files(part)]
+    say_unread(root.name, [path for path in others if path.suffix.lower() not in SUFFIXES])
+    return Category(root.name, "KolektorSDD2", good, items[test], None)
+
+
+def read_mvtec_loco(root: Path, train: Path, test: Path) -> Category:
     """MVTec LOCO AD: several masks per image, saturation thresholds; validation is not used."""
-    config, test = root / "defects_config.json", []
-    train_folder, test_folder = part_of(root, "train"), part_of(root, "test")
-    for folder in folders_in(test_folder):
+    config, items = root / "defects_config.json", []
+    for folder in folders_in(test):
         for path in images_in(folder):
             truth = root / "ground_truth" / folder.name / path.stem
             masks = tuple(images_in(truth))
             if folder.name != "good" and not masks:
                 raise InputError(f"{truth}: no masks for {path.name}: restore them")
-            test.append(Item(path, folder.name, masks))
+            items.append(Item(path, folder.name, masks))
     try:
         saturation = {
             d["pixel_value"]: (d["saturation_threshold"], d["relative_saturation"])
@@ -407,136 +313,93 @@ def read_mvtec_loco(root):
         raise InputError(
             f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
         ) from None
-    train = images_in(train_folder / "good")
-    category = Category(root.name, "MVTec LOCO AD", train, test, saturation)
-    name_skipped(category, (train_folder, test_folder))
+    category = Category(root.name, "MVTec LOCO AD", images_in(train / "good"), items, saturation)
+    name_unread(category, [train, test])
     return category
 
 
-def read_mvtec_3d(root):
+def read_mvtec_3d(root: Path) -> Category:
     """MVTec 3D-AD, its RGB images: {train,test}/<label>/{rgb,gt}; validation, xyz are not used."""
-    test = []
+    items = []
     for folder in folders_in(root / "test"):
         for path in images_in(folder / "rgb"):
             mask = folder / "gt" / (path.stem + ".png")
-            test.append(Item(path, folder.name, () if folder.name == "good" else (mask,)))
+            items.append(Item(path, folder.name, () if folder.name == "good" else (mask,)))
     train = images_in(root / "train/good/rgb")
-    category = Category(root.name, "MVTec 3D-AD", train, test, None)
+    category = Category(root.name, "MVTec 3D-AD", train, items, None)
     labels = [label for part in ("train", "test") for label in folders_in(root / part)]
-    name_skipped(category, [label / "rgb" for label in labels])
-    without = [label for label in labels if not (label / "rgb").is_dir()]
-    if without:
-        say_once(f"{root.name}: folders without rgb are not read: {listed(without)}")
+    name_unread(category, [child(label, "rgb") or label for label in labels])
     return category
 
 
-def read_visa(root):
+def read_visa(root: Path) -> Category:
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
-    split, train, test, left_out = root.parent / "split_csv/1cls.csv", [], [], []
+    split, train, test = root.parent / "split_csv/1cls.csv", [], []
     try:
         with open(split, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
         for row in rows:
-            row |= {name: (row[name] or "").replace("\\", "/") for name in ("image", "mask")}
-            path = root.parent / row["image"]
-            if row["split"] == "train" and row["label"].casefold() in GOOD:
-                train.append(path)
-            elif row["split"] == "train":
-                left_out.append(path)
-            elif row["label"].casefold() in GOOD:
-                test.append(Item(path, "good", ()))
-            else:
-                test.append(Item(path, "anomaly", (root.parent / row["mask"],)))
+            image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
+            good = row["label"].casefold() in GOOD
+            if row["split"] == "test":
+                test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
+            elif good:
+                train.append(image)
     except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as e:
         raise InputError(
             f"{split}: not the split file of VisA ({e}): "
             "restore split_csv/1cls.csv from the download"
         ) from None
-    if left_out:
-        say_once(f"{root.name}: {len(left_out)} defective images in train are left out")
     category = Category(root.name, "VisA", train, test, None)
-    name_skipped(category, (root / "Data/Images",))
+    name_unread(category, [root / "Data/Images"])
     return category
 
 
-def read_category(root):
-    """The category in a folder, or None if no layout fits. The first sign that fits decides."""
+def read_category(root: Path) -> Category | None:
+    """The category in a folder, or None if no layout fits. The first sign that fits decides.
+
+    Raises InputError if images to train on are there and are not called good.
+    """
     if (root / "Data/Images/Normal").is_dir():
         return read_visa(root)
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
-    train, test = (images_in(part_of(root, name)) for name in ("train", "test"))
-    if train and any(mask_owner(path) for path in train + test):
-        return read_flat(root)
-    if not good_folders(part_of(root, "train")):
+    train, test = (child(root, name) or root / name for name in ("train", "test"))
+    if not any(is_good(folder) for folder in folders_in(train)):
+        if images_in(train):
+            return read_kolektor(root, train, test)
+        if images_under(train):
+            raise InputError(
+                f"{train}: no folder good, ok or normal in it: put the good images into train/good"
+            )
         return None
-    logical = part_of(root, "test") / "logical_anomalies"
-    if logical.is_dir() or (root / "defects_config.json").is_file():
-        return read_mvtec_loco(root)
-    return read_mvtec(root)
+    if (test / "logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
+        return read_mvtec_loco(root, train, test)
+    return read_mvtec(root, train, test)
 
 
-def product_folder(folder):
-    """The folder of the product that a folder of images is of: of screw/train/good/day1, screw."""
-    for inner in (folder, *folder.parents):
-        if plain_name(inner.name) in GOOD and inner.parent.name.casefold() == "train":
-            return inner.parent.parent
-    while plain_name(folder.name) in (*GOOD, "train", "rgb", "image") and folder.parent != folder:
-        folder = folder.parent
-    return folder
+def read_images_only(folder: Path) -> tuple[str, Category]:
+    """A folder of good images: (name of the data set, category), named after the product.
 
-
-def read_images_only(folder):
-    """A folder of good images: a category named after the product. Its data set's name goes first.
-
-    Raises InputError if some of the images may be those of defects.
+    Of screw/train/good the product is screw. Raises InputError if not all may be good.
     """
     inside = [inner for inner in folders_in(folder) if images_under(inner)]
-    good = [inner for inner in inside if is_good(inner)]
-    unclear = [inner for inner in inside if plain_name(inner.name) in (*BAD, "train", "test")]
-    if good:
-        unclear = [inner for inner in inside if inner not in good] or images_in(folder)
-    unclear += [inner for inner in folders_in(folder) if is_truth(inner)]
-    if unclear:
+    if inside and not is_good(folder):
         raise InputError(
-            f"{folder}: good images beside {listed(unclear)}: put the good ones under train/good, "
-            "defects under test/<defect>"
+            f"{folder}: good images beside {listed(inside)}: put the good ones into train/good, "
+            "defects into test/<defect>"
         )
-    images, masks = images_apart_from_masks(images_under(folder))
-    if masks:
-        raise InputError(
-            f"{folder}: {min(masks).name} is the mask of an image, so not all are good: put the "
-            "good ones under train/good, defects under test/<defect>"
-        )
-    if inside:
-        say_once(f"{folder}: images of {listed(inside)} are taken as good images too")
-    product = product_folder(folder)
+    product = folder
+    while product.name.casefold() in (*GOOD, "train"):
+        product = product.parent
+    images = good_images(folder)
     category = Category(product.name, "folder of good images", images, [], None)
-    name_skipped(category, (folder,))
+    above = [parent / name for parent in folder.parents[:2] for name in ANNOTATIONS]
+    name_unread(category, [folder, *above])
     return product.parent.name, category
 
 
-def read_products(data):
-    """Categories of a root whose sub-folders hold nothing but images, each a product."""
-    folders = [folder for folder in folders_in(data) if images_under(folder)]
-    if any(f.name.casefold() in ("train", "test") or is_truth(f) for f in (data, *folders)):
-        return []
-    if folders:
-        names = ", ".join(folder.name for folder in folders)
-        say_once(f"{data}: taken as {len(folders)} products with good images only: {names}")
-    return [read_images_only(folder)[1] for folder in folders]
-
-
-def name_unread(data, read):
-    """Say which images of a root lie in none of its categories, those named in `read`."""
-    others = [folder for folder in folders_in(data) if folder.name not in read]
-    unread = [f"{folder.name}/ (no train/good)" for folder in others if images_under(folder)]
-    unread += [path.name for path in images_in(data)]
-    if unread:
-        say_once(f"{data}: {len(unread)} are not read: {listed(unread)}")
-
-
-def read_dataset(data, wanted=()):
+def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
     """(name, [Category]) of a data set's root, or of one category's folder.
 
     wanted: names of categories, all by default. Raises InputError naming what was looked for.
@@ -545,22 +408,22 @@ def read_dataset(data, wanted=()):
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    one, name = read_category(data), data.parent.name
+    one, name = read_category(data), data.name
     found = [one] if one else [c for c in map(read_category, folders_in(data)) if c]
-    if found and not one:
-        name = data.name
-        name_unread(data, [c.name for c in found])
-    named_good = any(plain_name(folder.name) in GOOD for folder in (data, *folders_in(data)))
-    if not found and (images_in(data) or named_good):
+    if one:
+        name = data.parent.name
+    elif found:
+        inside = {data / category.name for category in found}
+        beside = [path for path in images_under(data) if not inside.intersection(path.parents)]
+        say_unread(data.name, beside)
+    elif images_in(data) or is_good(data):
         name, one = read_images_only(data)
         found = [one]
-    if not found:
-        name, found = data.name, read_products(data)
     if not found:
         raise InputError(
             f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
             "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), train/<id>_GT (KolektorSDD2) "
-            "or images (a folder of good ones) in it and in its sub-folders"
+            "in it and in its sub-folders, and for images (a folder of good ones) in it"
         )
     names = [c.name for c in found]
     for asked in wanted:
@@ -572,8 +435,8 @@ def read_dataset(data, wanted=()):
     return name or "data", found
 
 
-def check_category(category, folder):
-    """Raises InputError if there is nothing to train on or a mask is missing."""
+def check_category(category: Category, folder: Path) -> None:
+    """Raises InputError without images to train on, if a mask is missing, or for equal names."""
     if not category.train:
         suffixes = ", ".join(SUFFIXES)
         raise InputError(f"{folder}: no training images ({suffixes}) in train/good: add some")
@@ -582,12 +445,21 @@ def check_category(category, folder):
             if not mask.is_file():
                 raise InputError(
                     f"{mask}: mask of {item.path.name} is missing: "
-                    "restore it, or remove ground_truth to go without pixel figures"
+                    "restore it, or remove ground_truth to go without pixel metrics"
                 )
+    names = {}
+    for path in [*category.train, *(item.path for item in category.test)]:
+        other = names.setdefault((path.parent, path.stem.casefold()), path)
+        if other != path:
+            raise InputError(
+                f"{path}: {other.name} has the same name: two images, or an image and its mask? "
+                f"Rename one; a mask is called {path.stem}_mask.png"
+            )
 
 
+# Images
 @contextlib.contextmanager
-def unreadable(path):
+def unreadable(path: str | Path):
     """Turn what Pillow's decoders raise on damaged files into InputError naming the file."""
     try:
         yield
@@ -601,57 +473,43 @@ def unreadable(path):
         ) from None
 
 
-def to_largest_page(image):
-    """Turn an opened TIFF to its largest page, as the first may be a preview; the first of many."""
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-        areas = []
-        for page in range(image.n_frames):
-            image.seek(page)
-            areas.append(image.width * image.height)
-        image.seek(areas.index(max(areas)))
-
-
+FEW_LEVELS = 16  # of 256: an image that has no more is named
 FULL_SIZE = "full_size"  # in image.info: width and height of a JPEG that was decoded smaller
 
 
-def open_image(path, enough=None):
-    """PIL image, decoded: of a TIFF its largest page. Raises InputError naming the file.
+def open_image(path: str | Path, enough: int = 0) -> Image.Image:
+    """PIL image, decoded. Raises InputError naming the file, one of several frames too.
 
     enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
     side: of 4000 x 4000 in a fifth of the time.
     """
     with unreadable(path):
         image = Image.open(path)
-        to_largest_page(image)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # of which the others are previews
+            raise ValueError(f"it has {frames} frames: save each as an image of its own")
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-        halved = not has_levels(image) and any(";16" in str(tile.args) for tile in image.tile)
         full_size = image.size
         if enough and image.format == "JPEG":
             image.draft(None, (enough, enough))
         image.load()
         if image.size != full_size:
             image.info[FULL_SIZE] = full_size
-        if halved and max(high for _, high in image.convert("RGB").getextrema()) < NEARLY_BLACK:
-            say_once(
-                f"{path}: nearly black, as of 16 bits a colour the upper 8 are read: "
-                "save it in 8 bits, or in 16 as a grey image",
-                about=(path.parent, "halved"),
-            )
         return image
 
 
-def read_image(path, white=None, enough=None):
+def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
     """RGB PIL image as a person sees it. Raises InputError naming the file.
 
-    The first frame, or the largest page; EXIF orientation applied, as masks are drawn on the turned
-    picture; palette and CMYK converted; alpha dropped; more than 8 bits scaled to 8, from 0 to
-    `white` (grey_level), by default that of this file alone. enough: see open_image.
+    EXIF orientation applied, as masks are drawn on the turned picture; palette and CMYK converted;
+    alpha dropped; more than 8 bits scaled to 8, from 0 to `white_level` (white_level_of), by
+    default that of this file alone. enough: see open_image.
     """
     image = open_image(path, enough)
     if has_levels(image):
-        image = to_8_bits(path, image, white)
+        image = to_8_bits(path, image, white_level or white_level_of([path]))
     with unreadable(path):
         if FULL_SIZE in image.info and image.getexif().get(ORIENTATION, 1) >= 5:
             image.info[FULL_SIZE] = image.info[FULL_SIZE][::-1]
@@ -659,126 +517,179 @@ def read_image(path, white=None, enough=None):
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def has_levels(image):
+def as_image(value: Any, white_level: float | None = None, enough: int = 0):
+    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
+
+    white_level: see read_image; enough: see open_image. Raises InputError that says how to convert
+    anything else.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return read_image(Path(value), white_level, enough)
+    if isinstance(value, Image.Image):
+        if has_levels(value):
+            mode = f"a PIL image of mode {value.mode}"
+            raise InputError(f"{mode}: give its path, or convert it to 8 bits")
+        with unreadable("a PIL image"):
+            return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
+    if not isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
+    if value.ndim == 3 and value.shape[2] == 1:
+        value = value[..., 0]
+    if fault := fault_of(value):
+        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
+    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
+
+
+def fault_of(array: Array) -> str:
+    """How to make an image of an array that is none, "" if it is one."""
+    shape = array.shape
+    if len(shape) == 4:
+        return "several images: give list(images)"
+    if len(shape) == 3 and shape[2] > 4 and shape[0] in (1, 3, 4):
+        return "channels come first: give image.transpose(1, 2, 0)"
+    if 0 in shape or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+        return "give (H, W) or (H, W, 3) in RGB, without transparency"
+    if array.dtype != np.uint8:
+        return (
+            "give uint8 in 0..255, of values in 0..1 (255 * image).round().astype(np.uint8), of "
+            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
+        )
+    return ""
+
+
+def read_resized(value: Any, shape: tuple, white_level: float | None = None) -> tuple:
+    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
+
+    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
+    image without contrast: blank, or of a range that is not that of the training images.
+    """
+    image = as_image(value, white_level, enough=2 * max(shape))
+    pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
+    low, high = pixels.min(), pixels.max()
+    if high - low <= FEW_LEVELS:
+        name = value if isinstance(value, (str, os.PathLike)) else "an image"
+        say_once(
+            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
+            f"{white_level or 255:g}; of 16 bits a colour the upper 8): if that is too few, mend "
+            "images that reach higher, or rescale all of them",
+            about=(Path(name).parent, "levels"),
+        )
+    return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
+
+
+def batches_of(images: list, shape: tuple, white_level: float | None = None):
+    """uint8 (B, 3, *shape) and the original sizes [(H, W)] of each BATCH of images, in turn.
+
+    The next batch is read while the caller works on one. images: a list of what as_image takes.
+    """
+    read = partial(read_resized, shape=shape, white_level=white_level)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = pool.map(read, images[:BATCH])
+        for start in range(BATCH, len(images) + BATCH, BATCH):
+            pixels, sizes = zip(*ahead, strict=True)
+            ahead = pool.map(read, images[start : start + BATCH])
+            yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
+
+
+def image_sizes(paths: list[Path]) -> list[tuple[int, int]]:
+    """(H, W) of image files from their headers, of a JPEG as it is shown. Raises InputError."""
+    sizes = []
+    for path in paths:
+        with unreadable(path), Image.open(path) as image:
+            jpeg = image.format in ("JPEG", "MPO")
+            turned = jpeg and image.getexif().get(ORIENTATION, 1) >= 5
+            sizes.append(image.size if turned else image.size[::-1])
+    return sizes
+
+
+# More than 8 bits
+WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
+OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
+
+
+def has_levels(image: Image.Image) -> bool:
     """Whether a PIL image has more than 8 bits, or is floating-point."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
-WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
-NEARLY_BLACK = 16  # of 256 grey levels: an image that has no more is named
-FEW_COUNTS = 64  # below it a floating-point value is no count of 0..255
-PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
-
-
-def levels_of(path, image):
+def levels_of(path: str | Path, image: Image.Image) -> Array:
     """Values (H, W) float64 of an image that has_levels, as they are in the file."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has values that are not finite: mend or remove it")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
+        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
     return values
 
 
-def white_above(largest, real):
-    """The smallest usual white level that holds a value: 2^bits - 1, or 1 for floating point.
+def white_level_of(paths: list) -> float:
+    """The white level of a data set, from its training images; it is kept with the model.
 
-    A floating-point value below 1/4, or between 1 and FEW_COUNTS, is of no usual level: it is white
-    itself, as it would be near black below 1 or 255.
+    The smallest of 255, 1023, 4095, 16383, 65535, ... (of floating point, 1 too) that holds the
+    values of all of them, so that a value is the same grey in every image. An image of 8 bits is
+    read as it is.
     """
-    if real and largest < FEW_COUNTS:
-        usual = largest <= 0 or 0.25 <= largest <= 1 + OVERSHOOT
-        return 1.0 if usual else float(largest)
-    return float(next((w for w in WHITES if largest <= w * (1 + OVERSHOOT * real)), largest))
-
-
-def grey_level(paths):
-    """The white level of a data set, from its training images; None if there are none.
-
-    The smallest of 255, 1023, 4095, 16383, 65535, ... (floating point: see white_above) that holds
-    all of them, so that the same value is the same grey in every image. It is kept with the model.
-    An image of 8 bits is read as it is. Says so where most images use few of the grey levels.
-    """
-    highest, ranges, real = 0.0, [], False
-    for path in paths:
+    highest, real = 0.0, None
+    for path in map(Path, paths):
         with unreadable(path), Image.open(path) as image:
-            to_largest_page(image)
             deep = has_levels(image)
         if deep:
             image = open_image(path)
             real = real or image.mode == "F"
-            values = levels_of(path, image)
-            highest = max(highest, float(values.max()))
-            ranges.append(np.quantile(values, (0.001, 0.999)))  # without hot and dead pixels
-    if not ranges:
-        return 255.0 if paths else None
-    white = white_above(highest, real)
-    low, high = np.median(ranges, 0)
-    if high - low < NEARLY_BLACK / 256 * white:
-        levels = 256 * (high - low) / white
-        say_once(
-            f"{paths[0].parent}: most training images have values {low:.4g} to {high:.4g}, of 0 to "
-            f"the white level {white:g}: {levels:.0f} of 256 grey levels; mend images that reach "
-            "higher, or rescale all of them"
-        )
-    return white
+            highest = max(highest, float(levels_of(path, image).max()))
+    if real is None:
+        return 255.0
+    usual = (1, *WHITE_LEVELS) if real else WHITE_LEVELS
+    return float(next((w for w in usual if highest <= w * (1 + OVERSHOOT * real)), highest))
 
 
-def to_8_bits(path, image, white=None):
-    """A 16-bit, 32-bit or floating-point PIL image in 8 bits, 0..white -> 0..255, with its EXIF.
-
-    Of a TIFF whose least value is white, 0..white -> 255..0.
-    """
+def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
+    """An image that has_levels in 8 bits, 0..white_level -> 0..255, with its EXIF."""
     values, real = levels_of(path, image), image.mode == "F"
     lowest, highest = values.min(), values.max()
-    in_training = white is not None
-    if not in_training:
-        white = white_above(highest, real)
-    if lowest < -OVERSHOOT * white:
+    if lowest < -OVERSHOOT * white_level:
         raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
-    if highest > white * (1 + OVERSHOOT * real):
-        say_once(f"{path}: values up to {highest:g} are cut at {white:g}, white in training")
-    turned = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
-    if in_training and highest < NEARLY_BLACK / 256 * white and not turned:
-        say_once(f"{path}: nearly black: values up to {highest:g}, white in training is {white:g}")
-    values = np.clip(values / white, 0, 1)
-    if turned:
-        values = 1 - values
+    if highest > white_level * (1 + OVERSHOOT * real):
+        say_once(f"{path}: values up to {highest:g} are cut at {white_level:g}, the white level")
+    values = np.clip(values / white_level, 0, 1)
     small = Image.fromarray(np.round(255 * values).astype(np.uint8))
     small.getexif().update(image.getexif())
     return small
 
 
-GREYS, BRIGHT, FAINT = 8, 128, 1 / 8  # what tells a mask that JPEG or resizing blurred: more
-# values than labels have, or some below a share FAINT of one as high as BRIGHT
+# Masks
+BRIGHT, FAINT = 128, 1 / 8  # of a mask as high as BRIGHT, values below a share FAINT are no labels
 
 
-def mask_values(path):
-    """Values (H, W) as they are in the file: of the channels the largest, but for alpha.
+def mask_values(path: Path) -> Array:
+    """Values (H, W) of a mask, non-zero where it is defective.
 
-    A palette is read by its colours.
+    Of the channels the largest, but for alpha; a palette is read by its colours. Numbers are
+    labels, all of them defective; but where a bright mask has faint values too, JPEG or resizing
+    left them, and it is read from half of its largest value on, with a note.
     """
     image = open_image(path)
-    if image.mode == "P":
-        indices = np.asarray(image) != 0
-        image = image.convert("RGB")
-        if (indices != (np.asarray(image).max(2) != 0)).any():
-            say_once(
-                f"{path}: a mask with a palette, read by its colours: black is defect-free",
-                about=(path.parent, "palette"),
-            )
-    values = np.asarray(image)
+    values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
     if values.ndim == 3:
         colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
         values = values[..., :colours].max(2)
+    highest = values.max()
+    bright = highest >= BRIGHT or values.dtype.kind == "f"
+    if bright and ((values > 0) & (values < FAINT * highest)).any():
+        say_once(
+            f"{path}: a mask with faint values, read as defective from {float(highest) / 2:g} on",
+            about=(path.parent, "faint"),
+        )
+        values = np.where(values >= float(highest) / 2, values, 0)
     return values
 
 
-def read_mask(path, size):
-    """Values (H, W), non-zero = defect. Any non-zero channel counts; alpha does not.
+def read_mask(path: Path, size: tuple) -> Array:
+    """mask_values of a defect's mask. Raises InputError if its image has another size, (H, W).
 
-    What JPEG or resizing left is defective from half of the largest value on; small numbers are
-    labels, all of them defective. Says what it saw where that is no plain mask, once for each
-    folder. Raises InputError if the mask is not of `size`, (H, W).
+    Says so if nothing or most of it is defective.
     """
     values = mask_values(path)
     if values.shape != tuple(size):
@@ -786,29 +697,19 @@ def read_mask(path, size):
             f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
             f"{size[1]} x {size[0]}: masks must have the image's size"
         )
-    seen = np.unique(values)
-    bright = seen[-1] >= BRIGHT or seen.dtype.kind == "f"
-    faint = ((seen > 0) & (seen < FAINT * seen[-1])).any()
-    if bright and (len(seen) > GREYS or faint):
-        half = float(seen[-1]) / 2
-        say_once(
-            f"{path}: a mask with {len(seen)} grey values, read as defective from {half:g} on",
-            about=(path.parent, "grey"),
-        )
-        values = np.where(values >= half, values, 0)
     share = (values != 0).mean()
-    if share > 0.5:
+    if share == 0 or share > 0.5:
         say_once(
-            f"{path}: {100 * share:.0f} % of this mask is defective: is it inverted?",
-            about=(path.parent, "inverted"),
+            f"{path}: {100 * share:.0f} % of this mask is defective: is it empty, or inverted?",
+            about=(path.parent, share == 0),
         )
     return values
 
 
-def masks_of(item, size, saturation=None):
-    """Regions [(place, bool (h, w) there, pixels that saturate it)] and union (H, W) of the masks.
+def masks_of(item: Item, size: tuple, saturation: dict | None = None) -> tuple[list, Array]:
+    """Regions [(box, bool (h, w) in it, pixels that saturate it)] and union (H, W) of the masks.
 
-    place: the slices of a region's bounding box, so that many small regions take little memory.
+    box: the slices of a region's bounding box, so that many small regions take little memory.
     Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
     with it (LOCO) a mask is one region, saturated at its threshold.
     """
@@ -821,9 +722,9 @@ def masks_of(item, size, saturation=None):
         union |= mask
         if saturation is None:
             labels, _ = ndimage.label(mask, np.ones((3, 3)))
-            for k, place in enumerate(ndimage.find_objects(labels), 1):
-                region = labels[place] == k
-                regions.append((place, region, region.sum()))
+            for k, box in enumerate(ndimage.find_objects(labels), 1):
+                region = labels[box] == k
+                regions.append((box, region, region.sum()))
         elif mask.any():
             threshold, relative = saturation.get(int(values.max()), (1.0, True))
             area, everywhere = mask.sum(), np.s_[:, :]
@@ -832,78 +733,28 @@ def masks_of(item, size, saturation=None):
     return regions, union
 
 
-def image_sizes(paths):
-    """(H, W) of image files as they are shown, from their headers. Raises InputError by name."""
-    sizes = []
-    for path in paths:
-        with unreadable(path), Image.open(path) as image:
-            to_largest_page(image)
-            turned = may_be_turned(path, image) and image.getexif().get(ORIENTATION, 1) >= 5
-            sizes.append(image.size if turned else image.size[::-1])
-    return sizes
+# ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
+def extract(detector: wtflow.Detector, images: list, report: Any = None) -> tuple:
+    """Features (n, d, h, w) float16 of image files, None if there are none; original sizes.
 
-
-def may_be_turned(path, image):
-    """Whether image.size may be that before the picture is turned as its orientation says.
-
-    Pillow decodes a whole PNG to look for one; of a TIFF it gives the size after it.
-    """
-    if image.format != "PNG":
-        return image.format != "TIFF"
-    content = Path(path).read_bytes()
-    return any(name in content for name in (b"eXIf", b"Raw profile", b"adobe.xmp"))
-
-
-def read_resized(path, shape, white=None):
-    """Pixels uint8 (*shape, 3), antialiased bilinear, and the original size (H, W).
-
-    Twice the pixels a side are enough: within a few grey levels of what all of them give.
-    """
-    image = as_image(path, white, enough=2 * max(shape))
-    pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
-    return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
-
-
-def batches_of(paths, shape, white=None):
-    """uint8 (B, 3, *shape) and the original sizes [(H, W)] of each BATCH of paths, in turn.
-
-    The next batch is read while the caller works on one. paths: or what else as_image takes;
-    white: see grey_level.
-    """
-    read = partial(read_resized, shape=shape, white=white)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead = pool.map(read, paths[:BATCH])
-        for start in range(BATCH, len(paths) + BATCH, BATCH):
-            pixels, sizes = zip(*ahead, strict=True)
-            ahead = pool.map(read, paths[start : start + BATCH])
-            yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
-
-
-def white_of(detector):
-    """The white level that a detector was trained with; None: each image has its own."""
-    return getattr(detector, "white", None)
-
-
-def extract(detector, paths, report=None):
-    """Features of image files (n, d, h, w) float16, None if there are none; original sizes.
-
-    They are on the detector's device. One pass; report(done) after each batch. Raises InputError
-    naming the image that cannot be read or whose features are not finite.
+    images: a list of what as_image takes. The features are on the detector's device. One pass;
+    report(done) after each batch. Raises InputError naming the image that cannot be read or whose
+    features are not finite.
     """
     out, sizes = None, []
     shape = wtflow.image_shape(detector.recipe)
-    for images, batch_sizes in batches_of(paths, shape, white_of(detector)):
-        x = detector.features(images)
-        bad = ~(x.abs().flatten(1).amax(1) <= torch.finfo(torch.float16).max)
+    for batch, batch_sizes in batches_of(images, shape, detector.white_level):
+        x = detector.features(batch)
+        bad = ~x.isfinite().flatten(1).all(1)
         if bad.any():
-            name = paths[len(sizes) + int(bad.nonzero()[0])]
+            name = images[len(sizes) + int(bad.nonzero()[0])]
             raise InputError(f"{name}: features are not finite: check the weights and this image")
         if out is None:
             out = torch.empty(
-                (len(paths), *x.shape[1:]),
+                (len(images), *x.shape[1:]),
                 dtype=torch.float16,
                 device=x.device,
-                memory_format=torch.channels_last,  # a location's features side by side
+                memory_format=torch.channels_last,  # a position's features side by side
             )
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
@@ -912,35 +763,108 @@ def extract(detector, paths, report=None):
     return out, sizes
 
 
-def x_0_of(detector, paths):
-    """x_0 (n, d, h, w) float16 of image files, or of what else as_image takes; original sizes."""
-    features, sizes = extract(detector, paths)
-    return detector.normalise(features, out=features), sizes
+class Prediction(NamedTuple):
+    """What is predicted of one image."""
+
+    score: float
+    p_value: float  # how rarely a good image scores as high
+    verdict: str  # "defect" or "good"
+    map: Array | None = None  # (H, W) at the image's own size, in the units of the score
 
 
-# ---- 2. Metrics and tables: maps, scores, masks -> figures. Touches no file but the masks --------
+def threshold_of(normal_scores: Array, fpr: float) -> float:
+    """Score that at most `fpr` percent of new good images exceed, on average.
+
+    The ceil((n + 1) (1 - a))-th smallest of Detector.normal_scores (n,): a new score that is
+    exchangeable with them exceeds it with a probability of a = fpr / 100 at most (conformal
+    prediction, Vovk et al. 2005). Of too few images it is the largest: threshold_text.
+    """
+    n = len(normal_scores)
+    rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 200 * 0.99 may exceed 198
+    return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
+
+
+def threshold_text(normal_scores: Array, fpr: float) -> str:
+    """The threshold, its rate, and whether there are too few good images for that rate."""
+    n, least = len(normal_scores), ""
+    if fpr * (n + 1) < 100:
+        least = f" ({n} calibration images: the lowest attainable rate is {100 / (n + 1):.2g} %)"
+    threshold = threshold_of(normal_scores, fpr)
+    return f"threshold {threshold:.4f} at a false positive rate of {fpr:g} %{least}"
+
+
+def classify(scores: Array, normal_scores: Array, threshold: float) -> list[Prediction]:
+    """A Prediction of each score (m,). p = (1 + good images that score as high) / (n + 1).
+
+    So the smallest p that n good images can give is 1 / (n + 1).
+    """
+    known = np.sort(np.asarray(normal_scores))
+    as_high = len(known) - np.searchsorted(known, scores, side="left")
+    predictions = []
+    for score, count in zip(scores, as_high, strict=True):
+        verdict = "defect" if score > threshold else "good"
+        predictions.append(Prediction(float(score), (1 + int(count)) / (len(known) + 1), verdict))
+    return predictions
+
+
+def at_size(y: Tensor, size: tuple) -> Array:
+    """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
+    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
+
+
+def predict(detector: wtflow.Detector, images: list, fpr: float) -> list[tuple]:
+    """[(Prediction, map (h, w), size (H, W))] of a list of images, all in memory together."""
+    features, sizes = extract(detector, images)
+    maps, scores = detector.score(features)
+    normal_scores = detector.normal_scores.cpu().numpy()
+    threshold = threshold_of(normal_scores, fpr)
+    return list(zip(classify(scores.numpy(), normal_scores, threshold), maps, sizes, strict=True))
+
+
+def score(detector: wtflow.Detector, images: Any, fpr: float = 1.0) -> Prediction | list:
+    """Score images from Python: a Prediction of one image, or a list of them for a list.
+
+    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
+    it. fpr: percent of good images that may be called defective. Raises InputError.
+
+        detector = evaluate.load_model("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
+        result.score, result.p_value, result.verdict, result.map
+    """
+    if not isinstance(detector, wtflow.Detector):
+        kind = type(detector).__name__
+        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
+    check_fpr(fpr)
+    alone = not isinstance(images, (list, tuple))
+    images, out = [images] if alone else images, []
+    if not images:
+        raise InputError("no images: give at least one")
+    for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
+        for prediction, y, size in predict(detector, images[start : start + BATCH], fpr):
+            out.append(prediction._replace(map=at_size(y, size)))
+    return out[0] if alone else out
+
+
 # What results.csv holds, and what metrics.csv holds beside it. None where it is not defined.
-COLUMNS = (
-    *("category", "image_auroc", "image_auroc_max", "pixel_auroc", "aupro"),
-    *("train_images", "test_images", "seconds"),
-)
-MORE = (
-    *("image_ap", "pixel_ap", "image_auroc_logical", "image_auroc_structural"),
-    *("spro_logical", "spro_structural", "spro"),
-    *("false_alarms", "found"),  # at the threshold of the command's --false-alarms
-)
+METRICS = ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro")
 SUMMED = ("train_images", "test_images", "seconds")
-PRO_LIMIT, SPRO_LIMIT = 0.3, 0.05  # largest rate of false positives: MVTec AD, MVTec LOCO AD
+COLUMNS = ("category", *METRICS, *SUMMED)
+LOCO = ("image_auroc_logical", "image_auroc_structural", "spro_logical", "spro_structural", "spro")
+MORE = ("image_ap", "pixel_ap", *LOCO, "fpr", "recall")  # the last two at --fpr
+PRO_LIMIT, SPRO_LIMIT = 0.3, 0.05  # largest false positive rate: MVTec AD, MVTec LOCO AD
 BINS = 1 << 15
 SAMPLE = 2_000_000  # pixels whose quantiles place the bins
 
 
-def at_size(y, size):
-    """Anomaly map (h, w) resampled to an image's (H, W), float32 array."""
-    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
+class Scored(NamedTuple):
+    """The test images of a category as a detector sees them."""
+
+    maps: Tensor  # (n, h, w), of any resolution
+    predictions: list[Prediction]
+    threshold: float
 
 
-def auroc_ap(positive, negative):
+def auroc_ap(positive: Array, negative: Array) -> tuple:
     """AUROC and average precision from histograms of scores, in rising order of score.
 
     Ties count one half in the AUROC.
@@ -954,60 +878,15 @@ def auroc_ap(positive, negative):
     return 100 * auroc, 100 * np.sum(np.diff(np.r_[0, tp]) / P * precision)
 
 
-class Verdict(NamedTuple):
-    """What is said of one image."""
-
-    score: float
-    p_value: float  # how rarely a good image scores as high
-    verdict: str  # "defect" or "good"
-    map: np.ndarray | None = None  # (H, W) at the image's own size, in the units of the score
-
-
-def threshold_of(normal_scores, false_alarms):
-    """Score that at most `false_alarms` percent of new good images exceed, on average.
-
-    normal_scores (n,): Detector.normal_scores, of training images, each under a law that has not
-    seen it, and if they are few by such a field. The ceil((n + 1) (1 - a))-th smallest: a new score
-    that is exchangeable with them exceeds it with a probability of a = false_alarms / 100 at most.
-    Of fewer than 99 images it is the largest, for 1 %, and that promises less: few_images.
-    """
-    n = len(normal_scores)
-    rank = math.ceil((n + 1) * (1 - false_alarms / 100) - 1e-9)  # 200 * 0.99 may exceed 198
-    return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
-
-
-def few_images(normal_scores, false_alarms):
-    """In words, if there are too few good images for so few false alarms, else ""."""
-    n = len(normal_scores)
-    if false_alarms * (n + 1) >= 100:
-        return ""
-    return f" ({n} good images can promise {100 / (n + 1):.2g} % at best)"
-
-
-def judge(scores, normal_scores, threshold):
-    """A Verdict of each score (m,). p = (1 + number of good images that score as high) / (n + 1).
-
-    So the smallest p that n good images can give is 1 / (n + 1).
-    """
-    known = np.sort(np.asarray(normal_scores))
-    as_high = len(known) - np.searchsorted(known, scores, side="left")
-    verdicts = []
-    for score, count in zip(scores, as_high, strict=True):
-        verdict = "defect" if score > threshold else "good"
-        verdicts.append(Verdict(float(score), (1 + int(count)) / (len(known) + 1), verdict))
-    return verdicts
-
-
-def alarm_rates(kinds, verdicts):
-    """Percent of good and of defective test images that are called defective, None for none."""
-    flagged = np.array([v.verdict == "defect" for v in verdicts], bool)
+def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
+    """False positive rate and recall in percent, None where there is no image to count."""
+    flagged = np.array([p.verdict == "defect" for p in predictions], bool)
     good = np.array([kind == "good" for kind in kinds], bool)
-    parts = (flagged[good], flagged[~good])
-    rates = [100 * float(part.mean()) if len(part) else None for part in parts]
-    return dict(zip(("false_alarms", "found"), rates, strict=True))
+    parts = {"fpr": flagged[good], "recall": flagged[~good]}
+    return {name: 100 * float(v.mean()) if len(v) else None for name, v in parts.items()}
 
 
-def image_metrics(scores, defective):
+def image_metrics(scores: Array, defective: Array) -> tuple:
     """AUROC and average precision of image scores, exact."""
     _, rank = np.unique(scores, return_inverse=True)
     defective = np.asarray(defective, bool)
@@ -1016,7 +895,7 @@ def image_metrics(scores, defective):
     return auroc_ap(positive, np.bincount(rank[~defective], minlength=levels))
 
 
-def area_to(x, y, limit):
+def area_to(x: Array, y: Array, limit: float) -> float:
     """Area under a curve from (0, 0), x rising, up to x = limit, divided by limit.
 
     The value at the limit is interpolated.
@@ -1029,14 +908,16 @@ def area_to(x, y, limit):
     return np.trapezoid(y, x) / limit
 
 
-def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
+def pixel_metrics(
+    maps: Tensor, items: list, sizes: list, saturation: dict | None = None, limit: float = PRO_LIMIT
+) -> tuple:
     """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, h, w), each at its mask's size.
 
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
-    against the rate of false positives over all defect-free pixels of the set, integrated to
-    `limit` and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022). Scores
-    are binned, half the edges at quantiles and half evenly spaced: memory does not grow with the
-    set, and the figures, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
+    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
+    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022). Scores are
+    binned, half the edges at quantiles and half evenly spaced: memory does not grow with the set,
+    and the metrics, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
     """
     values = maps.reshape(-1)[:: max(1, maps.numel() // SAMPLE)].numpy()
     quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
@@ -1044,24 +925,23 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
     edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
     bins = len(edges) + 1
 
-    def counts(judged):
+    def counts(scored):
         """Of one image: in each bin, pixels in its mask, others, overlap (3, bins); regions."""
-        y, item, size = judged
+        y, item, size = scored
         regions, union = masks_of(item, size, saturation)
         index = np.searchsorted(edges, at_size(y, size), side="right")
         inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
-        for place, region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[place][region], minlength=bins)[::-1])
+        for box, region, saturates_at in regions:
+            hits = np.cumsum(np.bincount(index[box][region], minlength=bins)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
         outside = np.bincount(index.ravel(), minlength=bins) - inside
         return np.stack([inside, outside, overlap]), len(regions)
 
     totals, n_regions = np.zeros((3, bins)), 0
-    judged = list(zip(maps, items, sizes, strict=True))
-    for start in range(0, len(judged), BATCH):
-        for of_one, regions in wtflow.side_by_side(
-            counts, judged[start : start + BATCH], maps.device
-        ):
+    scored = list(zip(maps, items, sizes, strict=True))
+    for start in range(0, len(scored), BATCH):
+        part = scored[start : start + BATCH]
+        for of_one, regions in wtflow.parallel_map(counts, part, maps.device):
             totals += of_one
             n_regions += regions
     positive, negative, overlap = totals
@@ -1072,48 +952,34 @@ def pixel_metrics(maps, items, sizes, saturation=None, limit=PRO_LIMIT):
     return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
 
 
-def measure(category, maps, scores, sizes):
-    """Row of figures of one category: a dict over COLUMNS and MORE.
-
-    row["why"] says why a figure is None, or which defective images have an empty mask.
-    """
-    kinds = np.array([item.kind for item in category.test])
+def measure(category: Category, scored: Scored, sizes: list[tuple]) -> tuple[dict, str]:
+    """Metrics of one category, a dict over COLUMNS and MORE; why some are missing, in words."""
+    kinds, maps = np.array([item.kind for item in category.test]), scored.maps
+    scores = np.array([p.score for p in scored.predictions])
     bad, row, why = kinds != "good", dict.fromkeys(COLUMNS + MORE), []
     row.update(category=category.name, train_images=len(category.train))
     row["test_images"] = len(kinds)
-    if not len(kinds):
-        why.append("no test images")
-    elif bad.all():
-        why.append("no good test images: AUROC is not defined")
-    elif not bad.any():
-        why.append("no defective test images: AUROC is not defined")
-    else:
+    row |= rates(kinds, scored.predictions)
+    if len(kinds) and (bad.all() or not bad.any()):
+        missing = "good" if bad.all() else "defective"
+        why.append(f"no {missing} test images: AUROC is not defined")
+    elif len(kinds):
         row["image_auroc"], row["image_ap"] = image_metrics(scores, bad)
         row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
     without = sum(item.masks is None for item in category.test)
     if 0 < without < bad.sum():
-        why.append(f"{without} defective images have no folder of masks: no pixel figures")
+        why.append(f"{without} defective images have no folder of masks: no pixel metrics")
     if len(kinds) and not without:
-        figures = pixel_metrics(maps, category.test, sizes)
-        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = figures
-        empty = [
-            item.path.name
-            for item, size in zip(category.test, sizes, strict=True)
-            if item.masks and not any(read_mask(p, size).any() for p in item.masks)
-        ]
-        if empty:
-            why.append(
-                f"{len(empty)} defective images have an empty mask (defect-free in the pixel "
-                f"figures): {', '.join(empty[:4])}"
-            )
-    row["why"] = "; ".join(why)
+        metrics = pixel_metrics(maps, category.test, sizes)
+        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
         row |= measure_loco(category, maps, scores, sizes)
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    return row, "; ".join(why)
 
 
-def measure_loco(category, maps, scores, sizes):
-    """MVTec LOCO AD's own figures: each kind of anomaly beside the good images, and their means."""
+def measure_loco(category: Category, maps: Tensor, scores: Array, sizes: list) -> dict:
+    """MVTec LOCO AD's own metrics: each kind of anomaly beside the good images, and their means."""
     row = {}
     for part in ("logical", "structural"):
         kinds = ("good", part + "_anomalies")
@@ -1122,20 +988,20 @@ def measure_loco(category, maps, scores, sizes):
         bad = [item.kind != "good" for item in items]
         row["image_auroc_" + part], _ = image_metrics(scores[chosen], bad)
         part_sizes = [sizes[j] for j in chosen]
-        figures = pixel_metrics(maps[chosen], items, part_sizes, category.saturation, SPRO_LIMIT)
-        row["spro_" + part] = figures[2]
+        metrics = pixel_metrics(maps[chosen], items, part_sizes, category.saturation, SPRO_LIMIT)
+        row["spro_" + part] = metrics[2]
     row["image_auroc"] = mean_of([row["image_auroc_logical"], row["image_auroc_structural"]])
     row["spro"] = mean_of([row["spro_logical"], row["spro_structural"]])
     return row
 
 
-def mean_of(values):
+def mean_of(values: list) -> float | None:
     values = [v for v in values if v is not None]
     return float(np.mean(values)) if values else None
 
 
-def mean_row(rows):
-    """The last row of a table: means of the figures, sums of the counts and seconds."""
+def mean_row(rows: list[dict]) -> dict:
+    """The last row of a table: means of the metrics, sums of the counts and seconds."""
     row = {"category": "mean"}
     for name in COLUMNS[1:] + MORE:
         values = [r[name] for r in rows]
@@ -1143,14 +1009,14 @@ def mean_row(rows):
     return row
 
 
-def cell_text(value):
+def cell_text(value: Any) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def print_table(columns, rows):
-    """Rows (dicts) as an aligned table on stdout."""
+def print_table(columns: tuple | list, rows: list[dict]) -> None:
+    """Rows as an aligned table on stdout."""
     lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
@@ -1159,108 +1025,99 @@ def print_table(columns, rows):
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 4  # of checkpoints; another one is refused
+FORMAT = 5  # of checkpoints; another one is refused
 
 
-def no_memory(e):
+def no_memory(e: Exception) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
-def temporary_beside(path):
-    return path.with_name(f".{path.name}.tmp")
-
-
-def put_in_place(temporary, path):
-    """Flush to disk, rename: the old file or the new one, never a part."""
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_whole(path, write):
-    """write(temporary path beside `path`), then put_in_place."""
-    temporary = temporary_beside(path)
+def write_whole(path: Path, write: Any) -> None:
+    """write(temporary path beside `path`), flush to disk, rename: the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        put_in_place(temporary, path)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):  # where the folder is a file
             temporary.unlink(missing_ok=True)
         if no_memory(e):
             raise
-        raise cannot_write(path, e) from None
-
-
-def cannot_write(path, e):
-    remedy = "free some space or change --out, --run, --export"
-    return InputError(f"{path}: cannot be written ({e}): {remedy}")
+        remedy = "free some space or change --out, --run, --export"
+        raise InputError(f"{path}: cannot be written ({e}): {remedy}") from None
 
 
 @contextlib.contextmanager
-def writable(path):
-    """Turn what the system says when it cannot write into InputError naming the file."""
+def locked(folder: Path):
+    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
     try:
+        import fcntl
+    except ImportError:  # not on this platform: two runs are told apart by the user
+        folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as e:
-        raise cannot_write(path, e) from None
-
-
-def write_csv(path, columns, rows):
-    with growing_csv(path, columns) as write:
-        for row in rows:
-            write(row)
-
-
-@contextlib.contextmanager
-def growing_csv(path, columns):
-    """A function that writes one row (a dict); `path` is there once all rows are.
-
-    Rows go to a temporary file as they come: memory does not grow with the table.
-    """
-    temporary = temporary_beside(path)
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
-        f = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")
-        table = csv.writer(f)
-
-    def write(row):
-        with writable(path):
-            table.writerow([cell_text(row[c]) for c in columns])
-
+        return
     try:
-        with writable(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+    except OSError as e:
+        raise InputError(
+            f"{folder}: cannot be written ({e.strerror}): give another --out"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # held by another, or of a file system without locks
+            lock.seek(0)
+            raise InputError(
+                f"{folder}: cannot be locked ({e.strerror}): process {lock.read().strip()} may be "
+                "writing here: wait for it, or give another --out"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield  # the file stays: another process may have opened it, and not locked it yet
+
+
+# Tables
+def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
+    def write(temporary):
+        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            table = csv.writer(f)
             table.writerow(columns)
-        yield write
-        with writable(path):
-            f.close()
-            put_in_place(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # of a full disk, which has been named
-            f.close()
-        temporary.unlink(missing_ok=True)
+            table.writerows([cell_text(row[c]) for c in columns] for row in rows)
 
-
-def said(verdict):
-    """A Verdict in words."""
-    return f"score {verdict.score:.4f}, p {verdict.p_value:.4f}, {verdict.verdict}"
+    write_whole(path, write)
 
 
 SCORES = ("image", "kind", "score", "p_value", "verdict", "error")  # columns of scores.csv
 
 
-def score_row(name, kind, verdict=None, error=""):
-    """A row of scores.csv; without a verdict, the error that left the image without one."""
-    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": error}
-    if verdict is not None:
-        row |= {"score": f"{verdict.score:.6g}", "p_value": f"{verdict.p_value:.6g}"}
-        row["verdict"] = verdict.verdict
-    return row
+def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
+    """A row of scores.csv: of a prediction, or of the error that left the image without one."""
+    row = {"image": name, "kind": kind, **dict.fromkeys(SCORES[2:], "")}
+    if isinstance(found, InputError):
+        return row | {"error": str(found)}
+    numbers = {"score": f"{found.score:.6g}", "p_value": f"{found.p_value:.6g}"}
+    return row | numbers | {"verdict": found.verdict}
 
 
-def write_tables(folder, rows):
-    """results.csv and metrics.csv (all figures), each with a last row `mean`; prints the table."""
+def write_scores(folder: Path, category: Category, scored: Scored) -> None:
+    """scores.csv of a category's test images."""
+    names = [name.as_posix() for name in names_of(category.test)]
+    rows = [
+        score_row(name, item.kind, prediction)
+        for name, item, prediction in zip(names, category.test, scored.predictions, strict=True)
+    ]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+
+
+def write_tables(folder: Path, rows: list[dict]) -> None:
+    """results.csv and metrics.csv (all metrics), each with a last row `mean`; prints the table."""
     rows = rows + [mean_row(rows)]
     write_csv(folder / "results.csv", COLUMNS, rows)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, rows)
@@ -1268,12 +1125,12 @@ def write_tables(folder, rows):
     print_table(COLUMNS + defined, rows)
 
 
-def write_spread(folder, seeds, runs):
+def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
     """Tables over several seeds; prints mean +- spread.
 
     results.csv and metrics.csv: means over the seeds; spread.csv: standard deviations.
     """
-    means, spreads = [], []
+    means, spreads, printed = [], [], []
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
         mean, spread = dict(rows[0]), dict(rows[0])
         for name, value in rows[0].items():
@@ -1283,27 +1140,24 @@ def write_spread(folder, seeds, runs):
                 spread[name] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
         means.append(mean)
         spreads.append(spread)
+        numbers = [name for name in COLUMNS if isinstance(mean[name], float)]
+        texts = {name: f"{cell_text(mean[name])} +- {cell_text(spread[name])}" for name in numbers}
+        printed.append(mean | texts)
     write_csv(folder / "results.csv", COLUMNS, means)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
-    printed = []
-    for mean, spread in zip(means, spreads, strict=True):
-        row = dict(mean)
-        for name in COLUMNS:
-            if isinstance(mean[name], float):
-                row[name] = f"{cell_text(mean[name])} +- {cell_text(spread[name])}"
-        printed.append(row)
     print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
     print_table(COLUMNS, printed)
 
 
-def save_checkpoint(path, recipe, **content):
+# Checkpoints
+def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
     """Tensors and plain values, and the recipe that they belong to."""
     state = {"format": FORMAT, "recipe": asdict(recipe), **content}
     write_whole(path, partial(torch.save, state))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
     path = Path(path)
     if path.is_dir():
@@ -1315,19 +1169,16 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "recipe" not in state:
+            raise ValueError("without a recipe")
     except PermissionError:
         raise
     except Exception as e:  # damaged archives raise a dozen types; none of them is ours
         raise InputError(
             f"{path}: not a WT-Flow model ({first_line(e)[:80]}): train it again"
         ) from None
-    if not isinstance(state, dict) or "recipe" not in state:
-        raise InputError(f"{path}: not a WT-Flow model: train it again")
-    if state.get("format") != FORMAT:
-        found = state.get("format", 1)
-        raise InputError(
-            f"{path}: a model of format {found}, this version reads {FORMAT}: train it again"
-        )
+    if (found := state.get("format", 1)) != FORMAT:
+        raise InputError(f"{path}: of format {found}, this version reads {FORMAT}: train it again")
     try:
         state["recipe"] = wtflow.Recipe(**state["recipe"])
     except (TypeError, InputError) as e:
@@ -1335,28 +1186,24 @@ def load_checkpoint(path):
     return state
 
 
-def save_model(path, detector, **content):
+def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    content = {"white": white_of(detector), "weights": detector.extractor.digest, **content}
+    content = {"weights": detector.extractor.digest, **content}
     save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
-def load_model(path, device="auto", weights=None):
-    """The detector of save_model on a device (pick_device).
-
-    Raises InputError if it does not fit the recipe it carries.
-    """
+def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
+    """The detector of save_model on a device (pick_device). Raises InputError if it is damaged."""
     state, device = load_checkpoint(path), pick_device(device)
     try:
-        detector = wtflow.Detector(state["recipe"], weights)
+        detector = wtflow.Detector(state["recipe"], weights=weights)
         detector.load_state_dict(state["model"])
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
-        if state.get("weights", detector.extractor.digest) != detector.extractor.digest:
+        if state["weights"] != detector.extractor.digest:
             raise InputError(
                 f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
             )
-        detector.white = None if state.get("white") is None else float(state["white"])
     except InputError as e:  # its extractor has no weights here, or others
         raise InputError(f"{path}: {e}") from None
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
@@ -1367,60 +1214,45 @@ def load_model(path, device="auto", weights=None):
     return detector.to(device)
 
 
+# Pictures
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
-FILE_NAME = 150  # bytes of a name in the name of a picture: file systems take 255
 
 
-def new_figure(*args, **options):
-    """pyplot, a figure and its axes, without a window."""
-    import matplotlib  # here, because it takes longer to import than to score an image
+def new_figure(*shape: int, **options: Any) -> tuple:
+    """A figure and its axes. They have no window and leave the caller's backend as it is."""
+    from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt, *plt.subplots(*args, layout="constrained", **options)
+    fig = Figure(layout="constrained", **options)
+    return fig, fig.subplots(*shape)
 
 
-def save_figure(plt, fig, path):
+def save_figure(fig: Any, path: Path) -> None:
     """Drawn in memory first: a figure that cannot be drawn is no disk that cannot be written."""
     file = io.BytesIO()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-            fig.savefig(file, format="png", dpi=100)
-    finally:
-        plt.close(fig)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+        fig.savefig(file, format="png", dpi=100)
     write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
 
 
-def best_f1(scores, defective):
-    """Threshold with the best F1 on these scores (for display only: it looks at the labels)."""
-    order = np.argsort(-scores, kind="stable")
-    tp = np.cumsum(defective[order])
-    f1 = 2 * tp / (np.arange(1, len(tp) + 1) + max(defective.sum(), 1))
-    return float(scores[order][f1.argmax()])
-
-
-def one_line(text):
+def one_line(text: Any) -> str:
     """Text in which what would break a line or cannot be printed is an escape, like \\n."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def plain(text, length=90):
-    """A title of one line: line breaks become spaces, a long middle dots."""
-    text = one_line(" ".join(text.split()))
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]} ... {text[-length // 2 :]}"
+def in_words(prediction: Prediction) -> str:
+    return f"score {prediction.score:.4f}, p {prediction.p_value:.4f}, {prediction.verdict}"
 
 
-def draw_map(path, image, union, y, threshold, title):
-    """Picture of one image: itself with the outline of its mask, and its anomaly map (h, w).
+def draw_map(
+    path: Path, image: Image.Image, union: Any, y: Tensor, threshold: float, title: str
+) -> None:
+    """Picture of one image: itself, the outline of its mask (H, W) or None, its map y (h, w).
 
     The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
     middle, to twice the threshold and more.
     """
-    plt, fig, axes = new_figure(1, 2, figsize=(8.2, 4))
+    fig, axes = new_figure(1, 2, figsize=(8.2, 4))
     aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
     shrunk = min(1, DRAWN / max(image.size))
     size = tuple(max(1, round(shrunk * side)) for side in image.size)
@@ -1442,21 +1274,35 @@ def draw_map(path, image, union, y, threshold, title):
     bar.set_ticks([0, threshold, 2 * threshold])
     bar.ax.axhline(threshold, color="white", linewidth=2)
     bar.set_ticklabels(["0", f"{threshold:.3g}\nthreshold", f"{2 * threshold:.3g}"])
-    fig.suptitle(plain(title), fontsize=11, parse_math=False)
-    save_figure(plt, fig, path)
+    fig.suptitle(one_line(title)[:100], fontsize=11, parse_math=False)
+    save_figure(fig, path)
 
 
-def telling_images(verdicts, bad, each=3):
-    """{index: prefix} of the images to show, the most telling first.
+def draw_scores(path: Path, title: str, scores: Array, bad: Array, threshold: float) -> None:
+    """Histogram of the image scores, good and defective; the last bar is of all that are higher."""
+    fig, axis = new_figure(figsize=(6, 3.4))
+    end = min(max(scores.max(), 1.1 * threshold), 3 * threshold)
+    edges = np.linspace(min(scores.min(), threshold), end, 41)
+    parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
+    for part, colour, name in parts:
+        label = f"{name} ({part.sum()})"
+        shown = np.minimum(scores[part], end)
+        axis.hist(shown, edges, color=colour, alpha=0.65, label=label)
+    axis.axvline(threshold, color="black", linestyle="--", label="threshold")
+    above = ", the last bar: and above" if scores.max() > end else ""
+    axis.set(xlabel=f"image score{above}", ylabel="test images")
+    axis.set_title(one_line(title)[:60], parse_math=False)
+    axis.legend()
+    save_figure(fig, path)
 
-    Good images that were called defective, defects that were not, defects that were, and the good
-    image that is nearest to the threshold.
-    """
-    scores = np.array([v.score for v in verdicts])
-    flagged = np.array([v.verdict == "defect" for v in verdicts])
+
+def telling_images(predictions: list[Prediction], bad: Array, each: int = 3) -> dict[int, str]:
+    """{index: prefix} of the images to show; of the good ones below the threshold, the nearest."""
+    scores = np.array([p.score for p in predictions])
+    flagged = np.array([p.verdict == "defect" for p in predictions])
     rising = np.argsort(scores, kind="stable")
     chosen = {
-        "false_alarm": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
+        "false_positive": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
         "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
         "hit": [j for j in rising[::-1] if bad[j] and flagged[j]][:each],
         "good": [j for j in rising[::-1] if not bad[j] and not flagged[j]][:1],
@@ -1464,32 +1310,7 @@ def telling_images(verdicts, bad, each=3):
     return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
 
 
-def distinct_names(paths, root):
-    """A name for the picture of each path under root: its folders and stem, joined by "_".
-
-    The suffix as well where two would be the same, a number where they still are, or differ in case
-    alone, which not every file system sees. A very long name ends in a digest of itself.
-    """
-    names = []
-    for path in paths:
-        inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        names.append("_".join(inside.with_suffix("").parts))
-    known, taken, out = Counter(name.casefold() for name in names), set(), []
-    for path, name in zip(paths, names, strict=True):
-        if known[name.casefold()] > 1:
-            name = f"{name}_{path.suffix[1:]}"
-        encoded = os.fsencode(name)
-        if len(encoded) > FILE_NAME:
-            digest = hashlib.sha256(encoded).hexdigest()[:8]
-            name = f"{encoded[:FILE_NAME].decode(errors='ignore')}_{digest}"
-        while name.casefold() in taken:
-            name += "_2"
-        taken.add(name.casefold())
-        out.append(name)
-    return out
-
-
-def names_of(items):
+def names_of(items: list[Item]) -> list[Path]:
     """[kind/file] of test images; the folders between are kept where a kind has several."""
     names = {}
     for kind in {item.kind for item in items}:
@@ -1499,72 +1320,21 @@ def names_of(items):
     return [names[item.kind, item.path] for item in items]
 
 
-def draw_category(folder, category, judged, sizes, which="worst"):
-    """maps/*.png and scores.png of a category. which: "all", "worst" (telling_images), "none"."""
-    maps, verdicts, threshold, white = judged
-    if which == "none" or not len(verdicts):
-        return
-    bad = np.array([item.kind != "good" for item in category.test])
-    prefixes = telling_images(verdicts, bad)
-    remove_pictures(folder)
-    inside, failed = names_of(category.test), []
-    names = distinct_names(inside, Path("."))
-    for j in range(len(verdicts)) if which == "all" else prefixes:
-        item = category.test[j]
-        title = f"{category.name} / {inside[j].as_posix()}:  {said(verdicts[j])}"
-        path = folder / "maps" / f"{prefixes.get(j, '')}{names[j]}.png"
-        with drawing_may_fail(failed):
-            union = masks_of(item, sizes[j])[1] if item.masks else None
-            draw_map(path, read_image(item.path, white), union, maps[j], threshold, title)
-    scores = np.array([v.score for v in verdicts])
-    with drawing_may_fail(failed):
-        draw_scores(folder / "scores.png", category.name, scores, bad, threshold)
-    warn_of(failed)
-
-
-def pictures_of(folder):
-    """The pictures of a category's test images."""
-    return [*(folder / "maps").glob("*.png")]
-
-
-def maps_of(folder):
-    """The float maps of a category, written by save_maps."""
-    return [*(folder.parent / "anomaly_maps" / folder.name).rglob("*.tiff")]
-
-
-def remove_pictures(folder):
-    """Those of a category's earlier model."""
-    for old in (folder / "scores.png", *pictures_of(folder)):
-        old.unlink(missing_ok=True)
-
-
-def draw_scores(path, title, scores, bad, threshold):
-    """Histogram of the image scores, good and defective; the last bar is of all that are higher."""
-    plt, fig, axis = new_figure(figsize=(6, 3.4))
-    end = min(max(scores.max(), 1.1 * threshold), 3 * threshold)
-    edges = np.linspace(min(scores.min(), threshold), end, 41)
-    parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
-    for part, colour, name in parts:
-        label = f"{name} ({part.sum()})"
-        shown = np.minimum(scores[part], end)
-        axis.hist(shown, edges, color=colour, alpha=0.65, label=label)
-    axis.axvline(threshold, color="black", linestyle="--", label="threshold")
-    if bad.any() and not bad.all():
-        label = "best F1 (knows the labels)"
-        axis.axvline(min(best_f1(scores, bad), end), color="grey", linestyle=":", label=label)
-    above = ", the last bar: and above" if scores.max() > end else ""
-    axis.set(xlabel=f"image score{above}", ylabel="test images")
-    axis.set_title(plain(title), parse_math=False)
-    axis.legend()
-    save_figure(plt, fig, path)
+def picture_names(names: list[Path]) -> list[str]:
+    """A file name for the picture of each: folders and stem, short, distinct in any case."""
+    out, taken = [], set()
+    for name in names:
+        text = "_".join(name.with_suffix("").parts)[:50]
+        while text.casefold() in taken:
+            text += "_2"
+        taken.add(text.casefold())
+        out.append(text)
+    return out
 
 
 @contextlib.contextmanager
-def drawing_may_fail(failed):
-    """A picture that cannot be drawn is added to the list `failed`: what it shows is saved already.
-
-    What concerns the whole run, like a full disk, goes on as an error.
-    """
+def drawing_may_fail(failed: list):
+    """Add a picture that cannot be drawn to `failed`; a full disk, say, goes on as an error."""
     try:
         yield
     except InputError:
@@ -1575,152 +1345,94 @@ def drawing_may_fail(failed):
         failed.append(one_line(first_line(e))[:150])
 
 
-def warn_of(failed):
+def warn_of(failed: list) -> None:
     """One line on stderr for the pictures that could not be drawn, if there are any."""
     if failed:
         others = f", nor could {len(failed) - 1} others" if len(failed) > 1 else ""
         print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
 
 
-def draw_contact_sheet(folder, names):
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures of a category's test images."""
+    return [*(folder / "maps").glob("*.png")]
+
+
+def maps_of(folder: Path) -> list[Path]:
+    """The float maps of a category."""
+    return [*(folder.parent / "anomaly_maps" / folder.name).rglob("*.tiff")]
+
+
+def remove_pictures(folder: Path) -> None:
+    """Those of a category's earlier model."""
+    for old in (folder / "scores.png", *pictures_of(folder)):
+        old.unlink(missing_ok=True)
+
+
+def write_pictures(
+    folder: Path,
+    category: Category,
+    scored: Scored,
+    sizes: list[tuple],
+    white_level: float,
+    which: str,
+    save_maps: bool,
+) -> None:
+    """maps/*.png and scores.png of a category's test images. which: "all", "worst" or "none".
+
+    save_maps: float32 TIFF maps as MVTec's evaluation script reads them, beside the category.
+    """
+    names = names_of(category.test)
+    if save_maps:
+        place = folder.parent / "anomaly_maps" / category.name / "test"
+        for y, name, size in zip(scored.maps, names, sizes, strict=True):
+            tiff = Image.fromarray(at_size(y, size))
+            write_whole((place / name).with_suffix(".tiff"), partial(tiff.save, format="TIFF"))
+    if which == "none" or not names:
+        return
+    bad = np.array([item.kind != "good" for item in category.test])
+    prefixes, files, failed = telling_images(scored.predictions, bad), picture_names(names), []
+    remove_pictures(folder)
+    for j in range(len(names)) if which == "all" else prefixes:
+        item, words = category.test[j], in_words(scored.predictions[j])
+        title = f"{category.name}:  {words}:  {names[j].as_posix()}"
+        path = folder / "maps" / f"{prefixes.get(j, '')}{files[j]}.png"
+        with drawing_may_fail(failed):
+            image = read_image(item.path, white_level)
+            union = masks_of(item, sizes[j])[1] if item.masks else None
+            draw_map(path, image, union, scored.maps[j], scored.threshold, title)
+    scores = np.array([p.score for p in scored.predictions])
+    with drawing_may_fail(failed):
+        draw_scores(folder / "scores.png", category.name, scores, bad, scored.threshold)
+    warn_of(failed)
+
+
+def draw_contact_sheet(folder: Path, names: list[str]) -> None:
     """contact-sheet.png of a data set: two pictures of each category, from maps/."""
     rows = []
     for name in names:
         found = [
             sorted((folder / name / "maps").glob(f"{kind}1_*.png"))
-            for kind in ("hit", "miss", "false_alarm", "good")
+            for kind in ("hit", "miss", "false_positive", "good")
         ]
         rows.append([Image.open(paths[0]) for paths in found if paths][:2])
     rows = [row for row in rows if row]
     if not rows:
         (folder / "contact-sheet.png").unlink(missing_ok=True)
         return
-    failed = []
-    with drawing_may_fail(failed):
-        w, h = rows[0][0].size
-        sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-        for i, row in enumerate(rows):
-            for j, picture in enumerate(row):
-                sheet.paste(picture, (j * w, i * h))
-        write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
-    warn_of(failed)
-
-
-def save_maps(folder, category, maps, sizes):
-    """float32 TIFF maps in the layout that MVTec's evaluation script reads."""
-    place, names = folder / "anomaly_maps" / category.name / "test", names_of(category.test)
-    stems = Counter(name.with_suffix("") for name in names)
-    for y, name, size in zip(maps, names, sizes, strict=True):
-        if stems[name.with_suffix("")] == 1:  # else 000.png and 000.jpg would be one map
-            name = name.with_suffix("")
-        save_map(place / f"{name}.tiff", y, size)
-
-
-def save_map(path, y, size):
-    """An anomaly map (h, w) at the size (H, W) of its image, float32."""
-    write_whole(path, partial(Image.fromarray(at_size(y, size)).save, format="TIFF"))
-
-
-def as_image(value, white=None, enough=None):
-    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
-
-    white: see grey_level; enough: see open_image. Raises InputError that says how to convert
-    anything else.
-    """
-    if isinstance(value, (str, os.PathLike)):
-        return read_image(Path(value), white, enough)
-    if isinstance(value, Image.Image):
-        if has_levels(value):
-            raise InputError(
-                f"a PIL image of mode {value.mode}: its white is not known: "
-                "give its path, or convert it to 8 bits"
-            )
-        with unreadable("a PIL image"):
-            return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
-    if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
-    if value.ndim == 3 and value.shape[2] == 1:
-        value = value[..., 0]
-    fault = fault_of_shape(value.shape) or fault_of_values(value)
-    if fault:
-        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
-    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
-
-
-def fault_of_shape(shape):
-    """What to do with an array that has not the shape of an image, "" if it has."""
-    if len(shape) == 4:
-        return "several images: give list(images)"
-    if 0 in shape or len(shape) not in (2, 3):
-        return "give (H, W) or (H, W, 3) in RGB"
-    if len(shape) == 2 or shape[2] == 3:
-        return ""
-    if shape[2] == 4:
-        return "give (H, W, 3): image[..., :3] without transparency"
-    if shape[0] in (1, 3, 4):
-        return "channels come first: give image.transpose(1, 2, 0)"
-    return "give (H, W) or (H, W, 3) in RGB"
-
-
-def fault_of_values(array):
-    """How to make uint8 of an array of another type, "" if it is of uint8."""
-    if array.dtype == np.uint8:
-        return ""
-    if array.dtype == bool:
-        return "give 255 * image.astype(np.uint8)"
-    if array.dtype.kind not in "iuf":
-        return "give uint8 in 0..255"
-    if not np.isfinite(array).all():
-        return "holds NaN or infinity: replace them, and give uint8 in 0..255"
-    low, high, rounded = array.min(), array.max(), ""
-    if array.dtype.kind == "f":
-        rounded = ".round()"
-        if 0 <= low and high <= 1:
-            return "give uint8: (255 * image).round().astype(np.uint8)"
-    if 0 <= low and high <= 255:
-        return f"give uint8: image{rounded}.astype(np.uint8)"
-    return (
-        f"values from {low:g} to {high:g}: give uint8 in 0..255, scaled as in training: "
-        "(image * (255 / white)).round().astype(np.uint8), white the same for all"
-    )
-
-
-def score(detector, images, false_alarms=1.0):
-    """Score images from Python: a Verdict of one image, or a list of them for a list.
-
-    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
-    it. false_alarms: percent of good images that may be called defective. Raises InputError.
-
-        detector = evaluate.load_model("runs/parts/screw/model.pt")
-        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
-        result.score, result.p_value, result.verdict, result.map
-    """
-    if not isinstance(detector, wtflow.Detector):
-        kind = type(detector).__name__
-        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
-    check_false_alarms(false_alarms)
-    alone = not isinstance(images, (list, tuple))
-    images = [images] if alone else images
-    if not images:
-        raise InputError("no images: give at least one")
-    normal_scores = detector.normal_scores.cpu().numpy()
-    threshold, out = threshold_of(normal_scores, false_alarms), []
-    for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
-        x_0, sizes = x_0_of(detector, images[start : start + BATCH])
-        maps, scores = detector.score(x_0)
-        verdicts = judge(scores.double().numpy(), normal_scores, threshold)
-        for verdict, y, size in zip(verdicts, maps, sizes, strict=True):
-            out.append(verdict._replace(map=at_size(y, size)))
-    return out[0] if alone else out
+    w, h = rows[0][0].size
+    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            sheet.paste(picture, (j * w, i * h))
+    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
 
 
 CONSTANTS = "wtflow.json"  # file of an exported program: its threshold and size
 AGREES = 1e-3  # of the threshold: how far an exported program may be from its model
 
 
-def export_model(args):
-    """Write the model as a program of torch.export, if it gives what the model gives on noise.
+def export_model(path: Path, detector: wtflow.Detector, fpr: float) -> None:
+    """Write a detector as a program of torch.export, if it gives what the detector does on noise.
 
     Read without this repository, which the program does not need:
 
@@ -1729,14 +1441,12 @@ def export_model(args):
         y, score = program(image)                   # uint8 (1, 3, H, W)
         defect = score > json.loads(files["wtflow.json"])["threshold"]
     """
-    path = Path(args.export)
     if path.suffix != ".pt2":
         raise InputError(f"--export {path}: give a file that ends in .pt2")
-    detector = load_model(args.model, "cpu", args.weights)
     height, width = wtflow.image_shape(detector.recipe)
-    threshold = threshold_of(detector.normal_scores.numpy(), args.false_alarms)
-    constants = {"height": height, "width": width, "white": white_of(detector)}
-    constants |= {"threshold": threshold, "false_alarms": args.false_alarms}
+    threshold = threshold_of(detector.normal_scores.numpy(), fpr)
+    constants = {"height": height, "width": width, "white_level": detector.white_level}
+    constants |= {"threshold": threshold, "fpr": fpr}
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
     file = io.BytesIO()
@@ -1752,12 +1462,9 @@ def export_model(args):
         raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
     write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
     print(
-        f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB -> maps (1, {height}, {width}), "
-        f"scores (1,); threshold {threshold:.4f} at {args.false_alarms:g} % false alarms\n"
-        f"largest difference from the model on noise: {difference:.1e}\n"
-        f"torch.export.load reads it without this repository, the threshold as {CONSTANTS}. "
-        "Resizing an image to that size (antialiased, bilinear) is left to the caller; ONNX is not "
-        "written."
+        f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB, resized by the caller (bilinear, "
+        f"antialiased) -> map, score; {threshold_text(detector.normal_scores.numpy(), fpr)}, in "
+        f"{CONSTANTS}\nlargest difference from the model on noise: {difference:.1e}"
     )
 
 
@@ -1771,7 +1478,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def keep_memory():
+def keep_memory() -> None:
     """Let glibc keep up to 1 GiB of freed memory.
 
     By default each layer's large block goes back to the system and is paged in anew.
@@ -1785,11 +1492,8 @@ def keep_memory():
         pass
 
 
-def exit_cleanly(main):
-    """Run main; what the user can mend ends as one line on stderr and exit code 2.
-
-    An interruption exits with 130.
-    """
+def exit_cleanly(main: Any) -> None:
+    """Run main; what the user can mend ends as one line on stderr and exit code 2."""
     keep_memory()
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -1812,19 +1516,15 @@ def exit_cleanly(main):
     except (MemoryError, RuntimeError) as e:
         if not no_memory(e):
             raise
-        message = (
-            "out of memory: give train.py a smaller --image-size, or --resume on a machine of the "
-            "same kind with more"
-        )
+        message = "out of memory: give train.py a smaller --image-size, or more memory and --resume"
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
-def pick_device(name):
+def pick_device(name: str | torch.device) -> torch.device:
     """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
 
-    name may also be a torch.device. On a GPU the networks have 16 bits; all else, whitening and
-    blur too, has float32: TF32 is switched off. Raises InputError.
+    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1842,390 +1542,207 @@ def pick_device(name):
     return device
 
 
-class Judged(NamedTuple):
-    """The test images of a category, as a detector sees them."""
-
-    maps: torch.Tensor  # (n, h, w)
-    verdicts: list
-    threshold: float
-    white: float | None  # grey_level
-
-
-def judge_category(detector, category, x_0, args):
-    """Score a category's test x_0 (n, d, h, w), or None; says how many are above the threshold."""
-    normal_scores = detector.normal_scores.cpu().double().numpy()
-    threshold = threshold_of(normal_scores, args.false_alarms)
-    maps, scores = torch.zeros(0, 1, 1), np.zeros(0)
-    if x_0 is not None:
-        maps, scores = detector.score(x_0, getattr(args, "euler_steps", 1))
-        scores = scores.double().numpy()
-    verdicts = judge(scores, normal_scores, threshold)
+def score_category(
+    detector: wtflow.Detector, category: Category, features: Tensor | None, fpr: float
+) -> Scored:
+    """Score a category's test features (n, d, h, w); prints how many exceed the threshold."""
+    normal_scores = detector.normal_scores.cpu().numpy()
+    threshold = threshold_of(normal_scores, fpr)
+    maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
+    if features is not None:
+        maps, scores = detector.score(features)
+    predictions = classify(scores.numpy(), normal_scores, threshold)
     counts = {"good": [], "defective": []}
-    for item, verdict in zip(category.test, verdicts, strict=True):
+    for item, prediction in zip(category.test, predictions, strict=True):
         kind = "good" if item.kind == "good" else "defective"
-        counts[kind].append(verdict.verdict == "defect")
+        counts[kind].append(prediction.verdict == "defect")
     counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
-    allowed = f"{args.false_alarms:g} % false alarms"
-    allowed += few_images(normal_scores, args.false_alarms)
-    print(f"{category.name}: threshold {threshold:.4f} at {allowed}{of_test}", flush=True)
-    return Judged(maps, verdicts, threshold, white_of(detector))
+    print(f"{category.name}: {threshold_text(normal_scores, fpr)}{of_test}", flush=True)
+    return Scored(maps, predictions, threshold)
 
 
-def measure_category(category, judged, sizes):
-    """The row of figures of a category; says why one is missing."""
-    scores = np.array([v.score for v in judged.verdicts])
-    row = measure(category, judged.maps, scores, sizes)
-    row |= alarm_rates([item.kind for item in category.test], judged.verdicts)
-    if row["why"] and category.test:
-        print(f"{category.name}: {row['why']}", file=sys.stderr)
+def measure_category(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
+    """The row of metrics of a category; prints why one is missing."""
+    row, why = measure(category, scored, sizes)
+    if why:
+        print(f"{category.name}: {why}", file=sys.stderr)
     return row
 
 
-def write_scores(folder, category, judged):
-    """scores.csv of a category's test images."""
-    rows = [
-        score_row(name.as_posix(), item.kind, verdict)
-        for name, item, verdict in zip(
-            names_of(category.test), category.test, judged.verdicts, strict=True
-        )
-    ]
-    if rows:
-        write_csv(folder / "scores.csv", SCORES, rows)
+def score_by_model(
+    folder: Path, category: Category, device: torch.device, weights: str | None, fpr: float
+) -> tuple[wtflow.Detector, Scored, list]:
+    """The test images of a category, scored by the model in a folder: (model, Scored, sizes)."""
+    detector = load_model(folder / "model.pt", device, weights)
+    features, sizes = extract(detector, [item.path for item in category.test])
+    return detector, score_category(detector, category, features, fpr), sizes
 
 
-def write_pictures(folder, category, judged, sizes, args):
-    """Pictures of a category's test images, and float maps if they are asked for."""
-    if args.save_maps:
-        save_maps(folder.parent, category, judged.maps, sizes)
-    draw_category(folder, category, judged, sizes, args.maps)
-
-
-def check_run(folder, categories):
-    """Raises InputError if a category has no model in the folder of a run."""
-    for category in categories:
-        model = folder / category.name / "model.pt"
-        if not model.exists():
-            other = next(iter(sorted(folder.rglob("model.pt"))), None)
-            hint = f", but {other}: give --category, or its --run" if other else ""
-            raise InputError(f"{model}: no such file{hint or ': give --run what train.py wrote'}")
-
-
-def judged_by_model(folder, category, args, device):
-    """The test images of a category, Judged by the model in a folder, and their sizes."""
-    detector = load_model(folder / "model.pt", device, args.weights)
-    x_0, sizes = None, []
-    if category.test:
-        x_0, sizes = x_0_of(detector, [item.path for item in category.test])
-    return judge_category(detector, category, x_0, args), sizes
-
-
-def draw_missing(folder, category, args, device):
-    """Of the pictures and maps that are asked for, those that a finished category does not have."""
-    n, there = len(category.test), (folder / "scores.png").exists()  # drawn last
-    if args.maps == "all":
-        there = there and len(pictures_of(folder)) == n
-    pictures = n and args.maps != "none" and not there
-    maps = n and args.save_maps and not maps_of(folder)
-    if pictures or maps:
-        judged, sizes = judged_by_model(folder, category, args, device)
-        if maps:
-            save_maps(folder.parent, category, judged.maps, sizes)
-        if pictures:
-            draw_category(folder, category, judged, sizes, args.maps)
-
-
-def evaluate_run(args, device):
+def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
     """The table again from the models under --run: the data set's folder or the --out above it."""
     name, categories = read_dataset(args.data, args.category)
     folder = Path(args.run)
     if (folder / name).is_dir():
         folder = folder / name
-    check_run(folder, categories)
+    for model in (folder / category.name / "model.pt" for category in categories):
+        if not model.exists():
+            raise InputError(f"{model}: no such file: give --run what train.py wrote")
     rows = []
     for category in categories:
         began, place = time.monotonic(), folder / category.name
-        judged, sizes = judged_by_model(place, category, args, device)
-        row = measure_category(category, judged, sizes)
+        detector, scored, sizes = score_by_model(place, category, device, args.weights, args.fpr)
+        row = measure_category(category, scored, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
-        write_scores(place, category, judged)
-        write_pictures(place, category, judged, sizes, args)
+        write_scores(place, category, scored)
+        white_level, which = detector.white_level, args.maps
+        write_pictures(place, category, scored, sizes, white_level, which, args.save_maps)
     write_tables(folder, rows)
     if args.maps != "none":
         draw_contact_sheet(folder, [category.name for category in categories])
 
 
-def images_outside(folder, out):
-    """images_under, but for those below --out: what lies there are pictures of an earlier run."""
-    paths = images_under(folder)
-    if not paths:
-        raise InputError(f"{folder}: no images in this folder ({', '.join(SUFFIXES)})")
-    inside = out is not None and folder.resolve() in out.resolve().parents
-    written = all_files(out) if inside else []
-    say_skipped(folder.resolve().name, all_files(folder), {*paths, *written})
-    if out is None or out.suffix.lower() == ".csv":
-        return paths
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out}: is the folder of the images: give another")
-    if not inside:
-        return paths
-    kept = [path for path in paths if out.resolve() not in path.resolve().parents]
-    if not kept:
-        raise InputError(f"--out {out}: all images of {folder} lie in it: give another")
-    if len(kept) < len(paths):
-        print(f"{len(paths) - len(kept)} images in --out {out} are left out", file=sys.stderr)
-    return kept
+def predict_or_error(detector: wtflow.Detector, paths: list[Path], fpr: float) -> list[tuple]:
+    """What predict gives of image files; of a damaged one an InputError for the Prediction."""
+    try:
+        return predict(detector, paths, fpr)
+    except InputError as e:
+        if len(paths) == 1:
+            return [(e, None, None)]
+    return [found for path in paths for found in predict_or_error(detector, [path], fpr)]
 
 
-def check_table(path):
-    """Raises InputError if a file is there that is not a table of scores, which may be replaced."""
-    if path.is_file():
-        with open(path, "rb") as f:
-            if f.readline().strip() == ",".join(SCORES).encode():
-                return
-    if path.exists():
-        raise InputError(f"{path}: is there, and not a table of scores: give another --out")
+def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
+    """(table of scores or None, picture or None of each path) of --image and --out.
 
-
-def picture_place(image, out):
-    """Where the picture of one image goes: --out FILE.png or folder, else the current folder."""
-    name = f"{distinct_names([Path(image.name)], Path('.'))[0]}_map.png"
-    if out is None:
-        return Path(name)
-    if out.is_dir() or not out.suffix:
-        return out / name
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: a picture is a PNG: give FILE.png or a folder")
-    if out.exists() and out.samefile(image):
-        raise InputError(f"--out {out}: is the image itself: give another")
-    return out
-
-
-def scored_files(detector, paths, euler_steps):
-    """(map, score) of each image file in its order, or the InputError that says why not.
-
-    BATCH images are in memory at a time; if one is damaged, each of them is read alone.
+    Raises InputError if one would replace what is none, or be among the images.
     """
-
-    def score_of(part):
-        maps, scores = detector.score(x_0_of(detector, part)[0], euler_steps)
-        return list(zip(maps, scores.double().tolist(), strict=True))
-
-    for start in range(0, len(paths), BATCH):
-        part = paths[start : start + BATCH]
-        try:
-            found = score_of(part)
-        except InputError:
-            found = []
-        if found:
-            yield from found
-            continue
-        for path in part:
-            try:
-                alone = score_of([path])[0]
-            except InputError as e:
-                alone = e
-            yield alone
+    if image.is_dir():
+        table = out if out and out.suffix.lower() == ".csv" else (out or Path(".")) / "scores.csv"
+        if table.exists():
+            with open(table, "rb") as f:
+                if f.readline().strip() != ",".join(SCORES).encode():
+                    raise InputError(f"{table}: is no table of scores: give another --out")
+        if out is None or table == out:
+            return table, [None] * len(paths)
+        if image.resolve() in (out.resolve(), *out.resolve().parents):
+            raise InputError(f"--out {out}: lies in the folder of the images: give another")
+        names = picture_names([path.relative_to(image) for path in paths])
+        return table, [out / f"{name}_map.png" for name in names]
+    place = out or Path(f"{picture_names([Path(image.name)])[0]}_map.png")
+    if place.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: give FILE.png for the picture of one image")
+    if place.exists() and place.samefile(image):
+        raise InputError(f"--out {out}: is the image itself: give another")
+    return None, [place]
 
 
-def score_images(args, device):
-    """Print score, threshold, p-value and verdict of one image, or of each under a folder.
+def score_files(args: argparse.Namespace, device: torch.device) -> None:
+    """Print score, p-value and verdict of one image, or of each under a folder; see --out.
 
-    One image has a picture. The scores of a folder are written to scores.csv too, under --out or in
-    the current folder; with --out FOLDER its images have pictures. --out FILE.csv: the table alone.
     A damaged image costs one line and, at the end, exit code 2.
     """
     image, out = Path(args.image), Path(args.out) if args.out else None
     if not image.exists():
         raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
     detector = load_model(args.model, device, args.weights)
-    table_alone = out is not None and out.suffix.lower() == ".csv"
-    table, paths, places = out if table_alone else None, [image], [None]
+    root, paths = image.parent, [image]
     if image.is_dir():
-        table, paths = table or (out or Path(".")) / "scores.csv", images_outside(image, out)
-        places = [None] * len(paths)
-        if out is not None and not table_alone:
-            places = [out / f"{name}_map.png" for name in distinct_names(paths, image)]
-    elif not table_alone:
-        places = [picture_place(image, out)]
-    if args.maps == "none":
-        places = [None] * len(paths)
-    if args.save_maps and places[0] is None:
-        raise InputError("--save-maps: goes with pictures: give --out FOLDER, and not --maps none")
-    if table is not None:
-        check_table(table)
+        root, paths = image, images_under(image)
+        scored = {*paths}
+        say_unread(image.resolve().name, [p for p in all_files(image) if p not in scored])
+        if not paths:
+            raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
+    table, places = places_of(image, out, paths)
     normal_scores = detector.normal_scores.cpu().numpy()
-    threshold = threshold_of(normal_scores, args.false_alarms)
-    few = few_images(normal_scores, args.false_alarms)
-    print(f"threshold {threshold:.4f} at {args.false_alarms:g} % false alarms{few}")
-    root = image if image.is_dir() else image.parent
-    failed = 0
-    with contextlib.nullcontext() if table is None else growing_csv(table, SCORES) as write:
-        for row in judged_files(args, detector, threshold, root, paths, places):
-            failed += bool(row["error"])
-            if write is not None:
-                write(row)
+    threshold = threshold_of(normal_scores, args.fpr)
+    print(threshold_text(normal_scores, args.fpr), flush=True)
+    rows, failed, not_drawn = [], 0, []
+    for start in range(0, len(paths), BATCH):
+        part = predict_or_error(detector, paths[start : start + BATCH], args.fpr)
+        for path, place, (found, y, _) in zip(paths[start:], places[start:], part, strict=False):
+            name = path.relative_to(root).as_posix()
+            rows.append(score_row(name, name.rpartition("/")[0], found))
+            if isinstance(found, InputError):
+                failed += 1
+                print(f"error: {one_line(found)}", file=sys.stderr)
+                continue
+            print(one_line(f"{name}  {in_words(found)}"), flush=True)
+            if place is not None and args.maps != "none":
+                with drawing_may_fail(not_drawn):
+                    picture = read_image(path, detector.white_level)
+                    draw_map(place, picture, None, y, threshold, f"{in_words(found)}:  {name}")
+    warn_of(not_drawn)
     if table is not None:  # on stderr: stdout has one line an image
+        write_csv(table, SCORES, rows)
         without = f", {failed} of {len(paths)} images have none" if failed else ""
         print(f"scores: {one_line(table)}{without}", file=sys.stderr)
     if failed:
         sys.exit(2)
 
 
-def judged_files(args, detector, threshold, root, paths, places):
-    """Score, print and draw image files: a row of scores.csv for each.
-
-    places: of its picture, or None, for each.
-    """
-    normal_scores, not_drawn = detector.normal_scores.cpu().numpy(), []
-    scored = scored_files(detector, paths, args.euler_steps)
-    for path, place, found in zip(paths, places, scored, strict=True):
-        name = path.relative_to(root)
-        kind = "" if name.parent == Path(".") else name.parent.as_posix()
-        if isinstance(found, InputError):
-            print(f"error: {one_line(found)}", file=sys.stderr)
-            yield score_row(name.as_posix(), kind, error=str(found))
-            continue
-        y, score_of_file = found
-        (verdict,) = judge([score_of_file], normal_scores, threshold)
-        line = (
-            f"{one_line(name.as_posix())}  score {verdict.score:.4f}  threshold {threshold:.4f}  "
-            f"p {verdict.p_value:.4f}  {verdict.verdict}"
-        )
-        if place is not None:
-            line += f"  {one_line(place)}"
-            with drawing_may_fail(not_drawn):
-                picture = read_image(path, white_of(detector))
-                title = f"{name.as_posix()}:  {said(verdict)}"
-                draw_map(place, picture, None, y, threshold, title)
-                if args.save_maps:
-                    save_map(place.with_suffix(".tiff"), y, picture.size[::-1])
-        print(line)
-        yield score_row(name.as_posix(), kind, verdict)
-    warn_of(not_drawn)
-
-
-def add_common_options(parser):
+def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What train.py and evaluate.py share."""
     add = parser.add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="data set root or one category's folder (default: train.py makes a demo)",
-    )
-    add(
-        "--category",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="only these (default: all)",
-    )
-    add(
-        "--weights",
-        metavar="FILE",
-        help="the backbone's state dict (default: that of its package)",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one (default: auto)",
-    )
-    add(
-        "--false-alarms",
-        type=float,
-        default=1.0,
-        metavar="PERCENT",
-        help="of good images that the threshold may call defective (default: 1)",
-    )
-    add(
-        "--maps",
-        choices=("all", "worst", "none"),
-        default="worst",
-        help="pictures of test images: all, or those that tell most (default: worst)",
-    )
-    add(
-        "--save-maps",
-        action="store_true",
-        help="float32 TIFF maps as MVTec's script reads them (default: none)",
-    )
+    add("--data", metavar="DIR", help="data set or one category of it (default: a demo)")
+    text = "only these (default: all)"
+    add("--category", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    add("--weights", metavar="FILE", help="of the backbone (default: those of its package)")
+    text = "auto: a GPU if there is one (default: auto)"
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    text = "false positive rate that the threshold is set for (default: 1)"
+    add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
+    text = "pictures of test images: all, or those that tell most (default: worst)"
+    add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
+    text = "float32 TIFF maps as MVTec's script reads them (default: none)"
+    add("--save-maps", action="store_true", help=text)
 
 
-def check_false_alarms(percent):
-    """Raises InputError for a share of false alarms that is none."""
-    number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
-    if not number or not 0 <= percent < 100:
-        raise InputError(f"--false-alarms {percent}: give a percentage, 0 or more, below 100")
+def check_fpr(percent: float) -> None:
+    """Raises InputError for what is no false positive rate."""
+    if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
 
 
-def check_options(args):
+def check_options(args: argparse.Namespace) -> None:
     """Raises InputError for what argparse lets pass."""
-    check_false_alarms(args.false_alarms)
+    check_fpr(args.fpr)
     for name in ("data", "out"):
         if getattr(args, name, None) == "":
             raise InputError(f"--{name} is empty: give a path")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add_common_options(parser)
     add = parser.add_argument
-    add(
-        "--run",
-        metavar="DIR",
-        help="folder that train.py wrote: its table again, with --data (default: none)",
-    )
+    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
     add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
-    add(
-        "--image",
-        metavar="PATH",
-        help="an image, or a folder of images at any depth (default: none)",
+    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
+    text = (
+        "picture FILE.png of an image; of a folder, FOLDER for scores.csv and pictures, or table "
     )
-    add(
-        "--out",
-        metavar="PATH",
-        help="picture of --image FILE, or its folder (default: NAME_map.png); folder of pictures "
-        "and scores.csv, or a FILE.csv, of --image FOLDER (default: scores.csv, no pictures)",
-    )
-    add(
-        "--export",
-        metavar="FILE.pt2",
-        help="write the model as a program of torch.export (default: none)",
-    )
-    add(
-        "--euler-steps",
-        type=int,
-        default=1,
-        metavar="K",
-        help="steps from t = 0 to 1 (default: 1)",
-    )
+    add("--out", metavar="PATH", help=f"{text}table FILE.csv (default: NAME_map.png or scores.csv)")
+    add("--export", metavar="FILE.pt2", help="the model as a torch.export program (default: none)")
     args = parser.parse_args(argv)
     check_options(args)
     device = pick_device(args.device)
-    if args.euler_steps < 1:
-        raise InputError(f"--euler-steps {args.euler_steps}: give at least 1")
     given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
     if args.out and "image" not in given:
         raise InputError("--out: goes with --image: models and tables stay in --run")
     if args.category and "data" not in given:
         raise InputError("--category: goes with --run and --data")
-    if "export" in given and (args.euler_steps > 1 or args.save_maps):
-        raise InputError("--export: goes without --euler-steps and --save-maps")
-    if args.euler_steps > 1:
-        print("threshold and p-values are those of one Euler step", file=sys.stderr)
+    if args.save_maps and "run" not in given:
+        raise InputError("--save-maps: goes with --run; from Python, evaluate.score gives the map")
     if given == {"model", "export"}:
-        export_model(args)
+        export_model(Path(args.export), load_model(args.model, "cpu", args.weights), args.fpr)
     elif given == {"model", "image"}:
-        score_images(args, device)
+        score_files(args, device)
     elif given == {"run", "data"}:
         evaluate_run(args, device)
     else:
-        raise InputError(
-            "give --run and --data, --model and --image, or --model and --export, no other two "
-            "(see --help)"
-        )
+        raise InputError("give --run and --data, --model and --image, or --model and --export")
 
 
 if __name__ == "__main__":

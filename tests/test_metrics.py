@@ -76,7 +76,7 @@ def brute_pro(maps, masks, limit, saturate=lambda area: area):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_binned_figures_agree_with_exact_ones_to_1e_4(tmp_path, seed):
+def test_binned_metrics_agree_with_exact_ones_to_1e_4(tmp_path, seed):
     maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(seed))
     auroc, ap, aupro = pixel_metrics(maps, items, sizes)
     y, m = maps.numpy(), np.array(masks)
