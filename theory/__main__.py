@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from theory import (
-    blind_field,
     concentration,
     draw,
     learned_field,
+    local_transport,
     singularity,
-    strength,
+    unconditional_field,
     worst_transport,
 )
 
-CLAIMS = (singularity, concentration, worst_transport, strength, blind_field)
+CLAIMS = (singularity, concentration, worst_transport, local_transport, unconditional_field)
 
 
 def line(row):
@@ -25,13 +25,13 @@ def line(row):
     numbers = f"{row.predicted:11.5g} {row.measured:11.5g}"
     known = row.predicted != 0 and not math.isnan(row.predicted)
     relative = f"{abs(row.measured / row.predicted - 1):10.1e}" if known else f"{'-':>10}"
-    return f"{row.claim:5} {row.what:66} {numbers} {relative} {row.se:10.1e}"
+    return f"{row.claim:5} {row.what:70} {numbers} {relative} {row.se:10.1e}"
 
 
 def print_table(errors, results):
     """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
     head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
-    print(f"{'claim':5} {'what':66} {head}")
+    print(f"{'claim':5} {'what':70} {head}")
     for module in CLAIMS:
         for row in module.table():
             print(line(row))
@@ -41,17 +41,8 @@ def print_table(errors, results):
 
 def save_figures(out, errors, results):
     """Draw every figure into the folder `out`; their paths, in the order of the claims."""
-    figures = {
-        "singularity": draw.singularity_figure(),
-        "concentration": draw.concentration_figure(),
-        "worst_transport": draw.worst_transport_figure(),
-        "fields": draw.fields_figure(),
-        "strength": draw.strength_figure(),
-        "blind_field": draw.blind_field_figure(),
-        "learned_field": draw.learned_field_figure(errors, results),
-    }
     paths = []
-    for name, figure in figures.items():
+    for name, figure in draw.figures(errors, results).items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=80)
         with Image.open(path) as image:  # 64 colours are enough for lines, at a third of the bytes

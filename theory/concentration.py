@@ -25,10 +25,10 @@ def radius_std(d):
     return (1 - mean**2) ** 0.5
 
 
-def cosine_law(d):
-    """Law of the cosine c between x_1 and a fixed direction of R^d, d >= 2; Var c = 1/d (C1).
+def cosine_distribution(d):
+    """Distribution of the cosine c between x_1 and a fixed direction of R^d, d >= 2 (C1).
 
-    (c+1)/2 ~ Beta((d-1)/2, (d-1)/2). A distribution of scipy.stats.
+    (c+1)/2 ~ Beta((d-1)/2, (d-1)/2), Var c = 1/d. A distribution of scipy.stats.
     """
     return beta((d - 1) / 2, (d - 1) / 2, loc=-1, scale=2)
 

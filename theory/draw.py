@@ -12,17 +12,8 @@ from matplotlib.figure import Figure
 
 import wtflow
 from theory import exponent, normal
-from theory.blind_field import (
-    BACKGROUND,
-    OBJECT,
-    displacement,
-    in_shell,
-    pairs_at_any_time,
-    radial_field,
-    scales_mixture,
-)
 from theory.concentration import (
-    cosine_law,
+    cosine_distribution,
     inward_probability,
     kinetic_energy,
     radial_velocity,
@@ -30,6 +21,13 @@ from theory.concentration import (
     turning,
 )
 from theory.learned_field import EARLY, EDGES, MODES, RADIUS, D, exact_auroc, initial_radius
+from theory.local_transport import (
+    early_field,
+    early_residual,
+    energy_distribution,
+    gain,
+    initial_field,
+)
 from theory.singularity import (
     ATOM_AXIS,
     ATOM_RADIUS,
@@ -47,7 +45,15 @@ from theory.singularity import (
     slope_between_atoms,
     variance,
 )
-from theory.strength import early_field, energy_law, gain, initial_field, mismatch
+from theory.unconditional_field import (
+    LARGE,
+    SMALL,
+    displacement,
+    in_shell,
+    pairs_at_any_time,
+    radial_field,
+    scales_mixture,
+)
 from theory.worst_transport import (
     a_n,
     along_direction,
@@ -55,9 +61,10 @@ from theory.worst_transport import (
     kernel_field,
     minibatch_worst,
     minimum_pdf,
+    worst_candidate,
 )
 
-# Okabe & Ito's palette: told apart with any colour vision, and in this order also in grey.
+# Okabe & Ito's palette: distinct with any colour vision, and in this order also in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 BLUE, RED = COLOURS[0], COLOURS[3]
 
@@ -81,6 +88,19 @@ def dots(axis, x, y, colour, label=None, size=4):
     axis.plot(x, y, "o", ms=size, color=colour, label=label)
 
 
+def figures(errors, results):
+    """{name: figure} in the order of the claims; errors, results: those of learned_field.run."""
+    return {
+        "singularity": singularity_figure(),
+        "concentration": concentration_figure(),
+        "worst_transport": worst_transport_figure(),
+        "fields": fields_figure(),
+        "local_transport": local_transport_figure(),
+        "unconditional_field": unconditional_field_figure(),
+        "learned_field": learned_field_figure(errors, results),
+    }
+
+
 def legend(axis, **options):
     """The legend of an axis, small and without a frame."""
     axis.legend(frameon=False, fontsize=8, **options)
@@ -92,9 +112,9 @@ def slopes(x_0, couple, times, generator):
 
 
 # ---- S: singularity.py ------------------------------------------------------------------------
-def singularity_figure(seed=0):
+def singularity_figure():
     """Slope over t by width s; exponents at a finite training set; growth of an error over t_0."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     figure, (left, middle, right) = panels(1, 3, 4.6)
     slope_over_time(left, normal(generator, 20_000, 8), generator)
     slope_at_two_atoms(middle)
@@ -174,9 +194,9 @@ def growth_of_an_error(axis):
 
 
 # ---- C: concentration.py ----------------------------------------------------------------------
-def concentration_figure(seed=0):
-    """Concentration of |x_t| over t; law of the cosine; sign of <x_t, u>; dip below the OT path."""
-    generator = torch.Generator().manual_seed(seed)
+def concentration_figure():
+    """|x_t| over t; distribution of the cosine; sign of <x_t, u>; dip below the OT path."""
+    generator = torch.Generator().manual_seed(0)
     figure, (paths, cosines, signs, dip) = panels(2, 2, 5.2, 3.6)
     for d, colour in coloured((2, 16, 256, 4096)):
         norms_over_time(paths, d, colour, generator)
@@ -197,7 +217,7 @@ def concentration_figure(seed=0):
         xlabel="cosine of $x_1$ with a fixed direction",
         ylabel="density",
         ylim=(0, 8),
-        title="C1: bars: wtflow noise; lines: Beta law",
+        title="C1: bars: wtflow noise; lines: Beta distribution",
     )
     signs.axvline(0.5, color="k", ls=":", lw=1)
     signs.set(
@@ -240,7 +260,7 @@ def cosine_density(axis, d, colour, generator):
     axis.hist(cosine, 60, density=True, color=colour, alpha=0.35)
     c = np.linspace(-1, 1, 401)
     label = f"$d={d}$, $1/\\sqrt{{d}}={d**-0.5:.2g}$"
-    axis.plot(c, cosine_law(d).pdf(c), color=colour, label=label)
+    axis.plot(c, cosine_distribution(d).pdf(c), color=colour, label=label)
 
 
 def dip_below_straight_line(axis, generator):
@@ -261,12 +281,12 @@ def dip_below_straight_line(axis, generator):
 
 
 # ---- W: worst_transport.py --------------------------------------------------------------------
-def worst_transport_figure(seed=0):
+def worst_transport_figure():
     """W2: the slope moves and its peak grows; W3: the worst candidate, a_n, the potential."""
-    generator = torch.Generator().manual_seed(seed)
-    figure, (slope_axis, law_axis, pull_axis, potential_axis) = panels(2, 2, 5.2, 3.6)
+    generator = torch.Generator().manual_seed(0)
+    figure, (slope_axis, minimum_axis, pull_axis, potential_axis) = panels(2, 2, 5.2, 3.6)
     slope_by_correlation(slope_axis, generator)
-    law_of_the_minimum(law_axis, (1, 4, 64, 1024), generator)
+    minimum_density(minimum_axis, (1, 4, 64, 1024), generator)
     pull_by_candidates(pull_axis)
     potential_by_candidates(potential_axis, (1, 4, 64, 1024))
     for axis in figure.axes:
@@ -291,23 +311,23 @@ def slope_by_correlation(axis, generator):
     )
 
 
-def law_of_the_minimum(axis, candidates, generator):
-    """W3: the component of wtflow.worst_candidate along x_0."""
+def minimum_density(axis, candidates, generator):
+    """W3: the component of worst_candidate's noise along x_0."""
     m = np.linspace(-5.5, 4, 400)
     x_0 = normal(generator, 20_000, 16)
     for n, colour in coloured(candidates):
-        along = along_direction(wtflow.worst_candidate(x_0, generator, n), x_0)
+        along = along_direction(worst_candidate(x_0, generator, n), x_0)
         axis.hist(along.numpy(), 60, density=True, color=colour, alpha=0.35)
         axis.plot(m, minimum_pdf(m, n), color=colour, label=f"$n={n}$, $a_n={a_n(n):.2f}$")
     axis.set(
         xlabel="$\\langle x_1, x_0\\rangle/|x_0|$",
         ylabel="density",
-        title="W3: bars: wtflow.worst_candidate; lines: closed form",
+        title="W3: bars: worst of $n$; lines: closed form",
     )
 
 
 def pull_by_candidates(axis):
-    """W3: a_n, its bound, and what the antipode would need."""
+    """W3: a_n, its bound, and sqrt(d), which the antipode would need."""
     n = np.unique(np.geomspace(1, 1e6, 25).astype(int))
     axis.plot(n, [a_n(k) for k in n], color=COLOURS[0], label="$a_n$")
     bound = np.sqrt(2 * np.log(n[1:]))
@@ -336,14 +356,14 @@ def potential_by_candidates(axis, candidates):
     )
 
 
-def fields_figure(seed=0):
+def fields_figure():
     """rFM, OT and WT in the plane: u_t near t = 0 (top), trajectories under u_t (bottom)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x_0 = arc(4096, generator)
     couplings = {
         "rFM (independent)": wtflow.independent,
         "OT (minibatch)": wtflow.optimal,
-        "local WT, $n=16$": partial(wtflow.worst_candidate, n=16),
+        "local WT, $n=16$": partial(worst_candidate, n=16),
         "WT (minibatch worst)": minibatch_worst,
     }
     figure, axes = panels(2, 4, 3.3, 3.4)
@@ -360,7 +380,7 @@ def fields_figure(seed=0):
     figure.colorbar(coloured_by_time, ax=bottom, label="$t$", shrink=0.8)
     figure.suptitle(
         "Data on an arc (grey: $x_t$); dotted: the shell $\\sqrt{d}$; "
-        "arrows only where the loss has seen points",
+        "arrows only where the loss has points",
         fontsize=10,
     )
     return figure
@@ -374,23 +394,23 @@ def arc(n, generator):
 
 
 def smoothed_velocity(x, x_0, x_1, t):
-    """E[u | x_t = x] (N, 2) and log kernel mass (N,), seen through the pairs (x_0, x_1)."""
+    """E[u | x_t = x] (N, 2) and log kernel mass (N,), from the pairs (x_0, x_1)."""
     bandwidth = 0.12
     x_t = wtflow.path(x_0, x_1, torch.full((len(x_0),), t, dtype=x_0.dtype))
     return kernel_field(x, x_t.numpy(), (x_1 - x_0).numpy(), bandwidth)
 
 
 def smoothed_field(axis, x_0, x_1):
-    """Arrows of u_t at t = 0.15 over the points x_t that the loss sees then."""
+    """Arrows of u_t at t = 0.15 over points x_t of the loss."""
     t = 0.15
     ticks = np.linspace(-2.8, 2.8, 23)
     grid = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
     field, log_mass = smoothed_velocity(grid, x_0, x_1, t)
-    seen = log_mass > np.log(4)  # elsewhere v_theta extrapolates
+    dense = log_mass > np.log(4)  # elsewhere v_theta extrapolates
     x_t = wtflow.path(x_0, x_1, torch.full((len(x_0),), t, dtype=x_0.dtype))
     axis.scatter(*x_t[::8].T.numpy(), s=3, color="0.8")
     arrows = {"angles": "xy", "scale": 45, "width": 0.005}
-    axis.quiver(*grid[seen].T, *field[seen].T, color=BLUE, **arrows)
+    axis.quiver(*grid[dense].T, *field[dense].T, color=BLUE, **arrows)
 
 
 def smoothed_trajectories(axis, x_0, x_1):
@@ -416,57 +436,57 @@ def shell_outline(axis):
     axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="coordinate 1")
 
 
-# ---- B: blind_field.py ------------------------------------------------------------------------
-def blind_field_figure(seed=0):
-    """Where one step of the field that is not told t lands: B1's jump, B3's two scales, B4's T."""
-    generator = torch.Generator().manual_seed(seed)
+# ---- B: unconditional_field.py ----------------------------------------------------------------
+def unconditional_field_figure():
+    """|x1_hat| of the time-unconditional field: B1's jump, B3's two scales, B4's range of t."""
+    generator = torch.Generator().manual_seed(0)
     figure, (jump, scales, range_of_t) = panels(1, 3, 4.6)
-    landing_off_data(jump, generator)
-    landing_by_energy(scales, generator)
-    landing_by_range(range_of_t, generator)
+    end_off_data(jump, generator)
+    end_by_radius(scales, generator)
+    end_by_range(range_of_t, generator)
     for axis in figure.axes:
         legend(axis)
     return figure
 
 
-def landed(x_t, u, edges):
-    """Mean radius and mean landing radius in each shell between `edges` that has 50 points."""
+def ends(x_t, u, edges):
+    """Mean |x_t| and mean |x_t| + v_r in each shell between `edges` that has 50 points."""
     shells = [in_shell(x_t, u, *ends) for ends in zip(edges[:-1], edges[1:], strict=True)]
     means = [(r.mean(), (r + v).mean()) for r, v in shells if len(r) >= 50]
     return np.transpose(means)
 
 
-def landing_off_data(axis, generator):
-    """B1: data of thickness s across m = 20 directions; the told field lands at 0."""
+def end_off_data(axis, generator):
+    """B1: data of thickness s across m = 20 directions; a time-conditioned field ends at 0."""
     m, delta = 20, np.geomspace(0.02, 8, 120)
     for s, colour in coloured((0.0, 0.05, 0.2)):
         exact = delta + (radial_field(delta, m, (s,)) if s else displacement(delta, m))
         axis.plot(delta, exact, color=colour)
         points = pairs_at_any_time(s * normal(generator, 60_000, m), wtflow.independent, generator)
         label = f"thickness {s:g}" if s else "subspace"
-        dots(axis, *landed(*points, np.geomspace(0.03, 6, 14)), colour, label)
-    axis.axhline(0, color="k", ls=":", label="told $t$: 0 (C2)")
+        dots(axis, *ends(*points, np.geomspace(0.03, 6, 14)), colour, label)
+    axis.axhline(0, color="k", ls=":", label="time-conditioned: 0 (C2)")
     axis.set(
         xscale="log",
         ylim=(-0.3, 8),
         xlabel="distance $\\delta$ off the data",
-        ylabel="landing radius across them",
+        ylabel="$|\\hat x_1|$ across them",
         title="B1: $m=20$; dots: wtflow pairs",
     )
 
 
-def landing_by_energy(axis, generator):
-    """B2, B3: N(0, I) stays where it is; of two scales the lower one is sent out."""
+def end_by_radius(axis, generator):
+    """B2, B3: N(0, I) is not moved; of two scales the small one moves outwards."""
     d, r = 16, np.linspace(0.8, 7.5, 80)
     for scales, colour, name in (
         ((1.0,), BLUE, "B2: $N(0,I)$"),
-        ((BACKGROUND, OBJECT), RED, "B3: two scales"),
+        ((SMALL, LARGE), RED, "B3: two scales"),
     ):
         axis.plot(r / 4, (r + radial_field(r, d, scales)) / 4, color=colour)
         x_0 = scales_mixture(60_000, d, scales, generator)
         points = pairs_at_any_time(x_0, wtflow.independent, generator)
-        dots(axis, *landed(*points, np.linspace(1, 7, 16)) / 4, colour, name)
-    for s, name in ((BACKGROUND, "background"), (OBJECT, "object")):
+        dots(axis, *ends(*points, np.linspace(1, 7, 16)) / 4, colour, name)
+    for s, name in ((SMALL, "small"), (LARGE, "large")):
         axis.axvline(s, color="0.6", ls="--", lw=1)
         axis.annotate(name, (s + 0.03, 1.9), color="0.3", fontsize=8)
     axis.axhline(0, color="k", ls=":")
@@ -474,55 +494,55 @@ def landing_by_energy(axis, generator):
         ylim=(-0.1, 2),
         xlabel="$|x|/\\sqrt{d}$",
         ylabel="$|\\hat x_1|/\\sqrt{d}$",
-        title="B2, B3: $d=16$; told $t$: 0",
+        title="B2, B3: $d=16$; time-conditioned: 0",
     )
 
 
-def landing_by_range(axis, generator):
+def end_by_range(axis, generator):
     """B4: a subspace (solid, dots) keeps its jump below T sqrt(m); two scales contract (dashed)."""
     d, r = 16, np.linspace(0.8, 7.5, 60)
     for t_max, colour in coloured((1.0, 0.2, 0.05)):
-        delta = np.geomspace(0.02, min(8, 30 * t_max), 120)  # further off nothing is seen
+        delta = np.geomspace(0.02, min(8, 30 * t_max), 120)  # further off the loss has no points
         axis.plot(delta, delta + displacement(delta, d, t_max), color=colour)
-        nothing = torch.zeros(60_000, d, dtype=torch.float64)
-        points = pairs_at_any_time(nothing, wtflow.independent, generator, t_max)
+        origin = torch.zeros(60_000, d, dtype=torch.float64)
+        points = pairs_at_any_time(origin, wtflow.independent, generator, t_max)
         edges = np.geomspace(0.03, 6 * t_max, 12)
-        dots(axis, *landed(*points, edges), colour, f"$T={t_max:g}$")
-        axis.plot(r, r + radial_field(r, d, (BACKGROUND, OBJECT), t_max), "--", color=colour)
+        dots(axis, *ends(*points, edges), colour, f"$T={t_max:g}$")
+        axis.plot(r, r + radial_field(r, d, (SMALL, LARGE), t_max), "--", color=colour)
     axis.plot([], [], "k-", label="off a subspace, $m=16$")
     axis.plot([], [], "k--", label="two scales, $d=16$")
     axis.set(
         xscale="log",
         ylim=(-0.3, 10),
         xlabel="distance $\\delta$, or $|x|$",
-        ylabel="landing radius",
+        ylabel="$|\\hat x_1|$",
         title="B4: $t\\sim U(0,T)$",
     )
 
 
-# ---- W5, W6: strength.py ----------------------------------------------------------------------
-def strength_figure(seed=0):
-    """W5: law of the radius, signal to noise; W6: what the exact field near t = 0 leaves."""
-    generator = torch.Generator().manual_seed(seed)
-    figure, (radii, signal, left) = panels(1, 3, 4.6)
-    radius_by_strength(radii, generator)
-    gain_by_strength(signal)
-    mismatch_by_strength(left)
+# ---- W5, W6: local_transport.py ---------------------------------------------------------------
+def local_transport_figure():
+    """W5: distribution of |x_1|, signal to noise; W6: first-order residual of the exact field."""
+    generator = torch.Generator().manual_seed(0)
+    figure, (radii, signal, residual) = panels(1, 3, 4.6)
+    radius_by_rho(radii, generator)
+    gain_by_rho(signal)
+    residual_by_rho(residual)
     for axis in figure.axes:
         legend(axis)
     return figure
 
 
-def radius_by_strength(axis, generator):
+def radius_by_rho(axis, generator):
     """W5: |x_1| of wtflow.worst, and of the worst of 64 candidates, d = 152."""
     d, r = 152, np.linspace(10, 15, 400)
     x_0 = normal(generator, 20_000, d)
     for rho, colour in coloured((0.0, 0.5, 0.9)):
         radius = wtflow.worst(x_0, generator, rho).norm(dim=1).numpy()
         axis.hist(radius, 60, density=True, color=colour, alpha=0.35)
-        density = 2 * r * energy_law(rho, d).pdf(r**2)
+        density = 2 * r * energy_distribution(rho, d).pdf(r**2)
         axis.plot(r, density, color=colour, label=f"$\\rho={rho:g}$")
-    radius = wtflow.worst_candidate(x_0, generator, 64).norm(dim=1).numpy()
+    radius = worst_candidate(x_0, generator, 64).norm(dim=1).numpy()
     axis.hist(radius, 60, density=True, histtype="step", color="k", label="worst of 64")
     axis.axvline(d**0.5, color="0.5", ls=":")
     axis.set(
@@ -533,7 +553,7 @@ def radius_by_strength(axis, generator):
     )
 
 
-def gain_by_strength(axis):
+def gain_by_rho(axis):
     """W5: signal to noise at t = 0 over rFM's."""
     rho = np.linspace(-0.97, 0.97, 300)
     for ratio, colour in coloured((0.25, 1.0, 4.0)):
@@ -543,24 +563,24 @@ def gain_by_strength(axis):
     axis.set(
         yscale="log",
         ylim=(1e-2, 1e3),
-        xlabel="strength $\\rho$",
-        ylabel="signal to noise over rFM's",
+        xlabel="$\\rho$",
+        ylabel="signal-to-noise ratio over rFM's",
         title="W5: triangles: 19 and 66 at $|x|^2=d$",
     )
 
 
-def mismatch_by_strength(axis):
+def residual_by_rho(axis):
     """W6: v - u_0 at |x| = s sqrt(d) is this times (T/2) x/s, for N(0, s^2 I)."""
     t, rho = 1e-3, np.linspace(-0.97, 0.97, 200)
     for s, colour in coloured((0.3, 0.5, 1.0)):
         x = np.full((1, 3), s)
-        factor = [mismatch(x, -x / s**2, k, 2.0)[0, 0] for k in rho]
+        factor = [early_residual(x, -x / s**2, k, 2.0)[0, 0] for k in rho]
         axis.plot(rho, factor, color=colour)
         measured = [early_slope(x[0], t, s, k) for k in rho[::20]]
         dots(axis, rho[::20], measured, colour, f"$s={s:g}$")
     axis.axhline(0, color="0.5", ls=":")
     axis.set(
-        xlabel="strength $\\rho$",
+        xlabel="$\\rho$",
         ylabel="$(v-u_0)\\cdot x\\ /\\ \\frac{T}{2}\\sqrt{d}\\,|x|$",
         title="W6: $q=N(0,s^2I)$; dots: quadrature, $d=3$",
     )
@@ -577,21 +597,21 @@ MODE_COLOURS = dict(zip(MODES, COLOURS, strict=False))
 
 
 def learned_field_figure(errors, results):
-    """(a) error by t; (b) one step by strength, by what is known of t, by data.
+    """(a) error by t; (b) one step by rho, time conditioning and data.
 
     errors, results: what learned_field.run returns.
     """
     figure, axes = panels(2, 3, 4.4, 3.6)
     error_over_time(axes[0], errors)
-    inward_by_strength(axes[1], results["circle", "told t"])
-    landing_of_two_scales(axes[2], results)
+    inward_by_rho(axes[1], results["circle", "time-conditioned"])
+    end_of_two_scales(axes[2], results)
     for axis, data, kind in (
         (axes[3], "circle", "off"),
-        (axes[4], "two scales", "louder"),
+        (axes[4], "two scales", "larger"),
         (axes[5], "two scales", "between"),
     ):
-        auroc_by_strength(axis, results, data, kind)
-        axis.set(title=f"(b) W6: {data}, {kind}")
+        auroc_by_rho(axis, results, data, kind)
+        axis.set(title=f"(b) W6: {data}, anomalies {kind}")
     for axis in axes[:4]:
         legend(axis)
     return figure
@@ -600,7 +620,7 @@ def learned_field_figure(errors, results):
 def error_over_time(axis, errors):
     """(a) Error of a learnt rFM field in each bin of t, with two standard errors."""
     bins = range(len(EDGES) - 1)
-    for (name, values), colour in coloured(errors.items(), (RED, BLUE)):
+    for (name, values), colour in coloured(errors.items()):
         mean, se = values.T
         axis.errorbar(bins, mean, 2 * se, marker="o", capsize=2, color=colour, label=name)
     names = [f"{EDGES[k]:g}-{EDGES[k + 1]:g}" for k in bins]
@@ -613,31 +633,32 @@ def error_over_time(axis, errors):
     )
 
 
-def inward_by_strength(axis, fields):
-    """(b) Inward part of v_theta(x, 0), told t, beside the exact one; fields: {rho: OneStep}."""
+def inward_by_rho(axis, fields):
+    """(b) Inward part of time-conditioned v_theta(x, 0), and the exact one; {rho: OneStep}."""
     rho = np.array(list(fields))
     axis.plot(rho, initial_radius() + rho * RADIUS, "k--", label="exact: $|x|+\\rho\\sqrt{d}$")
     dots(axis, rho, [fit.inward().mean() for fit in fields.values()], BLUE, "learnt")
     axis.set(
         ylim=(0, 9),
-        xlabel="strength $\\rho$",
+        xlabel="$\\rho$",
         ylabel="inward part of $v_\\theta(x,0)$",
-        title="(b) W5: thick circle, told $t$",
+        title="(b) W5: thick circle, time-conditioned",
     )
 
 
-def landing_of_two_scales(axis, results):
-    """(b) B3: rFM's landing radius of 300 normal points by their energy; lines: exact."""
-    for mode in ("told t", "not told t"):
+def end_of_two_scales(axis, results):
+    """(b) B3: |x1_hat| of 300 normal points by |x|, rFM; lines: exact."""
+    for mode in ("time-conditioned", "time-unconditional"):
         fit = results["two scales", mode][0.0]
         radius = np.linalg.norm(fit.x["normal"], axis=1)
         chosen = slice(0, 300)
-        landed = fit.distance("normal", False)[0]
+        x1_hat = fit.score("normal", False)[0]
         colour = MODE_COLOURS[mode]
-        dots(axis, radius[chosen], landed[chosen], colour, f"learnt, {mode}", 2)
+        dots(axis, radius[chosen], x1_hat[chosen], colour, f"learnt, {mode}", 2)
     r = np.linspace(0.8, 8, 80)
-    axis.plot(r, r + radial_field(r, D, (BACKGROUND, OBJECT)), "k-", label="exact, not told t")
-    axis.axhline(0, color="k", ls=":", label="exact, told t")
+    exact = np.abs(r + radial_field(r, D, (SMALL, LARGE)))
+    axis.plot(r, exact, "k-", label="exact, time-unconditional")
+    axis.axhline(0, color="k", ls=":", label="exact, time-conditioned")
     axis.set(
         xlim=(0.5, 8),
         ylim=(-0.3, 8),
@@ -647,23 +668,22 @@ def landing_of_two_scales(axis, results):
     )
 
 
-def auroc_by_strength(axis, results, data, kind):
-    """(b) W6: AUROC over strength: from the landing point, dotted from the origin, by mode."""
+def auroc_by_rho(axis, results, data, kind):
+    """(b) W6: AUROC of |r| over rho by mode; dotted: of |x1_hat|."""
     for mode, colour in MODE_COLOURS.items():
         fields = results[data, mode]
-        from_landing, se = np.transpose([fit.auroc(kind, True) for fit in fields.values()])
-        from_origin = [fit.auroc(kind, False)[0] for fit in fields.values()]
+        of_residual, se = np.transpose([fit.auroc(kind, True) for fit in fields.values()])
+        of_x1_hat = [fit.auroc(kind, False)[0] for fit in fields.values()]
         bars = {"marker": "o", "ms": 4, "capsize": 2, "color": colour, "label": mode}
-        axis.errorbar(list(fields), from_landing, 2 * se, **bars)
-        axis.plot(list(fields), from_origin, ":", color=colour)
-        straight = results.get((data, f"{mode}, straight"), {})
-        areas = [fit.auroc(kind, True)[0] for fit in straight.values()]
-        axis.plot(list(straight), areas, "x", ms=7, color=colour)
+        axis.errorbar(list(fields), of_residual, 2 * se, **bars)
+        axis.plot(list(fields), of_x1_hat, ":", color=colour)
+        linear = results.get((data, f"{mode}, linear u_0"), {})
+        areas = [fit.auroc(kind, True)[0] for fit in linear.values()]
+        axis.plot(list(linear), areas, "x", ms=7, color=colour)
     mode = f"t < {EARLY}"
     fields = results[data, mode]
     exact = [exact_auroc(data, mode, rho, fit, kind, True) for rho, fit in fields.items()]
     label = f"exact, {mode}, to first order"
     axis.plot(list(fields), exact, "--", color=MODE_COLOURS[mode], label=label)
-    axis.plot([], [], ":", color="0.4", label="from the origin")
     axis.plot([], [], "x", color="0.4", label="linear $u_0$")
-    axis.set(ylim=(0.1, 1.02), xlabel="strength $\\rho$", ylabel="AUROC")
+    axis.set(ylim=(0.1, 1.02), xlabel="$\\rho$", ylabel="AUROC of $|r|$; dotted: of $|\\hat x_1|$")

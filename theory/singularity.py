@@ -60,7 +60,7 @@ def component_weights(x, t, mu, s):
     return softmax(-squares / (2 * variance(t, s)), axis=1)
 
 
-def posterior(x, t, mu, s=0.0):
+def posterior(x, t, mu, s):
     """E[x_0 | x_t = x] (N, d) and Cov(x_0 | x_t = x) (N, d, d) for rFM (S2).
 
     x (N, d), mu (K, d), 0 < t < 1.
@@ -83,7 +83,7 @@ def marginal_field(x, t, mu, s=0.0):
     return a * x - (1 + (1 - t) * a) * (component_weights(x, t, mu, s) @ mu)
 
 
-def jacobian(x, t, mu, s=0.0):
+def jacobian(x, t, mu, s):
     """J_t(x) = (I - (1-t)/t^2 Cov(x_0 | x_t = x)) / t, (N, d, d); 0 < t < 1 (S2)."""
     _, covariance = posterior(x, t, mu, s)
     return (np.eye(x.shape[1]) - (1 - t) / t**2 * covariance) / t
@@ -95,7 +95,7 @@ def slope_between_atoms(t, m):
 
 
 def amplification(t_0, s):
-    """What an error made at t_0 has become at t = 1, per unit: 1 / sigma_{t_0} (S3).
+    """Factor by which an error made at t_0 has grown at t = 1: 1 / sigma_{t_0} (S3).
 
     1 / t_0 for a point mass, s = 0.
     """
@@ -126,8 +126,8 @@ def difference_quotient(x_0, t, generator):
     return ((u - v).norm() / (x - y).norm()).item()
 
 
-def score_field(x, t, mu, s=0.0, forward=False):
-    """u_t(x) (d,) for one x (d,), by autograd of log p_t (Tweedie), which knows of no posterior.
+def tweedie_field(x, t, mu, s=0.0, forward=False):
+    """u_t(x) (d,) for one x (d,), by autograd of log p_t (Tweedie), without the posterior.
 
     u_t = -(x + t grad log p_t(x)) / (1-t); x and mu (K, d) are tensors. forward=True gives FM's
     field instead, noise at 0 and data at 1, where x_t = (1-t) x_1 + t x_0 and
@@ -138,15 +138,15 @@ def score_field(x, t, mu, s=0.0, forward=False):
         x = x.detach().requires_grad_()
     v = (of_data * s) ** 2 + of_noise**2
     log_p = torch.logsumexp(-(x - of_data * mu).square().sum(-1) / (2 * v), 0)
-    (score,) = torch.autograd.grad(log_p, x, create_graph=True)
-    field = (x + of_noise * score) / of_data
+    (gradient,) = torch.autograd.grad(log_p, x, create_graph=True)
+    field = (x + of_noise * gradient) / of_data
     return field if forward else -field
 
 
 def autograd_slope(t, mu, s, x, e):
-    """e' J_t(x) e by differentiating score_field once more; x, e (d,) and mu (K, d) arrays (S2)."""
+    """e' J_t(x) e, the derivative of tweedie_field; x, e (d,) and mu (K, d) arrays (S2)."""
     mu, x = torch.as_tensor(mu), torch.as_tensor(x)
-    J = torch.autograd.functional.jacobian(lambda y: score_field(y, t, mu, s), x)
+    J = torch.autograd.functional.jacobian(lambda y: tweedie_field(y, t, mu, s), x)
     return float(e @ J.numpy() @ e)
 
 
@@ -194,7 +194,7 @@ def rows_S1(x_0, generator):
     constants = [difference_quotient(x_0, t, generator) for t in POWER_LAW_TIMES]
     yield Row("S1", "its exponent in t", -1, *exponent(POWER_LAW_TIMES, constants))
     x = np.array([0.3, -0.4])
-    dual = score_field(torch.as_tensor(x), 0.8, torch.as_tensor(ATOMS), 0.3, forward=True)
+    dual = tweedie_field(torch.as_tensor(x), 0.8, torch.as_tensor(ATOMS), 0.3, forward=True)
     u = marginal_field(x[None], 0.2, ATOMS, 0.3)
     what = "duality -u^FM_0.8 at u^rFM_0.2 (component 1)"
     yield Row("S1", what, -dual[0].item(), u[0, 0])
@@ -204,9 +204,9 @@ def rows_S2(x_0, generator):
     """Rows for S2; x_0 (N, d) ~ N(0, I)."""
     for s in (0.3, 0.03):
         time, largest = peak(s)
-        found_time, found = largest_slope(s)
-        yield Row("S2", f"largest slope, N(0, s^2 I), s={s}", largest, found)
-        yield Row("S2", f"  at time, s={s}", time, found_time)
+        measured_time, measured = largest_slope(s)
+        yield Row("S2", f"largest slope, N(0, s^2 I), s={s}", largest, measured)
+        yield Row("S2", f"  at time, s={s}", time, measured_time)
         fit = fitted_slope(*pairs(s * x_0, wtflow.independent, time, generator))
         yield Row("S2", f"  the same from wtflow pairs, s={s}", largest, *fit)
     fit = fitted_slope(*pairs(0.3 * x_0, wtflow.independent, 0.0, generator))

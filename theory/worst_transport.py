@@ -1,8 +1,9 @@
 """W1-W4: worst transport, global and local. Time runs from data (t = 0) to noise (t = 1).
 
 [paper] WT-Flow "amplifies the observed CPF of rFM to mitigate the initial singularity". W1, W2 and
-the laws in W3 and W4 are [derived]; "local" read as the worst of n noise candidates is [ours]. What
-worst transport does not do: README.md. Figures: draw.worst_transport_figure, draw.fields_figure.
+the distributions in W3 and W4 are [derived]; "local" read as the worst of n noise candidates is
+[ours]. Limits of worst transport: README.md.
+Figures: draw.worst_transport_figure, draw.fields_figure.
 """
 
 import itertools
@@ -68,10 +69,10 @@ def local_field(x, t, atoms, n):
 
 
 def gain(n, d, m2):
-    """Signal to noise of the target at t = 0 relative to rFM's, at |x_0|^2 = m2 (W3). [ours]
+    """Signal-to-noise ratio of the target at t = 0 over rFM's, at |x_0|^2 = m2 (W3). [ours]
 
-    The ratio is |E[u|x_0]|^2 / tr Cov(u|x_0); the gain, what local worst transport buys one-step
-    inference, is (1 + a_n / sqrt(m2))^2 d / (d - 1 + minimum_variance(n)).
+    The ratio is |E[u|x_0]|^2 / tr Cov(u|x_0); the gain of local worst transport is
+    (1 + a_n / sqrt(m2))^2 d / (d - 1 + minimum_variance(n)).
     """
     return (1 + a_n(n) / m2**0.5) ** 2 * d / (d - 1 + minimum_variance(n))
 
@@ -81,8 +82,24 @@ minibatch_worst = partial(wtflow.optimal, sign=-1.0)
 
 
 def gaussian_coupling(x_0, generator, s, rho):
-    """x_1 ~ N(0, I) at correlation -rho with x_0 ~ N(0, s^2 I), of its shape: what W2 speaks of."""
+    """x_1 ~ N(0, I) at correlation -rho with x_0 ~ N(0, s^2 I), of its shape (W2)."""
     return -rho * x_0 / s + (1 - rho**2) ** 0.5 * wtflow.independent(x_0, generator)
+
+
+def worst_candidate(x_0, generator=None, n=64):
+    """x_1 of local worst transport for x_0 (N, d) or (B, d, h, w), at each position alone (W3).
+
+    Of n candidates z_k the one of smallest <x_0, z_k>, sampled from its exact distribution: along
+    e = x_0/|x_0| the minimum m of n standard normals, across e N(0, I). So n costs nothing; n = 1
+    is rFM. Where x_0 = 0 all candidates are equal: x_1 ~ N(0, I). [ours: a reading of "local"]
+    """
+    z = wtflow.independent(x_0, generator)
+    shape = x_0[:, :1].shape
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=x_0.device)
+    log_u = u.clamp_min(2.0**-53).log()  # the smallest u but 0, of which m would be infinite
+    m = torch.special.ndtri(-torch.expm1(log_u / n)).to(x_0.dtype)
+    e = torch.nn.functional.normalize(x_0, dim=1)
+    return z + (m - (z * e).sum(1, keepdim=True)) * e
 
 
 def worst_of(x_0, generator, n):
@@ -110,7 +127,7 @@ def along_direction(x_1, x_0):
 def signal_to_noise(u, e):
     """|E u|^2 / tr Cov u for targets u (N, d) of one x_0, and its standard error (W3, W5).
 
-    The mean is taken along e (d,), where it lies.
+    The mean is taken along its direction e (d,).
     """
     mean, mean_error = mean_se(u @ e)
     noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
@@ -121,7 +138,7 @@ def signal_to_noise(u, e):
 def kernel_field(x, x_t, u, h):
     """E[u | x_t = x] (N, d) by Nadaraya-Watson of bandwidth h, and log (N,) of the kernel mass.
 
-    Arrays: x (N, d); x_t and u (M, d), what the loss has seen.
+    Arrays: x (N, d); x_t and u (M, d), inputs and targets of the loss.
     """
     log_k = -((x[:, None] - x_t) ** 2).sum(-1) / (2 * h**2)
     return softmax(log_k, axis=1) @ u, logsumexp(log_k, axis=1)
@@ -166,7 +183,7 @@ def rows_W2(z, generator):
 def rows_W3(z, generator):
     """Rows for W3; z (N, 16) ~ N(0, I)."""
     for n in (2, 64):
-        x_1 = wtflow.worst_candidate(3 * z, generator, n)
+        x_1 = worst_candidate(3 * z, generator, n)
         along = along_direction(x_1, z)
         yield Row("W3", f"component of x_1 along x_0, n={n}", -a_n(n), *mean_se(along))
         spread = mean_se((along + a_n(n)).square())
@@ -179,7 +196,7 @@ def rows_W3(z, generator):
 
     e = torch.eye(16, dtype=z.dtype)[0]
     x_0 = (4 * e).expand_as(z)
-    u = wtflow.worst_candidate(x_0, generator, 64) - x_0
+    u = worst_candidate(x_0, generator, 64) - x_0
     yield Row("W3", "u_0(x) along x, |x|=4, n=64", -(4 + a_n(64)), *mean_se(u @ e))
     ratio = signal_to_noise(u, e)  # rFM's is |x|^2 / d = 1 here
     yield Row("W3", "signal to noise at t=0 over rFM's, |x|=4, n=64", gain(64, 16, 16), *ratio)

@@ -4,34 +4,41 @@ from functools import cache
 
 import numpy as np
 import pytest
-from claims import made_up_results
+from claims import run_of_exact_fields
 from matplotlib.colors import same_color
 
 from theory import draw
-from theory.learned_field import MODES
+from theory.learned_field import EARLY
 
-FIGURES = {
-    "singularity": draw.singularity_figure,
-    "concentration": draw.concentration_figure,
-    "worst_transport": draw.worst_transport_figure,
-    "fields": draw.fields_figure,
-    "strength": draw.strength_figure,
-    "blind_field": draw.blind_field_figure,
-    "learned_field": lambda: draw.learned_field_figure(*made_up_results()),
-}
+ERRORS = {"circle": np.arange(1.0, 15).reshape(7, 2)}
+NAMES = ["singularity", "concentration", "worst_transport", "fields", "local_transport"]
+NAMES += ["unconditional_field", "learned_field"]
 
 
 @cache
-def figure(name):
-    return FIGURES[name]()
+def figures():
+    return draw.figures(ERRORS, run_of_exact_fields()[1])
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_panel(name):
-    """Something is drawn in it, and named."""
-    for axis in figure(name).axes:
+def test_figures_are_those_of_the_readme():
+    assert list(figures()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_panel_is_drawn_and_named(name):
+    for axis in figures()[name].axes:
         assert axis.has_data()
         assert axis.get_xlabel() or axis.get_ylabel()
+
+
+def lines(axis, **style):
+    """Lines of an axis of this marker or line style that hold points."""
+    ((kind, value),) = style.items()
+    return [
+        line
+        for line in axis.lines
+        if getattr(line, f"get_{kind}")() == value and len(line.get_xdata())
+    ]
 
 
 def coordinates(axis, line):
@@ -39,6 +46,13 @@ def coordinates(axis, line):
     x, y = (np.asarray(values, float) for values in line.get_data())
     x = np.log(x) if axis.get_xscale() == "log" else x
     return x, np.log(y) if axis.get_yscale() == "log" else y
+
+
+def check_on_line(axis, estimates, closed_form, tolerance):
+    """The tolerance is relative beyond 1."""
+    x, y = coordinates(axis, estimates)
+    predicted = np.interp(x, *coordinates(axis, closed_form))
+    assert (abs(y - predicted) <= tolerance * (1 + abs(predicted))).all()
 
 
 @pytest.mark.parametrize(
@@ -50,39 +64,36 @@ def coordinates(axis, line):
         ("concentration", 2, 4, 0.1),
         ("concentration", 3, 3, 0.02),
         ("worst_transport", 0, 4, 0.05),
-        ("strength", 2, 3, 0.01),
-        ("blind_field", 0, 3, 0.1),
-        ("blind_field", 1, 2, 0.1),
-        ("blind_field", 2, 3, 0.05),
+        ("local_transport", 2, 3, 0.01),
+        ("unconditional_field", 0, 3, 0.1),
+        ("unconditional_field", 1, 2, 0.1),
+        ("unconditional_field", 2, 3, 0.05),
     ],
 )
-def test_dots_lie_on_lines(name, panel, curves, tolerance):
-    """Estimates on the solid line of their colour; the tolerance is relative beyond 1."""
-    axis = figure(name).axes[panel]
-    dots = [line for line in axis.lines if line.get_marker() == "o"]
-    solid = [line for line in axis.lines if line.get_linestyle() == "-"]
+def test_dots_lie_on_the_solid_line_of_their_colour(name, panel, curves, tolerance):
+    axis = figures()[name].axes[panel]
+    dots, solid = lines(axis, marker="o"), lines(axis, linestyle="-")
     assert len(dots) == curves
     for estimates in dots:
         colour = estimates.get_color()
         (closed_form,) = (line for line in solid if same_color(line.get_color(), colour))
-        x, y = coordinates(axis, estimates)
-        predicted = np.interp(x, *coordinates(axis, closed_form))
-        assert (abs(y - predicted) <= tolerance * (1 + abs(predicted))).all()
+        check_on_line(axis, estimates, closed_form, tolerance)
 
 
-def test_learned_field_panels():
-    """The means and AUROCs of the made-up results: from landing 0.5, from the origin 1."""
-    axes = figure("learned_field").axes
+def test_exact_fields_lie_on_the_exact_lines_of_the_learned_figure():
+    axes = figures()["learned_field"].axes
     (circle,) = (container.lines[0] for container in axes[0].containers)
-    assert list(circle.get_ydata()) == [0, 2, 4, 6, 8, 10, 12]
-    (inward,) = (line for line in axes[1].lines if line.get_marker() == "o")
-    assert list(inward.get_ydata()) == [1, 1]
-    told, not_told = (line for line in axes[2].lines if line.get_marker() == "o")
-    assert list(told.get_ydata()) == list(not_told.get_ydata()) == [1, 2, 3, 4]
+    assert list(circle.get_ydata()) == [1, 3, 5, 7, 9, 11, 13]
+    check_on_line(axes[1], *lines(axes[1], marker="o"), *lines(axes[1], linestyle="--"), 0.01)
+    conditioned, unconditional = lines(axes[2], marker="o")
+    check_on_line(axes[2], unconditional, *lines(axes[2], linestyle="-"), 0.01)
+    assert abs(conditioned.get_ydata()).max() < 1e-5
     for axis in axes[3:]:
-        lines = [line for line in axis.lines if len(line.get_xdata())]
-        dotted = [list(line.get_ydata()) for line in lines if line.get_linestyle() == ":"]
-        assert dotted == [[1, 1]] * len(MODES)
-        for marker, count in (("o", len(MODES)), ("x", 1)):
-            areas = [list(line.get_ydata()) for line in lines if line.get_marker() == marker]
-            assert [area for area in areas if area] == [[0.5, 0.5]] * count
+        (exact,) = lines(axis, linestyle="--")
+        assert same_color(exact.get_color(), draw.MODE_COLOURS[f"t < {EARLY}"])
+        (early,) = (
+            line
+            for line in lines(axis, marker="o")
+            if line.get_label() == "_nolegend_" and same_color(line.get_color(), exact.get_color())
+        )
+        check_on_line(axis, early, exact, 1e-3)

@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 
 import wtflow
 from theory import mean_se, normal, singularity, worst_transport
-from theory.worst_transport import a_n
+from theory.worst_transport import a_n, worst_candidate
 
 
 # ---- W1 ---------------------------------------------------------------------------------------
@@ -48,44 +48,49 @@ def costs_of_all_plans(x_0, z):
     return [(x_0 - z[list(plan)]).square().sum().item() for plan in plans]
 
 
-@claim(worst_transport.minibatch_worst, examples=15, n=st.integers(1, 6), d=dims, seed=seeds)
-def test_W1_worst_plan(plan, n, d, seed):
-    """No permutation of the noise costs more."""
-    x_0, z, cost = reordered_noise(plan, n, d, seed)
-    largest = max(costs_of_all_plans(x_0, z))
-    close(cost, largest, 10 * (1 + largest))
-    close(worst_transport.largest_cost(x_0.numpy(), z.numpy()), largest, 10 * (1 + largest))
+signs = st.sampled_from([1.0, -1.0])  # of the optimal plan, of the worst
 
 
-test_W1_worst_plan_rejects = rejects(
-    test_W1_worst_plan,
-    plan={"OT for WT": wtflow.optimal, "no plan at all": wtflow.independent},
+@claim(wtflow.optimal, examples=20, n=st.integers(1, 6), d=dims, sign=signs, seed=seeds)
+def test_W1_plan(plan, n, d, sign, seed):
+    """Only a reordering of the noise; no other costs less, or none more if the sign is -1."""
+    x_0 = normal(rng(seed), n, d)
+    x_1, z = plan(x_0, rng(seed + 1), sign), wtflow.independent(x_0, rng(seed + 1))
+    assert torch.equal(x_1.sort(0).values, z.sort(0).values)
+    cost = (x_0 - x_1).square().sum().item()
+    plans = itertools.permutations(range(n))
+    costs = [(x_0 - z[list(plan)]).square().sum().item() for plan in plans]
+    close(cost, min(costs) if sign > 0 else max(costs), 10 * (1 + max(costs)))
+    largest = worst_transport.largest_cost(x_0.numpy(), z.numpy())
+    close(largest, max(costs), 10 * (1 + largest))
+
+
+test_W1_plan_rejects = rejects(
+    test_W1_plan,
+    plan={
+        "OT for WT": lambda x_0, generator, sign: wtflow.optimal(x_0, generator),
+        "WT for OT": lambda x_0, generator, sign: wtflow.optimal(x_0, generator, -1.0),
+        "no plan at all": lambda x_0, generator, sign: wtflow.independent(x_0, generator),
+    },
 )
 
 
-@claim(wtflow.optimal, examples=15, n=st.integers(1, 6), d=dims, seed=seeds)
-def test_W1_optimal_plan(plan, n, d, seed):
-    """No permutation of the noise costs less."""
-    x_0, z, cost = reordered_noise(plan, n, d, seed)
-    costs = costs_of_all_plans(x_0, z)
-    close(cost, min(costs), 10 * (1 + max(costs)))
-
-
-test_W1_optimal_plan_rejects = rejects(
-    test_W1_optimal_plan, plan={"WT for OT": worst_transport.minibatch_worst}
+@claim(
+    wtflow.optimal,
+    examples=20,
+    b=st.integers(1, 3),
+    h=st.integers(1, 4),
+    d=st.integers(1, 3),
+    sign=signs,
+    seed=seeds,
 )
+def test_W1_images(plan, b, h, d, sign, seed):
+    """(B, d, h, w) is one set of vectors, in blocks of whole images here.
 
-
-image_shapes = {"b": st.integers(1, 3), "h": st.integers(1, 4), "d": st.integers(1, 3)}
-
-
-def check_plan_on_images(plan, sign, b, h, d, seed):
-    """(B, d, h, w) is one cloud of vectors, in blocks of whole images here.
-
-    sign: 1 for the optimal plan, -1 for the worst; in one dimension it is the (anti)sorted one.
+    In one dimension the plan is the sorted one, or the reversed one if the sign is -1.
     """
     x_0 = normal(rng(seed), b, d, h, 4)
-    x_1, z = plan(x_0, rng(seed + 1), block=4 * h), wtflow.independent(x_0, rng(seed + 1))
+    x_1, z = plan(x_0, rng(seed + 1), sign, 4 * h), wtflow.independent(x_0, rng(seed + 1))
     assert x_1.shape == x_0.shape
     for image in range(b):
         data, planned, noise = (x[image].reshape(d, -1).T for x in (x_0, x_1, z))
@@ -97,26 +102,11 @@ def check_plan_on_images(plan, sign, b, h, d, seed):
             assert torch.equal(by_data, noise.sort(0, descending=sign < 0).values)
 
 
-@claim(worst_transport.minibatch_worst, examples=15, **image_shapes, seed=seeds)
-def test_W1_images_worst(plan, b, h, d, seed):
-    """The worst plan of each image."""
-    check_plan_on_images(plan, -1, b, h, d, seed)
+def optimal_on_images(x_0, generator, sign, block):
+    return wtflow.optimal(x_0, generator, 1.0, block)
 
 
-test_W1_images_worst_rejects = rejects(
-    test_W1_images_worst, plan={"OT for WT, on images": wtflow.optimal}
-)
-
-
-@claim(wtflow.optimal, examples=15, **image_shapes, seed=seeds)
-def test_W1_images_optimal(plan, b, h, d, seed):
-    """The optimal plan of each image."""
-    check_plan_on_images(plan, 1, b, h, d, seed)
-
-
-test_W1_images_optimal_rejects = rejects(
-    test_W1_images_optimal, plan={"WT for OT, on images": worst_transport.minibatch_worst}
-)
+test_W1_images_rejects = rejects(test_W1_images, plan={"OT for WT, on images": optimal_on_images})
 
 
 @claim(wtflow.optimal, examples=3, seed=seeds)
@@ -199,7 +189,7 @@ test_W2_slope_rejects = rejects(
 )
 
 
-def test_W2_kernel_field():
+def test_kernel_field():
     """The field of the pictures: two points at distances 0 and h weigh 1 and exp(-1/2)."""
     x_t, u = np.array([[0.0, 0.0], [0.3, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
     field, log_mass = worst_transport.kernel_field(np.zeros((1, 2)), x_t, u, 0.3)
@@ -258,7 +248,7 @@ test_W3_a_n_rejects = rejects(
 )
 
 
-def check_law_of_worst(couple, n, d, scale, seed):
+def check_distribution_of_worst(couple, n, d, scale, seed):
     """The minimum of n along x_0, N(0, I) across it, whatever |x_0|; n = 1 is rFM."""
     x_0 = scale * normal(rng(seed), 3000, d)
     x_1 = couple(x_0, rng(seed + 1), n)
@@ -277,7 +267,7 @@ def check_law_of_worst(couple, n, d, scale, seed):
 
 
 @claim(
-    wtflow.worst_candidate,
+    worst_candidate,
     examples=15,
     n=candidates,
     d=dims,
@@ -285,12 +275,12 @@ def check_law_of_worst(couple, n, d, scale, seed):
     seed=seeds,
 )
 def test_W3_local_worst(couple, n, d, scale, seed):
-    """The exact law of wtflow.worst_candidate."""
-    check_law_of_worst(couple, n, d, scale, seed)
+    """The distribution of worst_candidate."""
+    check_distribution_of_worst(couple, n, d, scale, seed)
 
 
 def best(x_0, generator, n):
-    return -wtflow.worst_candidate(x_0, generator, n)
+    return -worst_candidate(x_0, generator, n)
 
 
 def antipode(x_0, generator, n):
@@ -303,7 +293,7 @@ def all_components(x_0, generator, n):
 
 def raw_projection(x_0, generator, n):
     """Forgets to normalise x_0 before removing the component along it."""
-    z, fixed = wtflow.independent(x_0, generator), wtflow.worst_candidate(x_0, generator, n)
+    z, fixed = wtflow.independent(x_0, generator), worst_candidate(x_0, generator, n)
     e = normalize(x_0)
     return z + (fixed * e).sum(1, keepdim=True) * e - (z * x_0).sum(1, keepdim=True) * e
 
@@ -315,7 +305,7 @@ test_W3_local_worst_rejects = rejects(
         "antipode for the local worst": antipode,
         "minimum in every coordinate": all_components,
         "projection on x_0 instead of x_0/|x_0|": raw_projection,
-        "off-by-one in n": lambda x_0, generator, n: wtflow.worst_candidate(x_0, generator, n + 1),
+        "off-by-one in n": lambda x_0, generator, n: worst_candidate(x_0, generator, n + 1),
     },
 )
 
@@ -329,19 +319,19 @@ test_W3_local_worst_rejects = rejects(
     seed=seeds,
 )
 def test_W3_by_draws(couple, n, d, scale, seed):
-    """The same law by its definition: n draws, the worst kept."""
-    check_law_of_worst(couple, n, d, scale, seed)
+    """The same distribution by its definition: n draws, the worst kept."""
+    check_distribution_of_worst(couple, n, d, scale, seed)
 
 
-@claim(wtflow.worst_candidate, examples=8, n=candidates, d=dims, seed=seeds)
+@claim(worst_candidate, examples=8, n=candidates, d=dims, seed=seeds)
 def test_W3_images(couple, n, d, seed):
-    """(B, d, h, w): one choice per location; x_0 = 0 gives plain noise."""
+    """(B, d, h, w): one choice per position; x_0 = 0 gives plain noise."""
     x_0 = normal(rng(seed), 6, d, 20, 20)
     x_0[0] = 0
     x_1 = couple(x_0, rng(seed + 1), n)
     along = (x_1[1:] * normalize(x_0[1:], dim=1)).sum(1)
-    law = partial(worst_transport.minimum_cdf, n=n)
-    assert kstest(along.ravel().numpy(), law).pvalue > P
+    cdf = partial(worst_transport.minimum_cdf, n=n)
+    assert kstest(along.ravel().numpy(), cdf).pvalue > P
     assert kstest(x_1[0].ravel().numpy(), "norm").pvalue > P
 
 
@@ -350,6 +340,14 @@ def rfm_on_images(x_0, generator, n):
 
 
 test_W3_images_rejects = rejects(test_W3_images, couple={"rFM for WT, on images": rfm_on_images})
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_W3_finite_for_any_random_number(monkeypatch, n):
+    """Of the type of x_0, and finite where the random number is 0."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
+    x_1 = worst_candidate(torch.ones(4, 3), n=n)
+    assert x_1.dtype == torch.float32 and torch.isfinite(x_1).all()
 
 
 @claim(worst_transport.initial_field, examples=15, n=candidates, d=dims, seed=seeds)
@@ -379,7 +377,7 @@ test_W3_potential_rejects = rejects(
 def test_W3_initial_field(field, n, d, seed):
     """u_0(x) is the mean of u at x by wtflow pairs."""
     x = normal(rng(seed), 1, d)
-    couple = partial(wtflow.worst_candidate, n=n)
+    couple = partial(worst_candidate, n=n)
     _, u = singularity.pairs(x.expand(4000, d), couple, 0.0, rng(seed + 1))
     predicted = field(x.numpy(), n)[0]
     for k in range(d):
@@ -404,7 +402,7 @@ def test_W3_local_field(field, n, d, t, seed):
     atoms = normal(rng(seed), 4, d)
     assume(atoms.norm(dim=1).min() > 0.05)
     x_0 = atoms[torch.randint(4, (6000,), generator=rng(seed + 1))]
-    x_t, u = singularity.pairs(x_0, partial(wtflow.worst_candidate, n=n), t, rng(seed + 2))
+    x_t, u = singularity.pairs(x_0, partial(worst_candidate, n=n), t, rng(seed + 2))
     u_t = torch.as_tensor(field(x_t.numpy(), t, atoms.numpy(), n))
     for g in (torch.ones_like(x_t), x_t, torch.sin(3 * x_t)):
         within(mean_se((t * (u - u_t) * g).mean(1)), 0, slack=1e-9)
@@ -425,15 +423,12 @@ test_W3_local_field_rejects = rejects(
 
 @claim(worst_transport.gain, examples=12, n=candidates, d=dims_from_2, seed=seeds)
 def test_W3_gain(gain, n, d, seed):
-    """|E u|^2 / tr Cov u at one x_0, |x_0| = 2, over rFM's 4 / d; the noise shows most at d = 2."""
+    """At one x_0, |x_0| = 2, over rFM's 4 / d; the noise matters most at d = 2."""
     for size in (2, d):
         x_0 = 2 * normalize(normal(rng(seed), 1, size)).expand(8000, size)
-        u = wtflow.worst_candidate(x_0, rng(seed + 1), n) - x_0
-        mean, mean_error = mean_se(u @ x_0[0] / 2)
-        noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
-        measured = mean**2 / noise / (4 / size)
-        error = measured * np.hypot(2 * mean_error / mean, noise_error / noise)
-        within((measured, error), gain(n, size, 4.0))
+        u = worst_candidate(x_0, rng(seed + 1), n) - x_0
+        ratio, error = worst_transport.signal_to_noise(u, x_0[0] / 2)
+        within((ratio * size / 4, error * size / 4), gain(n, size, 4.0))
 
 
 test_W3_gain_rejects = rejects(
@@ -441,25 +436,10 @@ test_W3_gain_rejects = rejects(
 )
 
 
-def test_W3_component_along_data():
-    """(1, 2) along (3, 4) is 11 / 5; that of a direction along itself is its norm."""
-    x_0 = torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
-    x_1 = torch.tensor([[1.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
-    assert worst_transport.along_direction(x_1, x_0).tolist() == pytest.approx([11 / 5, 2])
-
-
-def test_W3_signal_to_noise():
-    """A mean of 4 along the axis, a variance of 1 in both: 16 / 2, and twice the mean's error."""
-    u = torch.tensor([[3.0, 1.0], [5.0, 1.0], [3.0, -1.0], [5.0, -1.0]], dtype=torch.float64)
-    ratio, error = worst_transport.signal_to_noise(u, torch.tensor([1.0, 0.0], dtype=u.dtype))
-    assert ratio == pytest.approx(16 / 2)
-    assert error == pytest.approx(ratio * 2 * (4 / 3 / 4) ** 0.5 / 4)
-
-
 # ---- W4 ---------------------------------------------------------------------------------------
 @claim(wtflow.log_density, examples=15, n=candidates, d=dims, seed=seeds)
 def test_W4_one_step(density, n, d, seed):
-    """One Euler step under u_0 lands at |x1_hat| = a_n, where log p = -a_n^2 / 2d."""
+    """One Euler step under u_0 ends at |x1_hat| = a_n, where log p = -a_n^2 / 2d."""
 
     def exact_field(x, t):
         return torch.as_tensor(worst_transport.initial_field(x.numpy(), n))

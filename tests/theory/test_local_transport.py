@@ -1,4 +1,4 @@
-"""W5, W6: theory/strength.py, and wtflow.worst and landing. How to read: claims.py."""
+"""W5, W6: theory/local_transport.py, wtflow.worst, conditional_mean. How to read: claims.py."""
 
 from functools import partial
 
@@ -23,8 +23,8 @@ from scipy.stats import chi, kstest
 from torch.nn.functional import normalize
 
 import wtflow
-from theory import mean_se, normal, singularity, strength
-from theory.worst_transport import a_n
+from theory import local_transport, mean_se, normal, singularity
+from theory.worst_transport import a_n, signal_to_noise, worst_candidate
 
 sizes = st.floats(0.01, 100)  # of x_0, which the noise does not depend on
 
@@ -34,9 +34,9 @@ def numpy_field(field, x, rho):
     return torch.as_tensor(field(x.numpy(), rho))
 
 
-# ---- W5: the law of the noise -----------------------------------------------------------------
+# ---- W5: the distribution of the noise --------------------------------------------------------
 @claim(wtflow.worst, examples=12, rho=rhos, d=dims, size=sizes, seed=seeds)
-def test_W5_law(couple, rho, d, size, seed):
+def test_W5_noise(couple, rho, d, size, seed):
     """Given x_0: N(-rho sqrt(d) e, (1 - rho^2) I), e = x_0/|x_0|, whatever |x_0|; 0: rFM."""
     x_0 = size * normal(rng(seed), 2000, d)
     x_1 = couple(x_0, rng(seed + 1), rho)
@@ -64,19 +64,19 @@ def correlated(x_0, generator, rho):
     return -rho * x_0 + (1 - rho**2) ** 0.5 * wtflow.independent(x_0, generator)
 
 
-def candidates_of_strength(x_0, generator, rho):
-    n = max(1.0, strength.candidates(abs(rho), x_0.shape[1]))
-    return wtflow.worst_candidate(x_0, generator, n)
+def candidates_of_rho(x_0, generator, rho):
+    n = max(1.0, local_transport.candidates(abs(rho), x_0.shape[1]))
+    return worst_candidate(x_0, generator, n)
 
 
-test_W5_law_rejects = rejects(
-    test_W5_law,
+test_W5_noise_rejects = rejects(
+    test_W5_noise,
     couple={
         "OT for WT": best,
         "no noise": antipode,
         "all of the noise": off_the_shell,
         "the Gaussian coupling": correlated,
-        "as many candidates": candidates_of_strength,
+        "as many candidates": candidates_of_rho,
         "rFM": lambda x_0, generator, rho: wtflow.independent(x_0, generator),
     },
 )
@@ -84,7 +84,7 @@ test_W5_law_rejects = rejects(
 
 @claim(wtflow.worst, examples=6, rho=rhos, d=dims, seed=seeds)
 def test_W5_images(couple, rho, d, seed):
-    """(B, d, h, w): each location alone, loud or quiet; x_0 = 0 gives sqrt(1 - rho^2) z."""
+    """(B, d, h, w): each position alone, at any scale; x_0 = 0 gives sqrt(1 - rho^2) z."""
     x_0 = normal(rng(seed), 6, d, 10, 10) * normal(rng(seed + 2), 6, 1, 10, 10).exp()
     x_0[0] = 0
     x_1 = couple(x_0, rng(seed + 1), rho)
@@ -103,36 +103,33 @@ test_W5_images_rejects = rejects(
 )
 
 
-@claim(strength.energy_law, examples=10, rho=rhos, d=dims, seed=seeds)
-def test_W5_energy(law, rho, d, seed):
-    """The law of |x_1|^2, its mean d, its variance 2d (1 - rho^4)."""
-    x_1 = wtflow.worst(normal(rng(seed), 3000, d), rng(seed + 1), rho)
-    assert kstest(x_1.square().sum(1).numpy(), law(rho, d).cdf).pvalue > P
-    close(law(rho, d).mean(), d, 100 * d)
-    close(law(rho, d).var(), strength.energy_variance(rho, d), 1e3 * d)
-
-
-test_W5_energy_rejects = rejects(
-    test_W5_energy,
-    law={
-        "that of noise": lambda rho, d: strength.energy_law(0.0, d),
-        "degrees of freedom off by one": lambda rho, d: strength.energy_law(rho, d + 1),
-    },
+@claim(
+    local_transport.energy_distribution,
+    local_transport.energy_variance,
+    examples=10,
+    rho=rhos,
+    d=dims,
+    seed=seeds,
 )
-
-
-@claim(strength.energy_variance, examples=10, rho=rhos, d=dims, seed=seeds)
-def test_W5_variance(variance, rho, d, seed):
-    """By pairs; and each component has variance 1 where the direction of x_0 is uniform."""
+def test_W5_energy(distribution, variance, rho, d, seed):
+    """|x_1|^2 has this distribution, of mean d; N(0, 1) moments where x_0/|x_0| is uniform."""
     x_1 = wtflow.worst(normal(rng(seed), 8000, d), rng(seed + 1), rho)
     energy = x_1.square().sum(1)
-    within(mean_se((energy - d).square()), variance(rho, d))
+    assert kstest(energy.numpy(), distribution(rho, d).cdf).pvalue > P
+    close(distribution(rho, d).mean(), d, 100 * d)
+    close(distribution(rho, d).var(), variance(rho, d), 1e3 * d)
     within(mean_se(x_1[:, 0].square()), 1)
     within(mean_se(x_1[:, 0] * x_1[:, -1]), 1 if d == 1 else 0)
 
 
-test_W5_variance_rejects = rejects(
-    test_W5_variance,
+test_W5_energy_rejects = rejects(
+    test_W5_energy,
+    distribution={
+        "that of noise": lambda rho, d: local_transport.energy_distribution(0.0, d),
+        "degrees of freedom off by one": lambda rho, d: local_transport.energy_distribution(
+            rho, d + 1
+        ),
+    },
     variance={
         "that of noise": lambda rho, d: 2 * d,
         "exponent": lambda rho, d: 2 * d * (1 - rho**2),
@@ -141,11 +138,13 @@ test_W5_variance_rejects = rejects(
 )
 
 
-@claim(strength.distance_to_noise, examples=5, rho=st.sampled_from((-0.9, 0.5, 0.97)))
+@claim(local_transport.distance_to_noise, examples=5, rho=st.sampled_from((-0.9, 0.5, 0.97)))
 def test_W5_distance(distance, rho):
     """The limit of the distance of the radii, reached to 0.01 at d = 2000, and 0 for rFM."""
     probability = np.linspace(0, 1, 4001)[1:-1]
-    radii, noise = (strength.energy_law(k, 2000).ppf(probability) ** 0.5 for k in (rho, 0.0))
+    radii, noise = (
+        local_transport.energy_distribution(k, 2000).ppf(probability) ** 0.5 for k in (rho, 0.0)
+    )
     assert abs(np.mean((radii - noise) ** 2) ** 0.5 - distance(rho)) < 0.01
     assert distance(0.0) == 0
 
@@ -160,9 +159,16 @@ test_W5_distance_rejects = rejects(
 
 
 # ---- W5: the field, and signal to noise -------------------------------------------------------
-@claim(strength.initial_field, wtflow.landing, examples=15, rho=rhos, d=dims, seed=seeds)
-def test_W5_potential(field, landing, rho, d, seed):
-    """u_0 is minus the gradient of |x|^2/2 + rho sqrt(d) |x|, and lands at wtflow.landing."""
+@claim(
+    local_transport.initial_field,
+    wtflow.conditional_mean,
+    examples=15,
+    rho=rhos,
+    d=dims,
+    seed=seeds,
+)
+def test_W5_potential(field, conditional_mean, rho, d, seed):
+    """u_0 is minus the gradient of |x|^2/2 + rho sqrt(d) |x|; u_0 + x is the conditional mean."""
     x = normal(rng(seed), 5, d).requires_grad_()
     potential = x.square().sum() / 2 + rho * d**0.5 * x.norm(dim=1).sum()
     (gradient,) = torch.autograd.grad(potential, x)
@@ -170,7 +176,7 @@ def test_W5_potential(field, landing, rho, d, seed):
     size = 10 * (1 + x.abs().max().item()) * d
     close(field(x, rho), -gradient, size)
     close(field(x.numpy(), rho), -gradient.numpy(), size)
-    close(landing(x, rho), x + field(x, rho), size)
+    close(conditional_mean(x, rho), x + field(x, rho), size)
 
 
 def linear_field(x, rho):
@@ -181,18 +187,18 @@ test_W5_potential_rejects = rejects(
     test_W5_potential,
     field={
         "that of the Gaussian coupling": linear_field,
-        "OT for WT": lambda x, rho: strength.initial_field(x, -rho),
+        "OT for WT": lambda x, rho: local_transport.initial_field(x, -rho),
         "rFM": lambda x, rho: -x,
     },
-    landing={
+    conditional_mean={
         "the origin": lambda x, rho: 0 * x,
-        "the other side": lambda x, rho: wtflow.landing(x, -rho),
-        "no sqrt(d)": lambda x, rho: wtflow.landing(x, rho) / (x.shape[1] + 1) ** 0.5,
+        "the other side": lambda x, rho: wtflow.conditional_mean(x, -rho),
+        "no sqrt(d)": lambda x, rho: wtflow.conditional_mean(x, rho) / (x.shape[1] + 1) ** 0.5,
     },
 )
 
 
-@claim(strength.initial_field, examples=10, rho=rhos, d=dims, seed=seeds)
+@claim(local_transport.initial_field, examples=10, rho=rhos, d=dims, seed=seeds)
 def test_W5_initial_field(field, rho, d, seed):
     """The mean of u at one x by pairs of wtflow.worst; its noise is d (1 - rho^2)."""
     x = normal(rng(seed), 1, d)
@@ -209,17 +215,13 @@ test_W5_initial_field_rejects = rejects(
 )
 
 
-@claim(strength.gain, examples=10, rho=st.floats(-0.4, 0.95), d=dims_from_2, seed=seeds)
+@claim(local_transport.gain, examples=10, rho=st.floats(-0.4, 0.95), d=dims_from_2, seed=seeds)
 def test_W5_gain(gain, rho, d, seed):
-    """|E u|^2 / tr Cov u at one x_0, |x_0| = 2 sqrt(d), over rFM's 4; (1+rho)/(1-rho) at m2 = d."""
+    """At one x_0, |x_0| = 2 sqrt(d), over rFM's 4; (1+rho)/(1-rho) at m2 = d."""
     x_0 = 2 * d**0.5 * normalize(normal(rng(seed), 1, d)).expand(6000, d)
     u = wtflow.worst(x_0, rng(seed + 1), rho) - x_0
-    e = normalize(x_0[0], dim=0)
-    mean, mean_error = mean_se(u @ e)
-    noise, noise_error = mean_se((u - u.mean(0)).square().sum(1))
-    measured = mean**2 / noise / 4
-    error = measured * np.hypot(2 * mean_error / mean, noise_error / noise)
-    within((measured, error), gain(rho, d, 4.0 * d))
+    ratio, error = signal_to_noise(u, normalize(x_0[0], dim=0))
+    within((ratio / 4, error / 4), gain(rho, d, 4.0 * d))
     close(gain(rho, d, d), (1 + rho) / (1 - rho), 10 / (1 - rho**2) ** 2)
 
 
@@ -228,15 +230,15 @@ test_W5_gain_rejects = rejects(
     gain={
         "missing square": lambda rho, d, m2: (1 + rho * (d / m2) ** 0.5) / (1 - rho**2),
         "no noise taken away": lambda rho, d, m2: (1 + rho * (d / m2) ** 0.5) ** 2,
-        "m2 / d for d / m2": lambda rho, d, m2: strength.gain(rho, m2, d),
+        "m2 / d for d / m2": lambda rho, d, m2: local_transport.gain(rho, m2, d),
     },
 )
 
 
 # ---- W5: beside sampled candidates ------------------------------------------------------------
-@claim(strength.candidates, examples=15, pull=st.floats(3, 7), d=st.integers(64, 1000))
+@claim(local_transport.candidates, examples=15, pull=st.floats(3, 7), d=st.integers(64, 1000))
 def test_W5_candidates(candidates, pull, d):
-    """As many pull as strongly, up to the third order in 1/a_n; not the square of the number."""
+    """a_n = rho sqrt(d) up to the third order in 1/a_n."""
     n = candidates(pull / d**0.5, d)
     assert abs(a_n(n) - pull) < 2 / pull**3
 
@@ -249,16 +251,18 @@ test_W5_candidates_rejects = rejects(
     test_W5_candidates,
     candidates={
         "the leading order alone": exponential_alone,
-        "without Euler's constant": lambda rho, d: strength.candidates(rho, d) * 1.78,
-        "exp(rho^2 d)": lambda rho, d: strength.candidates(2**0.5 * rho, d),
+        "without Euler's constant": lambda rho, d: local_transport.candidates(rho, d) * 1.78,
+        "exp(rho^2 d)": lambda rho, d: local_transport.candidates(2**0.5 * rho, d),
     },
 )
 
 
-@claim(strength.candidate_energy, examples=8, n=st.integers(1, 300), d=dims_from_2, seed=seeds)
+@claim(
+    local_transport.candidate_energy, examples=8, n=st.integers(1, 300), d=dims_from_2, seed=seeds
+)
 def test_W5_candidate_energy(energy, n, d, seed):
     """E|x_1|^2 of the worst of n candidates, by pairs."""
-    x_1 = wtflow.worst_candidate(normal(rng(seed), 4000, d), rng(seed + 1), n)
+    x_1 = worst_candidate(normal(rng(seed), 4000, d), rng(seed + 1), n)
     within(mean_se(x_1.square().sum(1)), energy(n, d))
 
 
@@ -266,46 +270,43 @@ test_W5_candidate_energy_rejects = rejects(
     test_W5_candidate_energy,
     energy={
         "on the shell": lambda n, d: d,
-        "d for d - 1": lambda n, d: strength.candidate_energy(n, d) + 1,
+        "d for d - 1": lambda n, d: local_transport.candidate_energy(n, d) + 1,
         "square of the mean": lambda n, d: d - 1 + a_n(n) ** 2,
     },
 )
 
 
 # ---- W6 ---------------------------------------------------------------------------------------
-def score_from_landing(v_theta, x, rho):
-    """|x1_hat - landing|^2 as wtflow's functions give it: -2 d log p."""
-    e = wtflow.euler(v_theta, x) - wtflow.landing(x, rho)
-    return -2 * x.shape[1] * wtflow.log_density(e)
+def squared_residual(v_theta, x, rho):
+    """|x1_hat - E[x_1 | x_0 = x]|^2 by wtflow's functions: -2 d log p."""
+    residual = wtflow.euler(v_theta, x) - wtflow.conditional_mean(x, rho)
+    return -2 * x.shape[1] * wtflow.log_density(residual)
 
 
-@claim(score_from_landing, examples=8, rho=rhos, d=dims, seed=seeds)
-def test_W6_score(score, rho, d, seed):
+@claim(squared_residual, examples=8, rho=rhos, d=dims, seed=seeds)
+def test_W6_residual(square, rho, d, seed):
     """|v_theta(x, 0) - u_0(x)|^2, for any v_theta; nothing for the exact field, at every x."""
     torch.manual_seed(seed % 1000)
-    network = wtflow.PointField(d, 8, told_t=True).double().eval().requires_grad_(False)
+    network = (
+        wtflow.PositionField(d, 8, time_conditioned=True).double().eval().requires_grad_(False)
+    )
     x = normal(rng(seed), 20, d)
-    u_0 = strength.initial_field(x, rho)
+    u_0 = local_transport.initial_field(x, rho)
     squares = (network(x, torch.zeros(20, dtype=x.dtype)) - u_0).square().sum(1)
-    close(score(network, x, rho), squares, 100 * (1 + squares.max().item()))
-    close(score(lambda x, t: u_0, x, rho), 0, 100 * (1 + x.abs().max().item()) ** 2 * d)
+    close(square(network, x, rho), squares, 100 * (1 + squares.max().item()))
+    close(square(lambda x, t: u_0, x, rho), 0, 100 * (1 + x.abs().max().item()) ** 2 * d)
 
 
-def score_from_origin(v_theta, x, rho):
-    return score_from_landing(v_theta, x, 0.0)
+def residual_of_two_steps(v_theta, x, rho):
+    return (wtflow.euler(v_theta, x, 2) - wtflow.conditional_mean(x, rho)).square().sum(1)
 
 
-def score_of_two_steps(v_theta, x, rho):
-    e = wtflow.euler(v_theta, x, 2) - wtflow.landing(x, rho)
-    return e.square().sum(1)
-
-
-test_W6_score_rejects = rejects(
-    test_W6_score,
-    score={
-        "from the origin": score_from_origin,
-        "from the other side": lambda v, x, rho: score_from_landing(v, x, -rho),
-        "two steps": score_of_two_steps,
+test_W6_residual_rejects = rejects(
+    test_W6_residual,
+    square={
+        "x1_hat for the residual": lambda v, x, rho: squared_residual(v, x, 0.0),
+        "OT for WT": lambda v, x, rho: squared_residual(v, x, -rho),
+        "two steps": residual_of_two_steps,
     },
 )
 
@@ -321,44 +322,44 @@ def mixture(d, seed):
         squares = ((x[:, None] - mu) ** 2).sum(-1)
         return np.logaddexp(*(-squares.T / (2 * width**2)))
 
-    def score(x):
+    def grad_log_q(x):
         weights = singularity.component_weights(x, 0.0, mu, width)
         return (weights @ mu - x) / width**2
 
-    return mu, width, log_q, score
+    return mu, width, log_q, grad_log_q
 
 
-@claim(strength.mismatch, examples=12, rho=rhos, d=st.integers(1, 3), seed=seeds)
-def test_W6_mismatch(mismatch, rho, d, seed):
+@claim(local_transport.early_residual, examples=12, rho=rhos, d=st.integers(1, 3), seed=seeds)
+def test_W6_early_residual(early_residual, rho, d, seed):
     """The first order of u_t - u_0 at small t, by quadrature: that of v - u_0 at T = 2t."""
-    mu, _, log_q, score = mixture(d, seed)
+    mu, _, log_q, grad_log_q = mixture(d, seed)
     x, t = mu[:1] + 0.3, 1e-4
-    u_0 = strength.initial_field(x, rho)[0]
-    measured = (strength.early_field(x[0], t, log_q, rho) - u_0) / t
-    predicted = mismatch(x, score(x), rho, 2 * t)[0] / t
+    u_0 = local_transport.initial_field(x, rho)[0]
+    measured = (local_transport.early_field(x[0], t, log_q, rho) - u_0) / t
+    predicted = early_residual(x, grad_log_q(x), rho, 2 * t)[0] / t
     assert np.abs(measured - predicted).max() < 0.01 * (1 + np.abs(predicted).max())
 
 
-def mismatch_of_all_noise(x, score, rho, t_max):
-    return -t_max / 2 * (score - strength.initial_field(x, rho))
+def early_residual_of_all_noise(x, grad_log_q, rho, t_max):
+    return -t_max / 2 * (grad_log_q - local_transport.initial_field(x, rho))
 
 
-def mismatch_of_opposite_pull(x, score, rho, t_max):
-    return strength.mismatch(x, score, -rho, t_max)
+def early_residual_of_opposite_pull(x, grad_log_q, rho, t_max):
+    return local_transport.early_residual(x, grad_log_q, -rho, t_max)
 
 
-test_W6_mismatch_rejects = rejects(
-    test_W6_mismatch,
-    mismatch={
-        "no 1 - rho^2": mismatch_of_all_noise,
-        "OT for WT": mismatch_of_opposite_pull,
-        "T for T/2": lambda x, score, rho, t_max: strength.mismatch(x, score, rho, 2 * t_max),
-        "the exact field told t": lambda x, score, rho, t_max: 0 * x,
+test_W6_early_residual_rejects = rejects(
+    test_W6_early_residual,
+    early_residual={
+        "no 1 - rho^2": early_residual_of_all_noise,
+        "OT for WT": early_residual_of_opposite_pull,
+        "T for T/2": lambda *x: 2 * local_transport.early_residual(*x),
+        "the time-conditioned field": lambda x, grad_log_q, rho, t_max: 0 * x,
     },
 )
 
 
-@claim(strength.early_field, examples=6, rho=rhos, d=st.integers(1, 2), seed=seeds)
+@claim(local_transport.early_field, examples=6, rho=rhos, d=st.integers(1, 2), seed=seeds)
 def test_W6_early_field(field, rho, d, seed):
     """E[(u - u_t(x_t)) g(x_t)] = 0 by pairs of wtflow.worst; rho = 0 is S2's field."""
     mu, width, log_q, _ = mixture(d, seed)
@@ -376,15 +377,15 @@ def test_W6_early_field(field, rho, d, seed):
 
 
 def field_at_0(x, t, log_q, rho):
-    return strength.initial_field(x[None], rho)[0]
+    return local_transport.initial_field(x[None], rho)[0]
 
 
 def field_of_opposite_pull(x, t, log_q, rho):
-    return strength.early_field(x, t, log_q, -rho)
+    return local_transport.early_field(x, t, log_q, -rho)
 
 
 def field_of_other_data(x, t, log_q, rho):
-    return strength.early_field(x, t, lambda x: -log_q(x), rho)
+    return local_transport.early_field(x, t, lambda x: -log_q(x), rho)
 
 
 test_W6_early_field_rejects = rejects(
@@ -400,7 +401,7 @@ test_W6_early_field_rejects = rejects(
 # ---- The printed table ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows():
-    return list(strength.table(seed=1))
+    return list(local_transport.table(seed=1))
 
 
 @pytest.mark.parametrize("name", ["W5", "W6"])

@@ -1,9 +1,10 @@
-"""B1-B4: the field that is not told the time. Time runs from data (t = 0) to noise (t = 1).
+"""B1-B4: the time-unconditional field. Time runs from data (t = 0) to noise (t = 1).
 
 Trained on t ~ U(0, T), T = t_max, it learns v(x) = E[u_t(x) | x], the average over p(t | x),
-proportional to p_t(x). By the continuity equation div (v int_0^T p_t dt) = q - p_T (B1): data are
-sources, noise is a sink, and where q is isotropic Gauss's law gives v. All [derived]; that v_theta
-need not be told t is [ours]. Proofs: README.md. Figure: draw.blind_field_figure.
+proportional to p_t(x). By the continuity equation div (v int_0^T p_t dt) = q - p_T: data are
+sources, noise is a sink. Where q is isotropic the divergence theorem gives v. The formulas are
+[derived]; time-unconditional fields are those of Sun et al. 2025 (arXiv 2502.13129).
+Proofs: README.md. Figure: draw.unconditional_field_figure.
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ from theory.singularity import variance
 from theory.worst_transport import gaussian_coupling, minibatch_worst
 
 SAMPLES = 40_000  # points behind each row of the table
-BACKGROUND, OBJECT = 0.5, 1.75**0.5  # two scales of equal weight, m2 = d (B3)
+SMALL, LARGE = 0.5, 1.75**0.5  # the two scales of B3, of equal weight: m2 = d
 
 
 # ---- Closed forms -----------------------------------------------------------------------------
@@ -29,7 +30,7 @@ def chi_mean(k):
 def displacement(delta, m, t_max=1.0):
     """|v(x)| across a subspace of codimension m >= 2 at distance delta off it (B1, B4).
 
-    E[chi_{m-1} | chi_{m-1} > delta / T]: one step lands at radius delta plus this.
+    E[chi_{m-1} | chi_{m-1} > delta / T]: one step ends at radius delta plus this.
     """
     a = delta / t_max
     return chi_mean(m - 1) * chi.sf(a, m) / chi.sf(a, m - 1)
@@ -38,8 +39,9 @@ def displacement(delta, m, t_max=1.0):
 def radial_field(r, d, scales, t_max=1.0, rho=0.0):
     """v_r (N,) at |x| = r (N,) for data of `scales` s, N(0, s^2 I_d) with equal weights (B1-B4).
 
-    Gauss's law: sum_s P(|x_0| < r) - P(|x_T| < r) over sum_s int_0^T of the density of |x_t| at r.
-    s = 0 is a point mass. Gaussian coupling of correlation -rho within each scale, 0 for rFM.
+    By the divergence theorem sum_s P(|x_0| < r) - P(|x_T| < r) over sum_s int_0^T of the density of
+    |x_t| at r. s = 0 is a point mass. Within each scale the coupling is Gaussian, of correlation
+    -rho; rho = 0 is rFM.
     """
     r = np.atleast_1d(np.asarray(r, float))
     flux, density = np.zeros_like(r), np.zeros_like(r)
@@ -84,20 +86,20 @@ def edge_slope(s, m):
 
 # ---- Estimators -------------------------------------------------------------------------------
 def pairs_at_any_time(x_0, couple, generator, t_max=1.0):
-    """(x_t, u), each (N, d), that wtflow.flow_matching_loss shows a field and asks of it."""
-    seen = {}
+    """(x_t, u), each (N, d): the input and the target of a field in wtflow.flow_matching_loss."""
+    recorded = {}
 
     def field(x_t, t):
-        seen["x_t"] = x_t
+        recorded["x_t"] = x_t
         return torch.zeros_like(x_t)
 
     def noise(x_0, generator):
         x_1 = couple(x_0, generator)
-        seen["u"] = x_1 - x_0
+        recorded["u"] = x_1 - x_0
         return x_1
 
     wtflow.flow_matching_loss(field, x_0, noise, generator, t_max=t_max)
-    return seen["x_t"], seen["u"]
+    return recorded["x_t"], recorded["u"]
 
 
 def in_shell(x_t, u, low, high):
@@ -139,10 +141,10 @@ def rows_B1(generator):
         x_0 = torch.zeros(SAMPLES, k + m, dtype=torch.float64)
         x_0[:, :k] = normal(generator, SAMPLES, k)
         x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
-        delta, landed = in_shell(x_t[:, k:], u[:, k:], low, high)
-        what = f"landing radius, m={m}, off by {low:g} to {high:g}"
+        delta, velocity = in_shell(x_t[:, k:], u[:, k:], low, high)
+        what = f"|x1_hat| across a subspace, m={m}, off by {low:g} to {high:g}"
         predicted = (delta + displacement(delta, m)).mean()
-        yield Row("B1", what, predicted, *mean_se(delta + landed))
+        yield Row("B1", what, predicted, *mean_se(delta + velocity))
         if m == 20 and high < 0.5:
             near = x_t[:, k:].norm(dim=1) < high
             fit = slope_on(u[near, :k], x_t[near, :k])
@@ -170,7 +172,7 @@ def on_grid(radii, d, scales, t_max=1.0):
 
 
 def rows_B2(generator):
-    """Rows for B2: one step leaves whitened Gaussian data where they are, slope 1 of x1_hat."""
+    """Rows for B2: one step does not move whitened Gaussian data, so x1_hat has slope 1."""
     x_0 = normal(generator, 20_480, 16)
     couplings = {
         "rFM": wtflow.independent,
@@ -184,29 +186,29 @@ def rows_B2(generator):
 
 
 def rows_B3(generator):
-    """Rows for B3: where the blind field sends the two scales and what lies between."""
+    """Rows for B3: |x1_hat| of the two scales and of points between them."""
     d = 16
-    scales = (BACKGROUND, OBJECT)
+    scales = (SMALL, LARGE)
     x_0 = scales_mixture(8 * SAMPLES, d, scales, generator)
     x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
-    for s, name in ((BACKGROUND, "background"), (0.85, "between"), (OBJECT, "object")):
+    for s, name in ((SMALL, "small"), (0.85, "between"), (LARGE, "large")):
         radii, velocity = in_shell(x_t, u, 0.95 * s * d**0.5, 1.05 * s * d**0.5)
-        what = f"landing radius from |x|/sqrt(d) = {s:.2f} ({name})"
+        what = f"|x1_hat| from |x|/sqrt(d) = {s:.2f} ({name})"
         predicted = (radii + np.interp(radii, *on_grid(radii, d, scales))).mean()
         yield Row("B3", what, predicted, *mean_se(radii + velocity))
 
 
 def rows_B4(generator):
-    """Rows for B4, T = 0.05: what a subspace keeps, what N(0, s^2 I) loses."""
+    """Rows for B4, T = 0.05: off a point mass the jump remains; N(0, s^2 I) contracts."""
     d, t_max = 20, 0.05
-    nothing = torch.zeros(SAMPLES, d, dtype=torch.float64)
-    x_t, u = pairs_at_any_time(nothing, wtflow.independent, generator, t_max)
+    origin = torch.zeros(SAMPLES, d, dtype=torch.float64)
+    x_t, u = pairs_at_any_time(origin, wtflow.independent, generator, t_max)
     for low, high in ((0.02, 0.1), (0.25, 0.3)):
-        delta, landed = in_shell(x_t, u, low, high)
-        what = f"landing radius, m={d}, off by {low:g} to {high:g}, T={t_max:g}"
+        delta, velocity = in_shell(x_t, u, low, high)
+        what = f"|x1_hat| across a subspace, m={d}, off by {low:g} to {high:g}, T={t_max:g}"
         predicted = (delta + displacement(delta, d, t_max)).mean()
-        yield Row("B4", what, predicted, *mean_se(delta + landed))
-    for s in (1.0, BACKGROUND):
+        yield Row("B4", what, predicted, *mean_se(delta + velocity))
+    for s in (1.0, SMALL):
         x_0 = s * normal(generator, SAMPLES, d)
         x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator, t_max)
         radii, velocity = in_shell(x_t, u, 0.95 * s * d**0.5, 1.05 * s * d**0.5)
