@@ -441,22 +441,22 @@ def unconditional_field_figure():
     """|x1_hat| of the time-unconditional field: B1's jump, B3's two scales, B4's range of t."""
     generator = torch.Generator().manual_seed(0)
     figure, (jump, scales, range_of_t) = panels(1, 3, 4.6)
-    end_off_data(jump, generator)
-    end_by_radius(scales, generator)
-    end_by_range(range_of_t, generator)
+    x1_hat_off_data(jump, generator)
+    x1_hat_by_radius(scales, generator)
+    x1_hat_by_range(range_of_t, generator)
     for axis in figure.axes:
         legend(axis)
     return figure
 
 
-def ends(x_t, u, edges):
+def mean_radii(x_t, u, edges):
     """Mean |x_t| and mean |x_t| + v_r in each shell between `edges` that has 50 points."""
     shells = [in_shell(x_t, u, *ends) for ends in zip(edges[:-1], edges[1:], strict=True)]
     means = [(r.mean(), (r + v).mean()) for r, v in shells if len(r) >= 50]
     return np.transpose(means)
 
 
-def end_off_data(axis, generator):
+def x1_hat_off_data(axis, generator):
     """B1: data of thickness s across m = 20 directions; a time-conditioned field ends at 0."""
     m, delta = 20, np.geomspace(0.02, 8, 120)
     for s, colour in coloured((0.0, 0.05, 0.2)):
@@ -464,7 +464,7 @@ def end_off_data(axis, generator):
         axis.plot(delta, exact, color=colour)
         points = pairs_at_any_time(s * normal(generator, 60_000, m), wtflow.independent, generator)
         label = f"thickness {s:g}" if s else "subspace"
-        dots(axis, *ends(*points, np.geomspace(0.03, 6, 14)), colour, label)
+        dots(axis, *mean_radii(*points, np.geomspace(0.03, 6, 14)), colour, label)
     axis.axhline(0, color="k", ls=":", label="time-conditioned: 0 (C2)")
     axis.set(
         xscale="log",
@@ -475,7 +475,7 @@ def end_off_data(axis, generator):
     )
 
 
-def end_by_radius(axis, generator):
+def x1_hat_by_radius(axis, generator):
     """B2, B3: N(0, I) is not moved; of two scales the small one moves outwards."""
     d, r = 16, np.linspace(0.8, 7.5, 80)
     for scales, colour, name in (
@@ -485,7 +485,7 @@ def end_by_radius(axis, generator):
         axis.plot(r / 4, (r + radial_field(r, d, scales)) / 4, color=colour)
         x_0 = scales_mixture(60_000, d, scales, generator)
         points = pairs_at_any_time(x_0, wtflow.independent, generator)
-        dots(axis, *ends(*points, np.linspace(1, 7, 16)) / 4, colour, name)
+        dots(axis, *mean_radii(*points, np.linspace(1, 7, 16)) / 4, colour, name)
     for s, name in ((SMALL, "small"), (LARGE, "large")):
         axis.axvline(s, color="0.6", ls="--", lw=1)
         axis.annotate(name, (s + 0.03, 1.9), color="0.3", fontsize=8)
@@ -498,7 +498,7 @@ def end_by_radius(axis, generator):
     )
 
 
-def end_by_range(axis, generator):
+def x1_hat_by_range(axis, generator):
     """B4: a subspace (solid, dots) keeps its jump below T sqrt(m); two scales contract (dashed)."""
     d, r = 16, np.linspace(0.8, 7.5, 60)
     for t_max, colour in coloured((1.0, 0.2, 0.05)):
@@ -507,7 +507,7 @@ def end_by_range(axis, generator):
         origin = torch.zeros(60_000, d, dtype=torch.float64)
         points = pairs_at_any_time(origin, wtflow.independent, generator, t_max)
         edges = np.geomspace(0.03, 6 * t_max, 12)
-        dots(axis, *ends(*points, edges), colour, f"$T={t_max:g}$")
+        dots(axis, *mean_radii(*points, edges), colour, f"$T={t_max:g}$")
         axis.plot(r, r + radial_field(r, d, (SMALL, LARGE), t_max), "--", color=colour)
     axis.plot([], [], "k-", label="off a subspace, $m=16$")
     axis.plot([], [], "k--", label="two scales, $d=16$")
@@ -604,7 +604,7 @@ def learned_field_figure(errors, results):
     figure, axes = panels(2, 3, 4.4, 3.6)
     error_over_time(axes[0], errors)
     inward_by_rho(axes[1], results["circle", "time-conditioned"])
-    end_of_two_scales(axes[2], results)
+    x1_hat_of_two_scales(axes[2], results)
     for axis, data, kind in (
         (axes[3], "circle", "off"),
         (axes[4], "two scales", "larger"),
@@ -646,7 +646,7 @@ def inward_by_rho(axis, fields):
     )
 
 
-def end_of_two_scales(axis, results):
+def x1_hat_of_two_scales(axis, results):
     """(b) B3: |x1_hat| of 300 normal points by |x|, rFM; lines: exact."""
     for mode in ("time-conditioned", "time-unconditional"):
         fit = results["two scales", mode][0.0]
