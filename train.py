@@ -1,4 +1,4 @@
-"""Train WT-Flow on a data set of good images, evaluate it, write models, table and pictures.
+"""Train WT-Flow on a data set of good images, evaluate it, write models, tables and pictures.
 
 python train.py                              a small demo, made here, trained and evaluated
 python train.py --data path/to/mvtec         every category of a data set, or one's folder
@@ -27,11 +27,147 @@ import evaluate
 import wtflow
 from wtflow import InputError
 
+WEIGHT_DECAY = 0.01  # of AdamW
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
+CROSS_FIT_BELOW = 100  # images; of as many, a false positive rate of 1 % is one of them
 DEMO_STEPS = 200  # the demo's categories are small; all else is the default of wtflow.Recipe
-OWN_OPTIONS = ("backbone", "image_size", "steps", "coupling", "strength")  # the rest: --set
+REPORT_STEPS = 20
+SAVE_SECONDS = 20  # a killed run loses at most this much training
 
 
-# ---- 1. One category, from images to a model -----------------------------------------------------
+# ---- 1. Fitting a detector to the features of good images ----------------------------------------
+def train_field(detector, features, seed=0, report=None, save=None, state=None):
+    """Fit detector.field to the velocity of good features (n, d, h, w); the last step is the model.
+
+    Call it after fit_whitening. report(step, loss) is called every REPORT_STEPS, save(state) about
+    every SAVE_SECONDS and at the end; from such a state the training goes on, the same to the last
+    bit. Raises InputError if the loss is not finite.
+    """
+    recipe, device = detector.recipe, detector.device
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(seed)
+        v_theta = wtflow.new_field(recipe, features.shape[1]).to(device).train()
+    optimizer = torch.optim.AdamW(
+        v_theta.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    generator = torch.Generator(device).manual_seed(seed)
+    couple, first, saved = wtflow.coupling(recipe), 0, time.monotonic()
+    if state is not None:
+        first = state["step"]
+        v_theta.load_state_dict(state["field"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+
+    for step in range(first + 1, recipe.steps + 1):
+        # A batch of x_0, its noise x_1 and the error of the velocity between them
+        x_0 = detector.normalise(draw(features, recipe, generator))
+        with wtflow.autocast(device):
+            loss = wtflow.flow_matching_loss(v_theta, x_0, couple, generator).mean()
+
+        # One step of AdamW
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        # Report and save
+        last = step == recipe.steps
+        if last or step % REPORT_STEPS == 0:
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"loss is not finite at step {step}: "
+                    "lower the learning rate, or look for damaged training images"
+                )
+            if report is not None:
+                report(step, loss.item())
+        if save is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
+            state = {"step": step, "field": v_theta.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+            save(state)
+            saved = time.monotonic()
+    detector.field = wtflow.freeze(v_theta)
+
+
+def draw(features, recipe, generator):
+    """A random batch of features (n, d, h, w): positions (batch, d), or maps (batch, d, h, w)."""
+
+    def below(limit):
+        return torch.randint(limit, (recipe.batch,), generator=generator, device=features.device)
+
+    image = below(len(features))
+    if recipe.field == "unet":
+        return features[image]
+    return features.movedim(1, -1).flatten(1, 2)[image, below(features[0, 0].numel())]
+
+
+def learning_rate(step, recipe):
+    """AdamW's learning rate at a step, from 0: a linear rise, then a cosine to zero [ours]."""
+    done = step / recipe.steps
+    if done < WARM_UP:
+        return recipe.lr * done / WARM_UP
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+
+
+def fit_detector(detector, features, seed=0, report=None, save=None, state=None):
+    """Fit whitening, field and Gaussians to good features (n, d, h, w), and normal_scores (n,).
+
+    These scores of good images set the threshold, so no image may be scored by what has seen it.
+    Of CROSS_FIT_BELOW images and more the Gaussians alone remember one, and leave it out in closed
+    form. Of fewer the field does so too (cross-conformal prediction, Vovk 2015): for each fold all
+    is fitted to the other images. The detector that is kept is fitted to all images.
+
+    report(step, steps, loss); save and state as in train_field.
+    """
+    recipe, n = detector.recipe, len(features)
+    folds = min(recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
+    fold = torch.arange(n, device=features.device) % max(folds, 1)
+    done = state or {"fits": 0, "held_out": torch.zeros(n), "field": None}
+    held_out = done["held_out"].clone()
+    for k in range(done["fits"], folds + 1):
+
+        def report_all(step, loss, k=k):
+            if report is not None:
+                report(k * recipe.steps + step, (folds + 1) * recipe.steps, loss)
+
+        def save_all(field, k=k):
+            if save is not None:
+                save({"fits": k, "held_out": held_out, "field": field})
+
+        others = features if k == folds else features[fold != k]
+        detector.fit_whitening(others)
+        begun = done["field"] if k == done["fits"] else None
+        train_field(detector, others, seed, report_all, save_all, begun)
+        scores = detector.fit_gaussian(others)
+        if k < folds:
+            held_out[fold.cpu() == k] = detector.score(features[fold == k])[1]
+    detector.normal_scores = held_out.to(detector.device) if folds else scores.to(detector.device)
+
+
+def fit(images, seed=0, weights=None, device="auto", **settings):
+    """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
+
+    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
+    in a package; device: as --device; settings: of wtflow.Recipe. Raises InputError.
+
+        detector = train.fit(images, steps=200)
+        evaluate.save_model("model.pt", detector)
+    """
+    if not isinstance(images, (list, tuple)):
+        raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
+    if not images:
+        raise InputError("no images: give at least one")
+    recipe = changed(wtflow.Recipe(), settings)
+    files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
+    white_level = evaluate.white_level_of(files)
+    images = [evaluate.as_image(image, white_level) for image in images]
+    recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
+    detector = wtflow.Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
+    fit_detector(detector, evaluate.extract(detector, images)[0], seed)
+    return detector
+
+
+# ---- 2. One category, from images to a model -----------------------------------------------------
 def run_category(category, recipe, seed, folder, args, device, prefix):
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
@@ -39,13 +175,15 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
     train_sizes = evaluate.image_sizes(category.train)
     recipe = wtflow.recipe_for(recipe, train_sizes)
     print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
+
+    # Resume: a finished category is read, one that was begun goes on from its state.
     mine, state = signature(category, recipe, seed, args.weights_digest), None
     begun = {**mine, "device": device.type}  # generators of two devices differ
-    finished = {**mine, "false_alarms": args.false_alarms}  # training does not depend on them
+    finished = {**mine, "fpr": args.fpr}  # training does not depend on it
     source = source_of(category)
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        evaluate.draw_missing(folder, category, args, device)
+        draw_missing(folder, category, args, device)
         return row
     refuse_another_source(model_file, source)
     if args.resume and state_file.exists():
@@ -55,48 +193,53 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
         state_file.unlink(missing_ok=True)  # of an earlier run
 
     # Features. The test images come first: a broken one stops the run before training.
-    detector = wtflow.Detector(recipe, args.weights).to(device)
-    detector.white = evaluate.grey_level(category.train)
-    test_paths = [item.path for item in category.test]
-    test, sizes = evaluate.extract(
-        detector, test_paths, progress.of("features, test images", test_paths)
-    )
-    train, _ = evaluate.extract(
-        detector, category.train, progress.of("features, training images", category.train)
+    white_level = evaluate.white_level_of(category.train)
+    detector = wtflow.Detector(recipe, white_level, args.weights).to(device)
+    paths = [item.path for item in category.test]
+    test, sizes = evaluate.extract(detector, paths, progress.of("test images", paths))
+    good, _ = evaluate.extract(
+        detector, category.train, progress.of("training images", category.train)
     )
 
-    # Whitening. x_0 takes the place of the features, which are not needed any more.
-    detector.fit_whitening(train)
-    x_0 = detector.normalise(train, out=train)
-
-    # Training.
+    # Training
     def report(step, steps, loss):
         progress(f"step {step}/{steps}, loss {loss:.4f}", step, steps)
 
-    def save(state):
+    def save(fit):
         seconds = time.monotonic() - began
-        evaluate.save_checkpoint(state_file, recipe, signature=begun, seconds=seconds, **state)
+        evaluate.save_checkpoint(state_file, recipe, signature=begun, seconds=seconds, fit=fit)
 
-    wtflow.train_fields(detector, x_0, seed, report, save, state)
+    fit_detector(detector, good, seed, report, save, state and state["fit"])
 
-    # Calibration. What the fields leave takes the place of x_0.
-    detector.calibrate(x_0)
-
-    # Evaluation.
-    test_x_0 = detector.normalise(test, out=test) if category.test else None
-    judged = evaluate.judge_category(detector, category, test_x_0, args)
-    row = evaluate.measure_category(category, judged, sizes)
+    # Evaluation
+    scored = evaluate.score_category(detector, category, test, args.fpr)
+    row = evaluate.measure_category(category, scored, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
     # Saving. Pictures last: one that fails costs no training.
-    evaluate.write_scores(folder, category, judged)
+    evaluate.write_scores(folder, category, scored)
     evaluate.remove_pictures(folder)
     for old in evaluate.maps_of(folder):
         old.unlink()
     evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
-    evaluate.write_pictures(folder, category, judged, sizes, args)
+    evaluate.write_pictures(folder, category, scored, sizes, white_level, args.maps, args.save_maps)
     return row
+
+
+def draw_missing(folder, category, args, device):
+    """Pictures and maps that are asked for, and that a finished category does not have."""
+    pictures = (folder / "scores.png").exists()  # drawn last
+    if args.maps == "all":
+        pictures = pictures and len(evaluate.pictures_of(folder)) == len(category.test)
+    which = "none" if pictures else args.maps
+    save_maps = args.save_maps and not evaluate.maps_of(folder)
+    if category.test and (which != "none" or save_maps):
+        detector = evaluate.load_model(folder / "model.pt", device, args.weights)
+        features, sizes = evaluate.extract(detector, [item.path for item in category.test])
+        scored = evaluate.score_category(detector, category, features, args.fpr)
+        white_level = detector.white_level
+        evaluate.write_pictures(folder, category, scored, sizes, white_level, which, save_maps)
 
 
 def source_of(category):
@@ -117,27 +260,6 @@ def refuse_another_source(model_file, source):
         )
 
 
-SHRUNK = 2.5  # times, from which a larger --image-size is named
-
-
-def resolution(recipe, sizes):
-    """One line: what the network sees of images of sizes (H, W), and how large a defect must be."""
-    height, width = wtflow.image_shape(recipe)
-    areas = sorted((h * w, h, w) for h, w in sizes)
-    _, h, w = areas[len(areas) // 2]
-    shrunk = math.sqrt(h * w / (height * width))
-    cell = recipe.cell * shrunk
-    line = (
-        f"images of {w} x {h} are read at {width} x {height}; a cell of the map covers "
-        f"{cell:.0f} x {cell:.0f} of their pixels, and a defect needs about as much"
-    )
-    if shrunk > SHRUNK:
-        unit = math.lcm(recipe.cell, max(recipe.strides))
-        larger = min(2048 // unit, round(math.sqrt(h * w) / 2 / unit)) * unit
-        line += f": for smaller ones give --image-size, up to {larger}"
-    return line
-
-
 def signature(category, recipe, seed, weights_digest):
     """What a saved state must share with this run to be continued.
 
@@ -155,7 +277,7 @@ def signature(category, recipe, seed, weights_digest):
 def continued(path, mine):
     """The checkpoint of an interrupted run. Raises InputError naming what differs from this one."""
     state = evaluate.load_checkpoint(path)
-    had = {"weights": mine["weights"], **(state.get("signature") or {})}  # once not named
+    had = state.get("signature") or {}
     differ = [f"{k} {had.get(k)} there, {mine[k]} here" for k in mine if had.get(k) != mine[k]]
     if differ:
         raise InputError(
@@ -163,6 +285,27 @@ def continued(path, mine):
             "give its settings, another --out, or no --resume"
         )
     return state
+
+
+SHRUNK = 2.5  # times, from which a larger --image-size is named
+
+
+def resolution(recipe, sizes):
+    """One line: what the network sees of images of sizes (H, W), and how large a defect must be."""
+    height, width = wtflow.image_shape(recipe)
+    areas = sorted((h * w, h, w) for h, w in sizes)
+    _, h, w = areas[len(areas) // 2]
+    shrunk = math.sqrt(h * w / (height * width))
+    side = recipe.spacing * shrunk
+    line = (
+        f"images of {w} x {h} are read at {width} x {height}; a position of the map covers "
+        f"{side:.0f} x {side:.0f} of their pixels, and a defect needs about as much"
+    )
+    if shrunk > SHRUNK:
+        unit = wtflow.side_unit(recipe)
+        larger = min(2048 // unit, round(math.sqrt(h * w) / 2 / unit)) * unit
+        line += f": for smaller ones give --image-size, up to {larger}"
+    return line
 
 
 class Progress:
@@ -195,7 +338,7 @@ class Progress:
             self.shown = now
 
 
-# ---- 2. A data set, a seed -----------------------------------------------------------------------
+# ---- 3. A data set, a seed -----------------------------------------------------------------------
 def rank_and_world():
     """The number of this process and how many there are, as torchrun says."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -210,7 +353,7 @@ def run(args, recipe, seed, out, data, device):
         place = folder / category.name
         if category.train[0].parent.resolve().is_relative_to(place.resolve()):
             raise InputError(f"--out {out}: {place} holds the data set: give another --out")
-    with locked(folder) if rank == 0 else contextlib.nullcontext():
+    with evaluate.locked(folder) if rank == 0 else contextlib.nullcontext():
         for k, category in enumerate(categories):
             if k % world == rank:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
@@ -228,69 +371,6 @@ def run(args, recipe, seed, out, data, device):
         return rows
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    try:
-        import fcntl
-    except ImportError:  # not on this platform: two runs are told apart by the user
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
-    except OSError as e:
-        raise InputError(
-            f"{folder}: cannot be written ({e.strerror}): give another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(
-                f"{folder}: process {lock.read().strip()} is writing here: "
-                "wait for it, or give another --out"
-            ) from None
-        except OSError as e:  # a file system that has no locks
-            raise InputError(
-                f"{folder}: cannot be locked ({e.strerror}): give another --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield  # the file stays: another process may have opened it, and not locked it yet
-
-
-def fit(images, seed=0, weights=None, device="auto", **settings):
-    """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
-
-    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
-    in a package; device: as --device; settings: of wtflow.Recipe. Raises InputError.
-
-        detector = train.fit(images, steps=200)
-        evaluate.save_model("model.pt", detector)
-    """
-    if not isinstance(images, (list, tuple)):
-        raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
-    if not images:
-        raise InputError("no images: give at least one")
-    recipe = changed(wtflow.Recipe(), settings)
-    files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
-    white = evaluate.grey_level(files)
-    images = [evaluate.as_image(image, white) for image in images]
-    recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
-    detector = wtflow.Detector(recipe, weights).to(evaluate.pick_device(device))
-    detector.white = white
-    features, _ = evaluate.extract(detector, images)
-    detector.fit_whitening(features)
-    x_0 = detector.normalise(features, out=features)
-    wtflow.train_fields(detector, x_0, seed)
-    detector.calibrate(x_0)
-    return detector
-
-
 def changed(recipe, settings):
     """A recipe with other settings, {name: value}. Raises InputError, "setting=value: remedy"."""
     for name, value in settings.items():
@@ -304,7 +384,7 @@ def changed(recipe, settings):
     return replace(recipe, **settings)
 
 
-# ---- 3. The demo: two categories in the layout of MVTec AD ---------------------------------------
+# ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
 def weave(rng, n):
     """An oriented texture: two crossing thread systems with random phase, spacing and grain."""
     y, x = np.mgrid[:n, :n] / n
@@ -387,99 +467,66 @@ def make_demo(root, train=48, good=16, each=8, n=256):
     return root
 
 
-# ---- 4. The command ------------------------------------------------------------------------------
+# ---- 5. The command ------------------------------------------------------------------------------
+OWN_OPTIONS = {  # settings of wtflow.Recipe with an option of their own; all others: --set
+    "backbone": f"frozen network, one of {', '.join(wtflow.CHOICES['backbone'])}",
+    "image_size": "an image is resized to about N x N pixels, a small one to twice its sides",
+    "steps": f"training steps of a field, {DEMO_STEPS} for the demo",
+    "coupling": f"of features and noise, one of {', '.join(wtflow.CHOICES['coupling'])}",
+    "rho": "of worst transport, from 0 (rFM) to 1",
+}
+
+
 def parse(argv):
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     evaluate.add_common_options(parser)
     add = parser.add_argument
     add("--out", default="runs", help="where results go (default: runs)")
-    default = wtflow.Recipe()
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
-    names = ", ".join(wtflow.CHOICES["backbone"])
-    add("--backbone", metavar="NAME", help=f"{names} (default: {default.backbone})")
-    add(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="an image gets at most N x N pixels, at its aspect "
-        f"(default: {default.image_size}, enlarged {wtflow.ENLARGED} times at most)",
-    )
-    add(
-        "--steps",
-        type=int,
-        metavar="N",
-        help=f"training steps of each field (default: {default.steps}, the demo {DEMO_STEPS})",
-    )
-    names = ", ".join(wtflow.CHOICES["coupling"])
-    add("--coupling", metavar="NAME", help=f"{names} (default: {default.coupling})")
-    add(
-        "--strength",
-        type=float,
-        metavar="R",
-        help=f"of worst transport, 0 (rFM) to 1 (default: {default.strength})",
-    )
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other setting of wtflow.Recipe (default: its own)",
-    )
-    add("--seed", type=int, metavar="N", help="of weights and noise (default: 0)")
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="several: mean and spread, each run in OUT/seedN (default: one)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from the last whole state in --out (default: anew)",
-    )
+    for name, text in OWN_OPTIONS.items():
+        default = getattr(wtflow.Recipe(), name)
+        add(option(name), metavar="VALUE", help=f"{text} (default: {default})")
+    text = "any other setting of wtflow.Recipe (default: its own)"
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
+    text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
+    text = "go on from the last whole state in --out (default: anew)"
+    add("--resume", action="store_true", help=text)
     args = parser.parse_args(argv)
     evaluate.check_options(args)
-    if args.seeds and len({*args.seeds}) < len(args.seeds):
+    if len({*args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: give each once")
-    if args.seeds and args.seed is not None:
-        raise InputError("--seed and --seeds: give one of them")
-    args.seed = args.seed or 0
-    for seed in (*(args.seeds or ()), args.seed):
+    for seed in args.seeds:
         if not 0 <= seed < 2**32:
-            raise InputError(f"seed {seed}: give a whole number from 0 to 2^32 - 1")
+            raise InputError(f"--seeds {seed}: give whole numbers from 0 to 2^32 - 1")
     return args
+
+
+def option(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def recipe_of(args):
     """wtflow.Recipe() or PAPER with what the command line changes. Raises InputError."""
-    recipe = wtflow.PAPER if args.paper else wtflow.Recipe()
+    recipe = wtflow.Recipe(**wtflow.PAPER) if args.paper else wtflow.Recipe()
     if not args.paper and not args.data:
         recipe = replace(recipe, steps=DEMO_STEPS)
-    changes = {name: getattr(args, name) for name in OWN_OPTIONS}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    for text in args.set:
-        name, _, value = text.partition("=")
-        changes[name] = value
-        default = getattr(recipe, name) if name in asdict(recipe) else ""
-        if not isinstance(default, str):
-            try:
-                literal = ast.literal_eval(value)
-                changes[name] = type(default)(literal)
-                if changes[name] != literal:  # 2.5 images, 7 for true
-                    raise ValueError
-            except (ValueError, TypeError, SyntaxError, OverflowError):
-                raise InputError(f"--set {text}: give a value like {default!r}") from None
+    own = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
+    others = dict(text.partition("=")[::2] for text in args.set)
     try:
-        return changed(recipe, changes)
+        return changed(recipe, {name: literal(text) for name, text in (own | others).items()})
     except InputError as e:  # "setting=value: remedy"
-        setting, _, remedy = str(e).partition(": ")
-        name, _, value = setting.partition("=")
-        option = f"--set {setting}"
-        if name in OWN_OPTIONS:
-            option = f"--{name.replace('_', '-')} {value}"
-        raise InputError(f"{option}: {remedy}") from None
+        name, _, rest = str(e).partition("=")
+        given = option(name) if name in own else f"--set {name}"
+        raise InputError(f"{given}={rest}") from None
+
+
+def literal(text):
+    """The Python value that a text is, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def main(argv=None):
@@ -495,8 +542,8 @@ def main(argv=None):
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
-    if not args.seeds:
-        run(args, recipe, args.seed, out, data, device)
+    if len(args.seeds) == 1:
+        run(args, recipe, args.seeds[0], out, data, device)
         return
     runs = [run(args, recipe, seed, out / f"seed{seed}", data, device) for seed in args.seeds]
     if runs[0]:

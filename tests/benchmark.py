@@ -1,16 +1,16 @@
-"""The figures that the READMEs quote, each from one command.
+"""The numbers that the READMEs quote, each from one command.
 
     python -m tests.benchmark speed                    milliseconds of each stage, beside a bound
     python -m tests.benchmark memory                   peak MiB of training and of scoring
     python -m tests.benchmark compare --data D [D ..]  couplings and other detectors, side by side
-    python -m tests.benchmark strength --data D [D ..] worst transport of any strength, rFM, OT-CFM
+    python -m tests.benchmark rho --data D [D ..]      worst transport of any rho, rFM, OT-CFM
     python -m tests.benchmark ablation --data D [D ..] what each setting of the recipe is worth
     python -m tests.benchmark few --data D [D ..]      what fewer training images do
 
-Figures are image AUROC / pixel AUROC / AUPRO in percent, mean +- standard deviation over --seeds.
-false_alarms, found: percent of the good and of the defective test images that are above the 99 %
-quantile of Detector.normal_scores. Features are extracted once; every method has the same ones, but
-for PatchCore and PaDiM, which have their own grid and no whitening.
+Metrics are image AUROC / pixel AUROC / AUPRO in percent, mean +- standard deviation over --seeds;
+fpr and recall are those at the threshold for 1 % false positives. Features are extracted once;
+every method has the same ones, but PatchCore and PaDiM have no whitening and, with "256 px", a grid
+of their own.
 """
 
 import argparse
@@ -32,18 +32,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
+import train
 import wtflow
 from wtflow import PAPER, Detector, InputError, Recipe
 
-FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
 MIB = 2**20
 SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
-# ---- 1. One category, its features, and the figures of a method ----------------------------------
+# ---- 1. One category, its features, and the metrics of a method ----------------------------------
 class Sample(NamedTuple):
     """A category and its features (n, d, h, w) float16, as the extractor of `recipe` gives them.
 
@@ -57,7 +59,7 @@ class Sample(NamedTuple):
     sizes: list
 
 
-FEATURES = ("backbone", "image_size", "aspect", "strides", "cell")  # settings of the extractor
+FEATURES = ("backbone", "image_size", "aspect", "strides", "spacing")  # settings of the extractor
 
 
 def read_sample(category, recipe, device="cpu"):
@@ -65,11 +67,10 @@ def read_sample(category, recipe, device="cpu"):
     if not category.test:
         raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
-    detector = Detector(own).to(device)
-    detector.white = evaluate.grey_level(category.train)
-    train, _ = evaluate.extract(detector, category.train)
+    detector = Detector(own, evaluate.white_level_of(category.train)).to(device)
+    good, _ = evaluate.extract(detector, category.train)
     test, sizes = evaluate.extract(detector, [item.path for item in category.test])
-    return Sample(category, own, train, test, sizes)
+    return Sample(category, own, good, test, sizes)
 
 
 def categories_in(roots):
@@ -87,54 +88,40 @@ def in_place_of(recipe, sample):
     return replace(recipe, **{name: getattr(sample.recipe, name) for name in FEATURES})
 
 
-def figures(sample, maps, scores):
-    """The row of a method's maps (n, H, W) and image scores (n,)."""
-    row = evaluate.measure(sample.category, maps, scores.double().numpy(), sample.sizes)
-    return {name: row[name] for name in FIGURES}
+def metrics(sample, maps, scores, normal_scores=None):
+    """The row of a method's maps (n, H, W) and image scores (n,).
 
-
-def verdicts(sample, scores, normal_scores):
-    """False alarms and found defects in percent, at 1 % of the scores of good training images."""
-    known = normal_scores.cpu().numpy()
-    said = evaluate.judge(scores.numpy(), known, evaluate.threshold_of(known, false_alarms=1))
-    return evaluate.alarm_rates([item.kind for item in sample.category.test], said)
-
-
-# Settings that the fields do not depend on: recipes that differ in these share a training.
-SCORING = ("from_landing", "calibrate", "prior", "one_scale", "score", "smooth")
-
-
-def flows(sample, recipes, seed):
-    """The row of WT-Flow under each recipe: figures, verdicts, seconds, milliseconds, MiB.
-
-    Recipes that differ in nothing but SCORING share one training.
+    With fpr and recall, if there are scores of good images to set the threshold with.
     """
-    fields, rows = {}, []
-    for recipe in recipes:
-        recipe = in_place_of(recipe, sample)
-        began = time.perf_counter()
-        detector = Detector(recipe).to(sample.train.device)
-        detector.fit_whitening(sample.train)
-        x_0 = detector.normalise(sample.train)
-        as_trained = replace(recipe, **{name: getattr(Recipe(), name) for name in SCORING})
-        if as_trained not in fields:
-            wtflow.train_fields(detector, x_0, seed)
-            took = time.perf_counter() - began
-            of_folds = detector.fold_mean, detector.fold_whitening
-            fields[as_trained] = detector.fields, *of_folds, took
-        began = time.perf_counter()
-        detector.fields, detector.fold_mean, detector.fold_whitening, took = fields[as_trained]
-        detector.calibrate(x_0)
-        took += time.perf_counter() - began
+    known = scores if normal_scores is None else normal_scores.cpu()
+    threshold = evaluate.threshold_of(known.numpy(), fpr=1)
+    predictions = evaluate.classify(scores.numpy(), known.numpy(), threshold)
+    scored = evaluate.Scored(maps, predictions, threshold)
+    row, _ = evaluate.measure(sample.category, scored, sample.sizes)
+    names = METRICS if normal_scores is None else (*METRICS, "fpr", "recall")
+    return {name: row[name] for name in names}
 
-        began = time.perf_counter()
-        maps, scores = detector.score(detector.normalise(sample.test))
-        per_image = 1000 * (time.perf_counter() - began) / len(sample.test)
-        rows.append(figures(sample, maps, scores))
-        rows[-1] |= verdicts(sample, scores, detector.normal_scores)
-        rows[-1] |= {"train_s": took, "ms_per_image": per_image}
-        rows[-1]["mib"] = mib(detector.state_dict().values())
-    return rows
+
+def timed(sample, fit, seed):
+    """The row of a method: fit(sample, seed) -> (features -> maps and scores, tensors[, normal
+    scores]).
+    """
+    began = time.perf_counter()
+    score, kept, *normal_scores = fit(sample, seed)
+    fitted = time.perf_counter()
+    maps, scores = (y.cpu() for y in score(sample.test))
+    done = time.perf_counter()
+    row = metrics(sample, maps, scores, *normal_scores)
+    row |= {"train_s": fitted - began, "mib": mib(kept)}
+    return row | {"ms_per_image": 1000 * (done - fitted) / len(sample.test)}
+
+
+def fit_flow(sample, seed, recipe=None):
+    """WT-Flow under a recipe, by default the sample's, as a method among the others."""
+    recipe = sample.recipe if recipe is None else in_place_of(recipe, sample)
+    detector = Detector(recipe).to(sample.train.device)
+    train.fit_detector(detector, sample.train, seed)
+    return detector.score, detector.state_dict().values(), detector.normal_scores
 
 
 def mib(tensors):
@@ -147,7 +134,7 @@ def mean_and_spread(rows):
     for name in rows[0]:
         values = [row[name] for row in rows if row.get(name) is not None]  # no masks: none
         merged[name] = f"{np.mean(values):.2f}" if values else ""
-        if len(values) > 1 and name in FIGURES:
+        if len(values) > 1 and name in METRICS:
             merged[name] += f" +- {np.std(values, ddof=1):.2f}"
     return merged
 
@@ -160,6 +147,7 @@ POOL = 4096  # rows among which the greedy coreset looks for the farthest
 NEIGHBOURS = 9  # [anomalib] of the memory, for the reweighted score of PatchCore
 RIDGE = 0.01  # on the diagonal of PaDiM's covariances
 OTHER_BLUR = 4.0  # pixels at 256 px [anomalib]
+PART = 64  # positions whose Gaussians are fitted at a time
 # What PatchCore and PaDiM are usually given: a square of 256 px, 32 x 32 cells of strides 8, 16.
 USUAL = Recipe(image_size=256, aspect=1.0)
 
@@ -238,10 +226,8 @@ def reweighted(x, distances, index, memory):
 
 def distance_map(distances, size):
     """Distances (n, h, w) on the grid -> maps (n, *size), upsampled and blurred."""
-    y = F.interpolate(distances[:, None], size, mode="bilinear")[:, 0]
-    for axis in (1, 2):
-        y = wtflow.gaussian_blur(y, OTHER_BLUR, axis)
-    return y
+    y = F.interpolate(distances[:, None], size, mode="bilinear")[:, 0].cpu().numpy()
+    return torch.from_numpy(gaussian_filter(y, (0, OTHER_BLUR, OTHER_BLUR), mode="nearest"))
 
 
 def fit_patchcore(sample, seed, share):
@@ -264,12 +250,13 @@ def fit_padim(sample, seed):
     cells = sample.train.flatten(2).permute(2, 0, 1)
     d = cells.shape[-1]
     mean, inverse = [], []
-    for part in cells.split(wtflow.PART):
+    for part in cells.split(PART):
         part = part.float()
         mu = part.mean(1, keepdim=True)
         S = (part - mu).mT @ (part - mu) / (part.shape[1] - 1)
         mean.append(mu)
-        inverse.append(wtflow.inverse(S + RIDGE * torch.eye(d, device=part.device)))
+        L = torch.linalg.cholesky(S + RIDGE * torch.eye(d, device=part.device))
+        inverse.append(torch.cholesky_inverse(L))
     mean, inverse = torch.cat(mean), torch.cat(inverse)
 
     def score(features):
@@ -285,59 +272,26 @@ def fit_padim(sample, seed):
     return score, (mean, inverse)
 
 
-class Still(torch.nn.Module):
-    """v = 0: the detector without a field."""
+class Zero(torch.nn.Module):
+    """v_theta = 0: the residual is x_0 itself."""
 
     def forward(self, x, t):
         return torch.zeros_like(x)
 
 
-def calibrated(detector, x_0):
-    """What a fit returns, of our own detector: scorer, tensors, scores of good images."""
-    detector.calibrate(x_0)
-    kept = detector.state_dict().values()
-    return lambda x: detector.score(detector.normalise(x)), kept, detector.normal_scores
-
-
-def fit_flow(sample, seed):
-    """WT-Flow itself, as a detector among the others."""
-    detector = Detector(sample.recipe).to(sample.train.device)
-    detector.fit_whitening(sample.train)
-    x_0 = detector.normalise(sample.train)
-    wtflow.train_fields(detector, x_0, seed)
-    return calibrated(detector, x_0)
-
-
-def fit_mahalanobis(sample, seed):
-    """Our whitening, calibration and scorer with no field: what is left is Mahalanobis by place."""
-    recipe = replace(sample.recipe, from_landing=False)
+def fit_no_field(sample, seed):
+    """Our whitening, Gaussians and score without a field: Mahalanobis distances of the features."""
+    recipe = replace(sample.recipe, coupling="independent")
     detector = Detector(recipe).to(sample.train.device)
-    detector.fields = torch.nn.ModuleList([Still()])
+    detector.field = Zero()
     detector.fit_whitening(sample.train)
-    return calibrated(detector, detector.normalise(sample.train))
-
-
-def timed(sample, fit, seed):
-    """The row of another detector: fit(sample, seed) -> (features -> maps and scores, tensors)."""
-    began = time.perf_counter()
-    score, kept, *normal_scores = fit(sample, seed)
-    trained = time.perf_counter()
-    maps, scores = (y.cpu() for y in score(sample.test))
-    done = time.perf_counter()
-    row = figures(sample, maps, scores)
-    if normal_scores:
-        row |= verdicts(sample, scores, *normal_scores)
-    return {
-        **row,
-        "train_s": trained - began,
-        "ms_per_image": 1000 * (done - trained) / len(sample.test),
-        "mib": mib(kept),
-    }
+    scores = detector.fit_gaussian(sample.train)
+    return detector.score, detector.state_dict().values(), scores
 
 
 # ---- 3. Side by side, and one setting at a time --------------------------------------------------
 COLUMNS = (
-    *("category", "method", *FIGURES, "false_alarms", "found"),
+    *("category", "method", *METRICS, "fpr", "recall"),
     *("train_s", "ms_per_image", "mib"),
 )
 COUPLINGS = {
@@ -363,8 +317,10 @@ def table_of(category, named_rows):
 
 def flow_rows(sample, named_recipes, seeds):
     """{name: [row of each seed]} of WT-Flow under each recipe."""
-    by_seed = [flows(sample, named_recipes.values(), seed) for seed in seeds]
-    return dict(zip(named_recipes, map(list, zip(*by_seed, strict=True)), strict=True))
+    return {
+        name: [timed(sample, partial(fit_flow, recipe=recipe), seed) for seed in seeds]
+        for name, recipe in named_recipes.items()
+    }
 
 
 def compare(args):
@@ -377,7 +333,7 @@ def compare(args):
         sample = read_sample(category, Recipe(), args.device)
         recipes = {name: replace(Recipe(), **changes) for name, changes in COUPLINGS.items()}
         rows = flow_rows(sample, recipes, args.seeds)
-        rows["Mahalanobis, no field"] = [timed(sample, fit_mahalanobis, 0)]
+        rows["no field"] = [timed(sample, fit_no_field, 0)]
         usual = read_sample(category, USUAL, args.device)
         for name, fit in OTHERS.items():
             seeds = args.seeds[:1] if fit is fit_padim else args.seeds
@@ -387,33 +343,31 @@ def compare(args):
         evaluate.print_table(COLUMNS, table_of(category, rows))
 
 
-def strength(args):
-    """Print rFM, worst transport of growing strength and OT-CFM, told t or not, calibrated or not.
+def rho(args):
+    """Print rFM, worst transport of growing rho and OT-CFM, with time conditioning and without it,
+    scored by the Gaussian of the residual or by the residual itself.
 
     And, with --released, the same couplings under the released recipe at a width that trains here.
     """
-    couplings = {f"worst {rho}": {"strength": rho} for rho in (-0.5, 0.5, 0.9, 0.97)}
+    couplings = {f"rho={r}": {"rho": r} for r in (-0.5, 0.5, 0.9, 0.97)}
     couplings |= {"rFM": {"coupling": "independent"}, "OT-CFM": {"coupling": "optimal"}}
     settings = {
-        f"{'told t' if told_t else 'not told t'}, {'calibrated' if calibrate else 'plain'}": {
-            "told_t": told_t,
-            "calibrate": calibrate,
-        }
-        for told_t in (False, True)
-        for calibrate in (True, False)
+        f"time_conditioned={timed}, score={score}": {"time_conditioned": timed, "score": score}
+        for timed in (False, True)
+        for score in ("gaussian", "residual")
     }
     base = Recipe()
     if args.released:
         settings = {"released": {}}
-        base = replace(PAPER, backbone=Recipe().backbone, base=64, strides=(16,))
-    recipes = {
-        f"{name}, {setting}": replace(base, **changes, **more)
-        for setting, more in settings.items()
-        for name, changes in couplings.items()
-    }
+        base = Recipe(**PAPER | {"backbone": base.backbone, "width": 64})
     for category in categories_in(args.data):
         sample = read_sample(category, base, args.device)
-        recipes = {name: replace(r, steps=sample.recipe.steps) for name, r in recipes.items()}
+        own = replace(base, steps=sample.recipe.steps)
+        recipes = {
+            f"{name}, {setting}": replace(own, **changes, **more)
+            for setting, more in settings.items()
+            for name, changes in couplings.items()
+        }
         rows = flow_rows(sample, recipes, args.seeds)
         evaluate.print_table(COLUMNS, table_of(category, rows))
 
@@ -421,16 +375,11 @@ def strength(args):
 # A change of the default in each row; `train.py --set NAME=VALUE` makes the same change.
 ABLATION = (
     {},
-    {"strength": 0.0},
-    {"strength": 0.9},
+    {"rho": 0.0},
+    {"rho": 0.9},
     {"coupling": "optimal"},
-    {"from_landing": False},
-    {"calibrate": False},
-    {"one_scale": False},
-    {"folds_below": 1_000_000},
-    {"prior": 1.0},
-    {"smooth": 0.8},
-    {"t_max": 0.05},
+    {"score": "residual"},
+    {"time_conditioned": True},
     {"aspect": 1.0},
     {"strides": (4, 8, 16)},
     {"image_size": 320},
@@ -442,12 +391,12 @@ def ablation(args):
     """Print what each change of the default does, then what a choice among them can be trusted for.
 
     Leave one set out: the change of the best mean of image AUROC and AUPRO over all categories but
-    one, and its figures on that one.
+    one, and its metrics on that one.
     """
     names = [" ".join(f"{k}={v}" for k, v in c.items()) or "the default" for c in ABLATION]
-    measured = {}  # (category, change): figures, means over seeds
+    measured = {}  # (category, change): metrics, means over seeds
     categories = categories_in(args.data)
-    for category in categories:  # a choice needs both of its figures
+    for category in categories:  # a choice needs both of its metrics
         kinds = {item.kind == "good" for item in category.test}
         if len(kinds) < 2 or any(item.masks is None for item in category.test):
             raise InputError(f"{category.name}: give good and defective test images, and masks")
@@ -463,16 +412,16 @@ def ablation(args):
         evaluate.print_table(COLUMNS, table_of(category, {name: table[name] for name in names}))
         for name in names:
             rows = table[name]
-            measured[category.name, name] = {k: np.mean([r[k] for r in rows]) for k in FIGURES}
+            measured[category.name, name] = {k: np.mean([r[k] for r in rows]) for k in METRICS}
     left_out = leave_one_out(sorted({category for category, _ in measured}), names, measured)
     if left_out:
-        evaluate.print_table(("left_out", "chosen_on_the_others", *FIGURES), left_out)
+        evaluate.print_table(("left_out", "chosen_on_the_others", *METRICS), left_out)
 
 
 def leave_one_out(categories, names, measured):
-    """For each category the change that is best on all others, and its figures there; their mean.
+    """For each category the change that is best on all others, and its metrics there; their mean.
 
-    measured: {(category, change): {figure: percent}}. None if there are not two categories.
+    measured: {(category, change): {metric: percent}}. None if there are not two categories.
     """
     if len(categories) < 2:
         return None
@@ -485,7 +434,7 @@ def leave_one_out(categories, names, measured):
 
         best = max(names, key=merit)
         rows.append({"left_out": left, "chosen_on_the_others": best, **measured[left, best]})
-    mean = {name: np.mean([row[name] for row in rows]) for name in FIGURES}
+    mean = {name: np.mean([row[name] for row in rows]) for name in METRICS}
     return [*rows, {"left_out": "mean", "chosen_on_the_others": None, **mean}]
 
 
@@ -509,7 +458,7 @@ def of_few(sample, n, seed):
     """The row of WT-Flow of n training images of a sample, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(sample.train), generator=generator)[:n].sort().values
-    return flows(sample._replace(train=sample.train[chosen]), [Recipe()], seed)[0]
+    return timed(sample._replace(train=sample.train[chosen]), fit_flow, seed)
 
 
 # ---- 4. Speed ------------------------------------------------------------------------------------
@@ -539,58 +488,52 @@ def peak_gib(device):
 
 @torch.enable_grad()
 def random_detector(recipe, device):
-    """A detector fitted to noise, with one field, as of many images: for timing alone."""
+    """A detector fitted to noise: for timing alone."""
     detector = Detector(replace(recipe, steps=1, folds=0)).to(device)
-    images = torch.randint(0, 255, (2, 3, recipe.image_size, recipe.image_size), dtype=torch.uint8)
-    features = detector.features(images)
-    detector.fit_whitening(features)
-    x_0 = detector.normalise(features)
-    wtflow.train_fields(detector, x_0, seed=0)
-    detector.calibrate(x_0)
+    shape = (2, 3, recipe.image_size, recipe.image_size)
+    train.fit_detector(detector, detector.features(torch.randint(0, 255, shape, dtype=torch.uint8)))
     return detector
 
 
 def stages(detector, images):
     """(name, function without arguments, parameters) of each stage of the arrow."""
     features = detector.features(images)
-    x_0 = detector.normalise(features)
-    log_p = detector.log_p(x_0)
+    square = detector.gaussian.squared_distance(detector.residual(features))
     size = detector.recipe.image_size
-    total = count(detector.extractor) + count(detector.fields)
+    field, total = count(detector.field), count(detector.extractor) + count(detector.field)
     rows = [
         (f"images to maps, {size} px", lambda: detector(images), total),
         ("  extractor", lambda: detector.features(images), count(detector.extractor)),
-        ("  normalisation", lambda: detector.normalise(features), 0),
-        ("  flow, one step", lambda: detector.arrival(x_0), count(detector.fields)),
-        ("  flow, calibration, log p", lambda: detector.log_p(x_0), count(detector.fields)),
-        ("  map and score", lambda: detector.read(log_p), 0),
+        ("  whitening, one step, residual", lambda: detector.residual(features), field),
+        ("  the same, Gaussian, map, score", lambda: detector.score(features), field),
+        ("  map and score", lambda: wtflow.map_and_score(square), 0),
     ]
     if detector.device.type == "cuda":  # one launch instead of one for each of hundreds of kernels
         graph = torch.cuda.make_graphed_callables
         whole = graph(detector.forward, (images.to(detector.device),))
-        flow = graph(detector.log_p, (x_0.clone(),))
+        flow = graph(detector.residual, (features.clone(),))
         rows += [
             (f"images to maps, {size} px, CUDA graph", lambda: whole(images), total),
-            ("  flow, log p, CUDA graph", lambda: flow(x_0), count(detector.fields)),
+            ("  whitening, one step, residual, CUDA graph", lambda: flow(features), field),
         ]
     return rows
 
 
 def beside_a_busy_process(detector, rounds=5):
-    """Milliseconds of 20 steps of all fields alone, and beside a process that uses all of a core.
+    """Milliseconds of 20 training steps alone, and beside a process that uses all of a core.
 
     Medians of alternating rounds.
     """
-    steps = replace(detector.recipe, steps=20)
-    detector = Detector(steps).to(detector.device)
-    x_0 = torch.randn(8, detector.feature_mean.numel(), 16, 16, device=detector.device)
+    detector = Detector(replace(detector.recipe, steps=20)).to(detector.device)
+    features = torch.randn(8, detector.feature_mean.numel(), 16, 16, device=detector.device)
+    detector.fit_whitening(features)
     alone, beside = [], []
     for _ in range(rounds):
         for times, busy in ((alone, False), (beside, True)):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             try:
                 began = time.perf_counter()
-                wtflow.train_fields(detector, x_0, 0)
+                train.train_field(detector, features)
                 times.append(1000 * (time.perf_counter() - began))
             finally:
                 if other is not None:
@@ -608,7 +551,7 @@ def speed(args):
         stage_table(args.device)
     peers(args.device)
     print(
-        f"20 steps of all fields: {alone:.0f} ms alone, {beside:.0f} ms beside a busy process, "
+        f"20 training steps: {alone:.0f} ms alone, {beside:.0f} ms beside a busy process, "
         f"{beside / alone:.1f} times"
     )
 
@@ -620,9 +563,10 @@ def peers(device, n=100):
     """
     net, table = Detector(USUAL).to(device), []
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 255, (n, 3, 256, 256), dtype=torch.uint8, generator=generator)
-    sample = Sample(None, USUAL, net.features(images).half(), None, [])
-    methods = {"WT-Flow": fit_flow, "Mahalanobis, no field": fit_mahalanobis, **OTHERS}
+    shape = (n, 3, *wtflow.image_shape(USUAL))
+    images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
+    sample = Sample(None, USUAL, net.features(images), None, [])
+    methods = {"WT-Flow": fit_flow, "no field": fit_no_field, **OTHERS}
     for name, fit in methods.items():
         began = time.perf_counter()
         score, kept, *_ = fit(sample, 0)
@@ -658,7 +602,7 @@ def stage_table(device):
     table = []
 
     def add(name, f, parameters, batch):
-        # one: without wtflow.side_by_side, as operations are counted in this thread alone
+        # one: without wtflow.parallel_map, as operations are counted in this thread alone
         with FlopCounterMode(display=False) as counter, threads(1):
             f()
         median, spread = milliseconds(f, device)
@@ -675,7 +619,7 @@ def stage_table(device):
             for name, f, parameters in stages(detector, images):
                 add(name, f, parameters, batch)
     ours = peak_gib(device)
-    unet = wtflow.UNetField(1024, PAPER.base).to(device).eval()
+    unet = wtflow.UNetField(1024, PAPER["width"]).to(device).eval()
     for batch in (1, 16):
         x_0 = torch.randn(batch, 1024, 8, 8, device=device)
         add(
@@ -738,14 +682,14 @@ def main(argv=None):
     )
     add = parser.add_argument
     commands = {"speed": speed, "memory": memory, "compare": compare}
-    commands |= {"strength": strength, "ablation": ablation, "few": few}
+    commands |= {"rho": rho, "ablation": ablation, "few": few}
     add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     numbers = "; ".join(f"{what}: {' '.join(map(str, n))}" for what, n in IMAGES.items())
     add("--images", nargs="+", type=int, metavar="N", help=f"how many (default: {numbers})")
-    add("--released", action="store_true", help="strength: under the released recipe, base 64")
+    add("--released", action="store_true", help="rho: under the released recipe, width 64")
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)
     args.images = args.images or IMAGES.get(args.what)

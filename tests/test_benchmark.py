@@ -12,7 +12,7 @@ from tests import benchmark
 @pytest.fixture
 def quick(monkeypatch):
     """The default at 64 px with a narrow field and four steps."""
-    small = replace(benchmark.Recipe(), image_size=64, base=8, steps=4, batch=32)
+    small = replace(benchmark.Recipe(), image_size=64, width=8, steps=4, batch=32)
     monkeypatch.setattr(benchmark, "Recipe", lambda: small)
     monkeypatch.setattr(benchmark, "USUAL", replace(small, aspect=1.0))
 
@@ -24,18 +24,18 @@ def test_compare_has_every_method_with_its_spread(tmp_path, quick):
     for method in ("WT-Flow", "rFM", "OT-CFM", "PatchCore 1 %", "PatchCore 10 %, 256 px"):
         (line,) = [line for line in lines if f" {method}  " in line]
         assert line.count("+-") == 3
-    for method in ("Mahalanobis, no field", "PaDiM", "PaDiM, 256 px"):
+    for method in ("no field", "PaDiM", "PaDiM, 256 px"):
         (line,) = [line for line in lines if f" {method}  " in line]
         assert "+-" not in line
 
 
 def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
-    changes = ({}, {"calibrate": False}, {"strength": 0.0})
+    changes = ({}, {"score": "residual"}, {"rho": 0.0})
     monkeypatch.setattr(benchmark, "ABLATION", changes)
     data = make_mvtec(tmp_path / "d", ("bolt", "nut"))
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
     by_category, chosen = result.stdout.split("left_out")
-    for name in ("the default", "calibrate=False", "strength=0.0"):
+    for name in ("the default", "score=residual", "rho=0.0"):
         assert by_category.count(name) == 2
     assert [line.split()[0] for line in chosen.splitlines()[1:]] == ["bolt", "nut", "mean"]
 
@@ -57,11 +57,11 @@ def test_one_set_is_left_out_of_the_choice():
 def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
     trained_on = []
 
-    def flows(sample, recipes, seed):
+    def timed(sample, fit, seed):
         trained_on.append(sample.train[:, 0, 0, 0].tolist())
-        return [dict.fromkeys(benchmark.FIGURES, 50.0)]
+        return dict.fromkeys(benchmark.METRICS, 50.0)
 
-    monkeypatch.setattr(benchmark, "flows", flows)
+    monkeypatch.setattr(benchmark, "timed", timed)
     data = make_mvtec(tmp_path / "d")
     result = succeeds(run("benchmark.py", "few", "--data", data, "--images", 3, 4, 1000))
     assert len(result.stdout.splitlines()) == 3
@@ -69,31 +69,30 @@ def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
     assert len({tuple(images) for images in trained_on[:3]}) > 1
 
 
-def test_strength_has_every_coupling_told_t_or_not(tmp_path, quick):
+def test_rho_has_every_coupling_time_conditioned_or_not(tmp_path, quick):
     data = make_mvtec(tmp_path / "d")
-    result = succeeds(run("benchmark.py", "strength", "--data", data, "--seeds", 0))
+    result = succeeds(run("benchmark.py", "rho", "--data", data, "--seeds", 0))
     assert len(result.stdout.splitlines()) == 1 + 6 * 4
-    for name in ("worst 0.97, told t, plain", "OT-CFM, not told t, calibrated"):
+    for name in (
+        "rho=0.97, time_conditioned=True, score=residual",
+        "OT-CFM, time_conditioned=False, score=gaussian",
+    ):
         assert result.stdout.count(f" {name}  ") == 1
 
 
-def test_recipes_that_differ_in_scoring_share_a_training(tmp_path, quick, monkeypatch):
+def test_no_field_is_the_gaussian_of_the_features(tmp_path, quick):
+    """Its scores are those of a detector whose residual is x_0."""
     (category,) = benchmark.categories_in([make_mvtec(tmp_path / "d")])
-    recipe = benchmark.Recipe()
-    sample = benchmark.read_sample(category, recipe)
-    train, trained = benchmark.wtflow.train_fields, []
-
-    def counted(*args):
-        trained.append(1)
-        train(*args)
-
-    monkeypatch.setattr(benchmark.wtflow, "train_fields", counted)
-    recipes = [recipe, replace(recipe, prior=9.0), replace(recipe, t_max=0.5)]
-    rows = benchmark.flows(sample, recipes, 0)
-    assert len(trained) == 2
-    alone = benchmark.flows(sample, recipes[1:2], 0)[0]
-    assert all(rows[1][name] == alone[name] for name in benchmark.FIGURES)
-    assert rows[0] != rows[1]
+    sample = benchmark.read_sample(category, benchmark.Recipe())
+    score, _, normal_scores = benchmark.fit_no_field(sample, 0)
+    detector = benchmark.Detector(sample.recipe)
+    detector.fit_whitening(sample.train)
+    x_0 = detector.normalise(sample.train).half()
+    detector.gaussian.fit(x_0)
+    left_out = detector.gaussian.leave_one_out(x_0)
+    assert torch.equal(normal_scores, benchmark.wtflow.map_and_score(left_out)[1])
+    square = detector.gaussian.squared_distance(detector.normalise(sample.test))
+    assert torch.allclose(score(sample.test)[0], benchmark.wtflow.map_and_score(square)[0])
 
 
 def test_peers_are_timed_on_the_same_features(quick, capsys):
@@ -101,7 +100,7 @@ def test_peers_are_timed_on_the_same_features(quick, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "ms_per_image_batch_16" in lines[0] and len(lines) == 1 + 2 + len(benchmark.OTHERS)
     seconds = [[float(number) for number in line.split()[-4:]] for line in lines[1:]]
-    assert all(value > 0 for row in seconds for value in row[1:])
+    assert all(value > 0 for row in seconds for value in row[2:])
 
 
 def test_memory_is_that_of_the_two_commands(capsys):

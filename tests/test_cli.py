@@ -55,9 +55,9 @@ def test_train_writes_models_maps_and_the_table(trained):
 def test_the_released_recipe_at_a_small_width(data, tmp_path):
     """--paper as it runs on a GPU, with the backbone that is in a package.
 
-    The U-Net on images, epochs, the released score.
+    The U-Net on images, the released score.
     """
-    small = ("--backbone", "efficientnet_lite0", "--image-size", 96, "--set", "base=8", "epochs=2")
+    small = ("--backbone", "efficientnet_lite0", "--image-size", 128, "--set", "width=8", "steps=2")
     result = run("train.py", "--data", data / "bolt", "--out", tmp_path, "--paper", *small)
     assert "step 2/2" in succeeds(result).stderr
     state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
@@ -68,7 +68,7 @@ def test_the_released_recipe_at_a_small_width(data, tmp_path):
 
 @pytest.mark.parametrize("seed, same", [(0, True), (1, False)])
 def test_same_seed_same_result_and_other_seed_another(data, trained, tmp_path, seed, same):
-    options = ("--out", tmp_path, *TINY, "--seed", seed)
+    options = ("--out", tmp_path, *TINY, "--seeds", seed)
     succeeds(run("train.py", "--data", data / "bolt", *options))
     assert same_tensors(model_of(trained[0]), model_of(tmp_path / "tiny")) == same
     if same:
@@ -91,7 +91,7 @@ def test_evaluate_gives_the_table_again(data, trained, tmp_path):
         assert without_seconds(tmp_path / "tiny") == before
     tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
     assert tiff.mode == "F" and tiff.size == (48, 40)
-    succeeds(run("evaluate.py", "--run", tmp_path, "--data", data, "--euler-steps", 2))
+    succeeds(run("evaluate.py", "--run", tmp_path, "--data", data))
 
 
 def test_one_image_and_a_folder_of_images(data, trained, tmp_path, monkeypatch):
@@ -116,12 +116,11 @@ def test_several_seeds_give_mean_and_spread(data, tmp_path):
 
 def test_one_seed_has_no_spread(data, tmp_path):
     options = ("--out", tmp_path, *TINY, "--seeds", 3)
-    changes = ("--set", "calibrate=False", "base=64")
+    changes = ("--set", "score=residual", "width=64")
     succeeds(run("train.py", "--data", data / "bolt", *options, *changes))
-    assert rows(tmp_path / "tiny", "spread.csv")[0]["aupro"] == ""
-    assert rows(tmp_path / "tiny")[0]["aupro"]
-    state = torch.load(tmp_path / "seed3/tiny/bolt/model.pt", weights_only=True)
-    assert state["recipe"]["base"] == 64 and "normal_mean" not in state["model"]
+    assert rows(tmp_path / "tiny")[0]["aupro"] and not (tmp_path / "tiny/spread.csv").exists()
+    state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
+    assert state["recipe"]["width"] == 64 and "gaussian.mean" not in state["model"]
 
 
 def test_processes_share_the_categories(data, trained, tmp_path):
@@ -188,8 +187,8 @@ def test_degenerate_training_sets_train(tmp_path, kind):
         (("--device", "cuda"), ["--device cuda"]),
         (("--image-size", 65), ["--image-size"]),
         (("--coupling", "best"), ["worst"]),
-        (("--set", "width=3"), ["width", "base"]),
-        (("--set", "base=wide"), ["base=wide"]),
+        (("--set", "base=3"), ["base", "width"]),
+        (("--set", "width=wide"), ["width=wide"]),
         (("--set", "norm=none"), ["norm", "zca"]),
         (("--set", "strides=32,"), ["strides"]),
         (("--backbone", "wide_resnet50_2", "--weights", "none.pth"), ["none.pth", "--weights"]),

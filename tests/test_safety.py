@@ -39,8 +39,8 @@ def train_apart(log, *options, prepare=None):
             os.dup2(f.fileno(), 1)
             os.dup2(f.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        wtflow.SAVE_SECONDS = 0
-        wtflow.REPORT_STEPS = 1
+        train.SAVE_SECONDS = 0
+        train.REPORT_STEPS = 1
         if prepare is not None:
             prepare()
         evaluate.exit_cleanly(lambda: train.main([str(option) for option in options]))
@@ -129,13 +129,13 @@ FOREIGN = {
     "list": lambda s: [1],
     "older": lambda s: {"recipe": s["recipe"], "field": s["model"]},
     "newer": lambda s: {**s, "format": evaluate.FORMAT + 1},
-    "setting": lambda s: {**s, "recipe": {**s["recipe"], "width": 3}},
+    "setting": lambda s: {**s, "recipe": {**s["recipe"], "told_t": True}},
     "value": lambda s: {**s, "recipe": {**s["recipe"], "norm": "none"}},
     "shape": lambda s: changed_model(s, feature_mean=torch.ones(3)),
     "missing": lambda s: {k: v for k, v in s.items() if k != "model"},
     "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
     "type": lambda s: changed_model(s, feature_mean="x"),
-    "folds": lambda s: changed_model(s, fold_mean=s["model"]["fold_mean"][:1]),
+    "blocks": lambda s: changed_model(s, **{"gaussian.W": s["model"]["gaussian.W"][:1]}),
     "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
     "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
 }
@@ -177,9 +177,9 @@ def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
 @pytest.mark.parametrize(
     "options, word",
     [
-        ((*TINY, "--seed", 5), "seed"),
+        ((*TINY, "--seeds", 5), "seed"),
         ((*TINY, "--coupling", "optimal"), "coupling"),
-        ((*TINY, "--set", "t_max=0.7"), "t_max"),
+        ((*TINY, "--set", "rho=0.7"), "rho"),
     ],
 )
 def test_resume_refuses_other_settings(data, trained, tmp_path, options, word):
@@ -203,12 +203,12 @@ def test_resume_refuses_another_backbone_and_other_images(data, trained, tmp_pat
 
 def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
     """With other settings, into the folder of a finished run: its state goes before the model."""
-    options = ("--data", data / "bolt", *TINY, "--seed", 3)
+    options = ("--data", data / "bolt", *TINY, "--seeds", 3)
     succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
     cut = tmp_path / "cut"
     shutil.copytree(trained[0], cut / "tiny")
     process = train_apart(
-        tmp_path / "log", *options, "--out", cut, prepare=lambda: dies_at("judge_category", 1)
+        tmp_path / "log", *options, "--out", cut, prepare=lambda: dies_at("score_category", 1)
     )
     process.join(60)
     assert process.exitcode == -signal.SIGKILL and (cut / "tiny/bolt/state.pt").exists()
@@ -219,13 +219,13 @@ def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
 
 def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_path):
     options = ("--data", data / "bolt", *TINY, "--out", tmp_path)
-    for seed, dies in ((3, "judge_category"), (4, "extract")):  # after the last state, before any
+    for seed, dies in ((3, "score_category"), (4, "extract")):  # after the last state, before any
         process = train_apart(
-            tmp_path / "log", *options, "--seed", seed, prepare=lambda dies=dies: dies_at(dies, 1)
+            tmp_path / "log", *options, "--seeds", seed, prepare=lambda dies=dies: dies_at(dies, 1)
         )
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-    succeeds(run("train.py", *options, "--seed", 4, "--resume"))
+    succeeds(run("train.py", *options, "--seeds", 4, "--resume"))
 
 
 def test_pictures_that_are_asked_for_later_are_drawn(data, trained, tmp_path):
@@ -238,7 +238,7 @@ def test_pictures_that_are_asked_for_later_are_drawn(data, trained, tmp_path):
     succeeds(run("train.py", *options[:-2], "--save-maps"))  # what is there stays
     assert drawn == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("bolt/**/*.png")}
     assert len([*tmp_path.rglob("bolt/**/*.tiff")]) == 6
-    again = ("--data", data, "--out", tmp_path, *TINY, "--seed", 3, "--maps", "none")
+    again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3, "--maps", "none")
     succeeds(run("train.py", *again))  # another model: the pictures are not its own
     left = [*tmp_path.rglob("maps/*.png"), *tmp_path.rglob("*.tiff")]
     assert not left and not [*tmp_path.rglob("contact-sheet.png")]
@@ -392,7 +392,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
         most = pages * resource.getpagesize() + (1 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    options = ("--data", data, "--out", tmp_path, *TINY, "--set", f"base={1 << 15}")
+    options = ("--data", data, "--out", tmp_path, *TINY, "--set", f"width={1 << 15}")
     process = train_apart(tmp_path / "log", *options, prepare=little_memory)
     process.join(60)
     result = SimpleNamespace(returncode=process.exitcode, stderr=(tmp_path / "log").read_text())
@@ -403,9 +403,9 @@ def test_a_machine_without_memory_left(data, tmp_path):
 @pytest.mark.parametrize(
     "module, name, call",
     [
-        (wtflow, "join_levels", 3),
-        (wtflow, "flow_matching_loss", 6),
-        (wtflow, "fit_blocks", 2),
+        (wtflow, "join_levels", 15),
+        (wtflow, "flow_matching_loss", 14),
+        (wtflow.PositionGaussian, "fit", 4),
         (torch, "save", 3),
         (evaluate, "pixel_metrics", 2),
         (evaluate, "draw_map", 6),

@@ -1,22 +1,21 @@
-"""wtflow.py: recipe, loss, couplings, whitening, scorer, fields, detector, training, backbones."""
+"""wtflow.py: recipe, loss, couplings, whitening, Gaussian, fields, detector, backbones."""
 
 import copy
-import dataclasses
 import itertools
 import threading
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter1d
-from scipy.stats import ks_2samp, kstest
+from scipy.stats import kstest
 from torch import nn
 
+import train
 import wtflow
 from tests import benchmark
-from wtflow import PAPER, Detector, InputError, PointField, Recipe, UNetField
+from wtflow import PAPER, Detector, InputError, PositionField, PositionGaussian, Recipe, UNetField
 
 
 def gaussian(shape, seed=0):
@@ -24,8 +23,8 @@ def gaussian(shape, seed=0):
 
 
 def tiny(**changes):
-    """A recipe of 64 px, 8 x 8 cells and a narrow field."""
-    return Recipe(**{"image_size": 64, "base": 8, "steps": 4, "batch": 32, **changes})
+    """A recipe of 64 px, 8 x 8 positions and a narrow field."""
+    return Recipe(**{"image_size": 64, "width": 8, "steps": 4, "batch": 32, **changes})
 
 
 # ---- recipe ------------------------------------------------------------------------------------
@@ -34,6 +33,7 @@ def tiny(**changes):
     [
         (dict(backbone="vgg"), "efficientnet_lite0"),
         (dict(norm="none"), "zca"),
+        (dict(norm="layer"), "field=unet"),
         (dict(coupling="best"), "worst"),
         (dict(image_size=65), "multiple of 16"),
         (dict(image_size=32), "at least 64 and at most 2048"),
@@ -41,12 +41,9 @@ def tiny(**changes):
         (dict(strides=(32,)), "4, 8, 16"),
         (dict(strides=()), "4, 8, 16"),
         (dict(steps=0), "at least 1"),
-        (dict(base=0), "at least 1"),
-        (dict(strength=1.5), "at least -1 and at most 1"),
-        (dict(strength=0.5, coupling="candidates"), "at least 1"),
-        (dict(t_max=0.0), "at most 1"),
-        (dict(t_max=0.0), "at least 1e-06"),
-        (dict(smooth=-1.0), "at least 0"),
+        (dict(width=0), "at least 1"),
+        (dict(rho=1.5), "at least -1 and at most 1"),
+        (dict(folds=1), "at least 2"),
         (dict(lr=float("nan")), "at least 0"),
     ],
 )
@@ -57,17 +54,19 @@ def test_a_recipe_refuses_what_is_not_valid(setting, remedy):
     assert str(value) in str(pytest.raises(InputError, Recipe, **setting).value)
 
 
-def test_the_first_screen_counts_the_departures_from_the_release():
-    default, paper = dataclasses.asdict(Recipe()), dataclasses.asdict(PAPER)
-    departures = [name for name in default if default[name] != paper[name]]
-    assert f"in {len(departures)} of {len(default)} settings" in wtflow.__doc__
-    for name in departures:
+def test_the_first_screen_names_every_departure_from_the_release():
+    default = asdict(Recipe())
+    assert all(default[name] != value for name, value in PAPER.items())
+    assert f"in {len(PAPER)} of {len(default)} settings" in " ".join(wtflow.__doc__.split())
+    assert len(default) <= 20
+    for name in PAPER:
         assert name in wtflow.__doc__, name
 
 
 def test_a_recipe_takes_steps_aspect_and_pixels_from_the_images():
-    assert wtflow.recipe_for(PAPER, [(200, 300)] * 209).steps == 100 * 27
-    assert wtflow.image_shape(wtflow.recipe_for(PAPER, [(200, 300)])) == (256, 256)
+    paper = Recipe(**PAPER)
+    assert wtflow.recipe_for(paper, [(200, 300)] * 209).steps == 100 * 27
+    assert wtflow.image_shape(wtflow.recipe_for(paper, [(200, 300)])) == (256, 256)
     recipe = Recipe(image_size=320)
     tall = wtflow.recipe_for(recipe, [(900, 300), (900, 300), (300, 300)])  # the median image
     assert tall.steps == recipe.steps and tall.aspect == 3 and tall.image_size == 320
@@ -116,7 +115,7 @@ def test_one_step_and_two_by_hand():
 
 
 # ---- couplings ---------------------------------------------------------------------------------
-COUPLINGS = [wtflow.independent, wtflow.optimal, wtflow.worst, wtflow.worst_candidate]
+COUPLINGS = [wtflow.independent, wtflow.optimal, wtflow.worst]
 
 
 @pytest.mark.parametrize("couple", COUPLINGS)
@@ -137,37 +136,12 @@ def test_optimal_beats_every_permutation_and_worst_plan_loses_to_every_one():
         assert costs[0] <= min(costs) + 1e-5
 
 
-@pytest.mark.parametrize("n", [1, 4, 64])
-def test_worst_candidate_has_the_law_of_the_worst_of_n(n):
-    """Beside literal candidates: Kolmogorov-Smirnov, false alarm 1e-6; across it stays N(0, 1)."""
-    N, d = 20000, 3
-    x_0 = gaussian((N, d), 1)
-    e = F.normalize(x_0, dim=1)
-    z = torch.randn(N, n, d, generator=torch.Generator().manual_seed(2))
-    literal = z[torch.arange(N), (z @ x_0[..., None])[..., 0].argmin(1)]
-    drawn = wtflow.worst_candidate(x_0, torch.Generator().manual_seed(3), n)
-    assert ks_2samp((literal * e).sum(1), (drawn * e).sum(1)).pvalue > 1e-6
-    axis = torch.tensor([[1.0, 0, 0]]).expand(N, 3)
-    across = F.normalize(torch.linalg.cross(e, axis), dim=1)
-    assert kstest((drawn * across).sum(1).numpy(), "norm").pvalue > 1e-6
-
-
-def test_worst_candidate_of_a_zero_vector_is_noise():
-    assert torch.isfinite(wtflow.worst_candidate(torch.zeros(4, 3), n=64)).all()
-
-
-@pytest.mark.parametrize("n", [1, 64])
-def test_worst_candidate_is_finite_for_any_random_number(monkeypatch, n):
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
-    assert torch.isfinite(wtflow.worst_candidate(torch.ones(4, 3), n=n)).all()
-
-
 @pytest.mark.parametrize("rho", [-0.5, 0.0, 0.9])
-def test_worst_is_noise_about_the_landing_point_on_the_shell(rho):
+def test_worst_is_noise_about_the_conditional_mean_on_the_shell(rho):
     """Means within 5 standard errors; the noise is N(0, 1 - rho^2): Kolmogorov-Smirnov, 1e-6."""
     d, x_0 = 6, gaussian((4000, 6, 2, 1), 1)
     x_1 = wtflow.worst(x_0, torch.Generator().manual_seed(3), rho)
-    rest = x_1 - wtflow.landing(x_0, rho)
+    rest = x_1 - wtflow.conditional_mean(x_0, rho)
     assert kstest(rest.flatten().numpy() / (1 - rho**2) ** 0.5, "norm").pvalue > 1e-6
     energy = x_1.square().sum(1)
     assert abs(energy.mean().item() - d) < 5 * energy.std().item() / energy.numel() ** 0.5
@@ -175,13 +149,23 @@ def test_worst_is_noise_about_the_landing_point_on_the_shell(rho):
     assert abs(along.mean().item() + rho * d**0.5) < 5 * (1 - rho**2) ** 0.5 / 8000**0.5
 
 
-# ---- whitening and calibration -----------------------------------------------------------------
-def test_whitening_gives_unit_covariance():
+# ---- whitening ---------------------------------------------------------------------------------
+def test_whitening_gives_unit_covariance(monkeypatch):
+    monkeypatch.setattr(wtflow, "SHRINKAGE", 0.0)
     torch.manual_seed(0)
     x = torch.einsum("ij,njhw->nihw", torch.randn(6, 6), torch.randn(400, 6, 2, 2)) + 3
-    z = wtflow.whiten(x, *wtflow.fit_zca(x, 0.0)).movedim(1, -1).reshape(-1, 6)
+    z = wtflow.whiten(x, *wtflow.fit_zca(x)).movedim(1, -1).reshape(-1, 6)
     assert torch.allclose(z.T @ z / len(z), torch.eye(6), atol=1e-3)
     assert z.mean(0).abs().max() < 1e-4
+
+
+def test_whitening_is_shrunk_towards_the_mean_variance():
+    x = gaussian((50, 2, 4, 4)) * torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)
+    _, W = wtflow.fit_zca(x)
+    rows = x.movedim(1, -1).reshape(-1, 2)
+    S = torch.cov(rows.T, correction=0)
+    shrunk = 0.99 * S + 0.01 * S.trace() / 2 * torch.eye(2)
+    assert torch.allclose(W @ shrunk @ W, torch.eye(2), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["constant", "one", "copies", "zero"])
@@ -192,269 +176,153 @@ def test_whitening_survives_degenerate_sets(kind):
         "copies": gaussian((2, 6, 1, 1)).repeat(3, 1, 1, 1),
         "zero": torch.zeros(1, 6, 1, 1),
     }[kind]
-    mean, W = wtflow.fit_zca(x, 0.01)
+    mean, W = wtflow.fit_zca(x)
     assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(x, mean, W)).all()
 
 
-# ---- calibration -------------------------------------------------------------------------------
-class Still(nn.Module):
-    """v = 0, so that x1_hat = x_0."""
-
-    def forward(self, x, t):
-        return torch.zeros_like(x)
-
-
-def gaussian_law(x, prior):
-    """Mean and covariance of each place by numpy, straight from the definitions; L blocks."""
-    blocks = wtflow.to_blocks(x).double().numpy()
-    mean = blocks.mean(1)
-    deviations = (blocks - mean[:, None]).reshape(len(blocks), -1, x.shape[1])
-    S = np.einsum("lni,lnj->lij", deviations, deviations) / (4 * (len(x) - 1))
-    return blocks, mean, S
+# ---- the Gaussian at each position -------------------------------------------------------------
+def fitted_gaussian(r):
+    g = PositionGaussian(*r.shape[1:])
+    g.fit(r)
+    return g
 
 
-def test_blocks_hold_every_cell_once_and_come_back():
-    x = torch.arange(2 * 3 * 5 * 4.0).view(2, 3, 5, 4)  # 5 rows: the last block juts out
+def by_numpy(r, c=None):
+    """Mean (L, 4, d), c (L,) and T (L, d, d) of residuals r, straight from the definitions."""
+    x = wtflow.to_blocks(r).double().numpy()
+    blocks, n, _, d = x.shape
+    mean = x.mean(1)
+    z = (x - mean[:, None]).reshape(blocks, -1, d)
+    S = np.einsum("lni,lnj->lij", z, z) / (4 * (n - 1))
+    variance = np.trace(S, axis1=1, axis2=2) / d
+    s = variance.mean()
+    if c is None:
+        log_c = np.log(variance / s)
+        c = np.exp(log_c * max(0, 1 - wtflow.PADDING**2 / np.mean(log_c**2)))
+    k = wtflow.PSEUDO_COUNT * d
+    return mean, c, n / (n + k) * S / c[:, None, None] + k / (n + k) * s * np.eye(d)
+
+
+def test_blocks_hold_every_position_once_and_come_back():
+    x = torch.arange(2 * 3 * 6 * 4.0).view(2, 3, 6, 4)
     blocks = wtflow.to_blocks(x)
     assert blocks.shape == (3 * 2, 2, 4, 3)
     assert torch.equal(blocks[1, 0, :, 0], x[0, 0, :2, 2:].flatten())
-    assert torch.equal(wtflow.from_blocks(blocks[..., 1], 5, 4), x[:, 1])
+    assert torch.equal(wtflow.from_blocks(blocks[..., 1], 6, 4), x[:, 1])
+    for b in range(6):
+        assert torch.equal(wtflow.block_of(x, b), blocks[b])
 
 
-def test_the_law_of_each_place_is_its_own_mean_and_covariance(monkeypatch):
-    x = 2 * gaussian((40, 3, 4, 4)) + gaussian((1, 3, 4, 4), 1)
-    monkeypatch.setattr(wtflow, "PART", 7)
-    mean, S = wtflow.fit_blocks(x)
-    _, by_hand, covariance = gaussian_law(x, 0)
-    assert np.allclose(mean, by_hand, atol=1e-5) and np.allclose(S, covariance, atol=1e-4)
+def test_squared_distance_is_that_of_mahalanobis_by_its_definition():
+    r = gaussian((40, 3, 4, 6)) * torch.tensor([1.0, 1, 2, 2, 5, 5]) + gaussian((1, 3, 4, 6), 1)
+    g, (mean, c, T) = fitted_gaussian(r), by_numpy(r)
+    new = gaussian((5, 3, 4, 6), 2)
+    z = wtflow.to_blocks(new).double().numpy() - mean[:, None]
+    by_hand = np.einsum("lnpi,lij,lnpj->lnp", z, np.linalg.inv(T), z) / 3
+    y = g.squared_distance(new)
+    assert torch.allclose(g.c * 40 / 42.25, torch.from_numpy(c).float(), rtol=1e-4)
+    assert np.allclose(wtflow.to_blocks(y[:, None])[..., 0], by_hand, rtol=1e-3)
 
 
-def test_covariances_are_drawn_to_their_mean_as_by_prior_d_images():
-    S = torch.stack([torch.eye(2), 3 * torch.eye(2)])
-    P, scales = wtflow.pooled_covariance(S, one_scale=False)
-    drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)  # r = 2 / 8
-    assert torch.allclose(drawn, 0.75 * S + 0.25 * 2 * torch.eye(2), atol=1e-4)
-    assert torch.allclose(wtflow.towards_pooled(S, 6, 1e9, P, scales)[0], P, atol=1e-4)
-
-
-def test_places_have_one_scale_and_a_shape_of_their_own():
-    """tr(P^-1 T_l) / d is near 1 in each place, loud or quiet, where its shape is not P's.
-
-    As near as the share of the frame lets it be: of a variance of 1.9 of log c, 0.01.
-    """
-    S = torch.stack([k * torch.diag(torch.tensor([1.0, 4.0 - k, 2.0])) for k in (0.2, 1.0, 3.0)])
-    P, scales = wtflow.pooled_covariance(S, one_scale=True)
-    drawn = wtflow.towards_pooled(S, 6, 1.0, P, scales)
-    traces = (drawn @ torch.linalg.inv(P)).diagonal(dim1=1, dim2=2).mean(1)
-    assert torch.allclose(traces, torch.ones(3), rtol=0.01)
-    assert (drawn[0, 1, 1] / drawn[0, 0, 0]) > 1.5 * (drawn[2, 1, 1] / drawn[2, 0, 0])
-
-
-def test_scales_are_taken_out_as_far_as_they_are_not_those_of_the_frame():
-    """c_l^s, s = 1 - 0.1^2 / var: of a variance of 0.005 nothing, of 0.04 three quarters."""
-    kept = {0.05: 0.0, 0.02**0.5: 0.75}  # log c = +-spread; of two places, over 2 - 1
-    for spread, share in kept.items():
-        P, scales = wtflow.pooled_covariance(
-            torch.tensor([spread, -spread]).exp().view(2, 1, 1), True
-        )
-        ratio = (scales[0] / scales[1]).log().item()
-        assert ratio == pytest.approx(share * 2 * spread, abs=1e-4)
-
-
-def test_a_place_that_never_changes_is_judged_as_the_whole_map():
-    """Its covariance is r P, r = 1/2: distances there are at most the root of 2 too large."""
-    S = torch.stack([torch.zeros(2, 2), 2 * torch.eye(2)])
-    P, scales = wtflow.pooled_covariance(S, one_scale=True)
-    assert torch.allclose(wtflow.towards_pooled(S, 2, 1.0, P, scales)[0], P / 2, atol=1e-4)
-
-
-def test_distance_is_that_of_mahalanobis():
-    x = gaussian((9, 3, 4, 6))
-    mean, S = wtflow.fit_blocks(x)
-    drawn = wtflow.towards_pooled(S, 9, 1.0, *wtflow.pooled_covariance(S, True))
-    y = wtflow.squared_distance(x, mean, wtflow.inverse_factor(drawn))
-    e = wtflow.to_blocks(x)[4, 2, 3] - mean[4, 3]  # block row 1, column 1; its last cell
-    by_hand = e @ torch.linalg.inv(drawn[4]) @ e / 3
-    assert y[2, 3, 3].item() == pytest.approx(by_hand.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("one_scale", [True, False])
-@pytest.mark.parametrize("folds", [7, 2])
-def test_left_out_distances_are_those_of_a_law_fitted_without_the_image(folds, one_scale):
-    """Beside fitting n times; the pooled covariance and the scales without the image's fold."""
-    n, d, prior = 7, 3, 0.8
-    x = gaussian((n, d, 4, 4)) * torch.tensor([1.0, 1, 3, 3]) + 1  # half of it is loud
-    mean, S = wtflow.fit_blocks(x)
-    y = wtflow.left_out_squared_distance(x, mean, S, prior, folds, one_scale)
-    r = prior * d / (prior * d + n - 1)
+def test_leave_one_out_is_a_fit_without_the_image_given_scales_and_divisor():
+    """Beside the covariance of the others about their mean, n - 1 as its divisor."""
+    n, d = 7, 3
+    r = gaussian((n, d, 4, 4)) * torch.tensor([1.0, 1, 3, 3]) + 1
+    g = fitted_gaussian(r)
+    left_out = wtflow.to_blocks(g.leave_one_out(r)[:, None])[..., 0]
+    x = wtflow.to_blocks(r).double()
+    _, c, _ = by_numpy(r)
+    S = np.stack([np.cov(b.reshape(-1, d).T) for b in (x - x.mean(1, keepdim=True)).numpy()])
+    s = np.trace(S, axis1=1, axis2=2).mean() / d * (4 * n - 1) / (4 * (n - 1))
+    pseudo = wtflow.PSEUDO_COUNT * d
     for k in range(n):
-        mean_k, S_k = wtflow.fit_blocks(torch.cat([x[:k], x[k + 1 :]]))
-        S_f = wtflow.fit_blocks(x[[i for i in range(n) if i % folds != k % folds]])[1]
-        P = S_f.mean(0)
-        c = torch.einsum("lij,ji->l", S_f, torch.linalg.inv(P)) / d if one_scale else torch.ones(4)
-        c = c ** (1 - 0.1**2 / c.log().var()) if one_scale else c
-        W_k = wtflow.inverse_factor((1 - r) * S_k / c[:, None, None] + r * P)
-        refitted = wtflow.squared_distance(x[k : k + 1], mean_k, W_k)[0]
-        assert torch.allclose(y[k], refitted, rtol=1e-3)
+        others = torch.cat([x[:, :k], x[:, k + 1 :]], 1).numpy()
+        z = (others - others.mean(1, keepdims=True)).reshape(4, -1, d)
+        S_k = np.einsum("lni,lnj->lij", z, z) / (4 * (n - 1))
+        T_k = (n * S_k / c[:, None, None] + pseudo * s * np.eye(d)) / (n + pseudo)
+        e = x[:, k].numpy() - others.mean(1)
+        refitted = np.einsum("lpi,lij,lpj->lp", e, np.linalg.inv(T_k), e) / d
+        assert np.allclose(left_out[:, k], refitted, rtol=1e-3)
 
 
-def test_calibration_measures_in_units_of_where_normal_features_land():
-    """With v = 0, landing at the origin: the mean of -2 log p of good features is near 1."""
-    x_0 = 3 * gaussian((3000, 4, 4, 4)) + 5
-    plain, calibrated = (Detector(tiny(calibrate=c, from_landing=False)) for c in (False, True))
-    means = []
-    for detector in (plain, calibrated):
-        detector.fields = nn.ModuleList([Still()])
-        detector.calibrate(x_0.clone())
-        means.append(-2 * detector.log_p(x_0).mean().item())
-    assert means[0] == pytest.approx(34, rel=0.05)  # |x_0|^2 / d = 9 + 25; standard error 0.05
-    assert means[1] == pytest.approx(1, rel=0.02)  # standard error 0.003
-    assert "normal_mean" not in plain.state_dict()
+def test_blocks_have_the_scale_of_the_map_and_a_shape_of_their_own():
+    """Of a block of ten times the deviations squared distances are 100 times as large.
 
-
-def test_scores_of_good_images_are_those_that_new_ones_have():
-    """40 images for d = 152: fitted to them, they score less than new ones; left out, as they do.
-
-    The mean score of 40 left out beside that of 200 new images, within 4 standard errors and what
-    half of the images cost the pooled covariance: the inverse of one of N = 64 n rows is too large
-    by 1 / (1 - d / N), a distance by the root of that.
+    But for the padding: log c = +-2.3 has a variance of 5.3, of which it explains 0.01.
     """
-    detector = Detector(tiny())
-    detector.fields = nn.ModuleList([Still()])
-    x_0 = gaussian((240, 152, 8, 8))
-    known, new = x_0[:40], x_0[40:]
-    detector.calibrate(known.clone())
-    scores = detector.score(new)[1]
-    left_out = detector.normal_scores
-    error = (scores.var() / 200 + left_out.var() / 40).sqrt().item()
-    assert len(left_out) == 40
-    dearer = ((1 - 152 / (64 * 40)) / (1 - 152 / (64 * 20))) ** 0.5
-    mean = scores.mean().item()
-    assert mean - 4 * error < left_out.mean().item() < dearer * mean + 4 * error
-    assert mean - detector.score(known)[1].mean().item() > 8 * error
+    r = gaussian((200, 4, 2, 4))
+    r[:, 0] *= 3
+    scaled = r * torch.tensor([1.0, 1, 10, 10])
+    y = fitted_gaussian(scaled).squared_distance(scaled).mean((0, 1))
+    assert y[2:].mean() / y[:2].mean() == pytest.approx(100, rel=0.07)  # standard error 0.02
+    W = fitted_gaussian(r).W
+    assert (W.mT @ W)[:, 0, 0].max() < 0.5 * (W.mT @ W)[:, 1, 1].min()
 
 
-class Scaled(nn.Module):
-    """v = (c - 1) x, so that x1_hat = c x_0."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.c = c
-
-    def forward(self, x, t):
-        return (self.c - 1) * x
-
-
-def test_each_image_is_judged_by_the_field_of_its_fold():
-    """With folds that scale by 1 and by 2 * 1.5: what is kept of image k is that of fold k % 2."""
-    detector = Detector(tiny(from_landing=False, calibrate=False))
-    x_0 = gaussian((7, 152, 4, 4))
-    detector.fields = nn.ModuleList([Scaled(1.0), Scaled(1.5)])
-    detector.fold_whitening = torch.stack([torch.eye(152), 2 * torch.eye(152)])
-    detector.fold_mean = torch.zeros(2, 152)
-    left = x_0.clone()
-    detector.calibrate(left)
-    scale = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0]).view(7, 1, 1, 1)
-    assert torch.allclose(left, scale * x_0)
-    by_both = detector.score(x_0)[1]  # the mean of |x_0|^2 and |3 x_0|^2 is 5 |x_0|^2
-    assert torch.allclose(detector.normal_scores * 5**0.5 / scale.flatten(), by_both, rtol=1e-5)
+def test_scales_that_zero_padding_explains_are_kept():
+    """Log scales of +-0.05: all of it; of +-0.2: three quarters are taken out."""
+    for spread, share in ((0.05, 0.0), (0.2, 0.75)):
+        r = gaussian((20, 3, 2, 2)).repeat(1, 1, 1, 2)
+        r[..., :2] *= np.exp(spread / 2)
+        r[..., 2:] *= np.exp(-spread / 2)
+        c = fitted_gaussian(r).c
+        assert (c[0] / c[1]).log().item() == pytest.approx(share * 2 * spread, abs=2e-3)
 
 
-def test_no_field_of_a_fold_has_seen_its_images(monkeypatch):
-    counts = {n: wtflow.count_folds(Recipe(folds=2), n) for n in (1, 2, 3, 9, 99, 100)}
-    assert counts == {1: 0, 2: 2, 3: 2, 9: 2, 99: 2, 100: 0}
-    assert wtflow.count_folds(Recipe(folds=0), 9) == 0
-    assert wtflow.count_folds(Recipe(folds=3, folds_below=101), 100) == 3
-    detector, used = Detector(tiny(folds=2, norm="layer")), []
-
-    def loss(field, batch, *args, **options):
-        used.append(set(batch[:, 0].tolist()))
-        return field(batch, None).square().mean(1)
-
-    x_0 = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 152, 2, 2)  # channels name the image
-    monkeypatch.setattr(wtflow, "flow_matching_loss", loss)
-    wtflow.train_fields(detector, x_0, 0)
-    seen = [set.union(*used[k : k + 4]) for k in range(0, 8, 4)]
-    assert [{*range(6)} - images for images in seen] == [{0, 2, 4}, {1, 3, 5}]
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["constant", "half", "one position"])
+def test_a_gaussian_survives_residuals_that_never_change(n, kind):
+    r = torch.ones(n, 5, 4, 4)
+    if kind == "half":
+        r[:, :, :2] = gaussian((n, 5, 2, 4))
+    if kind == "one position":
+        r[:, :, 0, 0] = gaussian((n, 5))
+    g = fitted_gaussian(r)
+    assert torch.isfinite(g.squared_distance(r + 1)).all()
+    if n > 1:
+        assert torch.isfinite(g.leave_one_out(r)).all()
 
 
-@pytest.mark.parametrize("kind", ["point", "unet"])
-def test_a_batch_is_drawn_from_the_others_of_a_fold_whitened_by_themselves(kind):
-    """All 7 x 16 locations that are not of fold 1, and nothing else."""
-    x_0 = gaussian((9, 3, 4, 4)) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1) + 5
-    recipe = Recipe(field=kind, base=8, shrinkage=0.1, batch=4096 if kind == "point" else 256)
-    device, W_0 = torch.device("cpu"), torch.diag(torch.tensor([0.5, 1.0, 4.0]))
-    detector = SimpleNamespace(recipe=recipe, device=device, feature_whitening=W_0)
-    training = wtflow.Training(detector, x_0, 1, 6, 0)
-    numbers = torch.tensor([0, 2, 3, 4, 5, 6, 8])
-    expected = wtflow.fit_zca(x_0, 0.1, numbers, W_0)
-    assert all(map(torch.equal, training.whitening, expected))
-    rows = wtflow.whiten(x_0[numbers], *training.whitening).movedim(1, -1).reshape(-1, 3)
-    distance, drawn = torch.cdist(training.draw().movedim(1, -1).reshape(-1, 3), rows).min(1)
-    assert distance.max() < 1e-2 and set(drawn.tolist()) == set(range(len(rows)))
+def test_leave_one_out_scores_are_those_that_new_images_have():
+    """120 images for d = 30: fitted to them, they score less than new ones; left out, as they do.
 
-
-def test_a_fold_is_whitened_as_if_the_images_left_out_did_not_exist():
-    """Whitened features, whitened again without an image, are the features whitened without it.
-
-    But for a rotation, as lengths show; with the same shrinkage, though it has been applied twice.
+    Within 4 standard errors of the means, and the 1 % by which the divisor overstates.
     """
-    features = gaussian((5, 3, 4, 4)) * torch.tensor([0.01, 1, 3]).view(1, 3, 1, 1) + 5
-    features[4] *= 20
-    others = torch.arange(4)
-    first = wtflow.fit_zca(features, 0.05)
-    x_0 = wtflow.whiten(features, *first)
-    twice = wtflow.whiten(x_0, *wtflow.fit_zca(x_0, 0.05, others, first[1]))
-    once = wtflow.whiten(features, *wtflow.fit_zca(features, 0.05, others))
-    assert torch.allclose(twice.norm(dim=1), once.norm(dim=1), rtol=1e-3)
-    alone = wtflow.whiten(x_0[others], *wtflow.fit_zca(x_0, 0.0, others, first[1]))
-    rows = alone.movedim(1, -1).reshape(-1, 3)
-    assert torch.allclose(rows.T @ rows / len(rows), torch.eye(3), atol=1e-4)
-
-
-def test_few_images_have_scores_no_lower_than_new_ones_have():
-    """12 images of fewer locations than twice d: whitening and law know them by heart.
-
-    By these they score less than three quarters of what 60 new ones do; left out of all that is
-    fitted, no less than these: too much rather than too little, as half of the images teach less.
-    """
-    features = gaussian((72, 152, 5, 5))
-    detector = Detector(tiny(steps=40))
-    detector.fit_whitening(features[:12])
-    x_0 = detector.normalise(features[:12])
-    wtflow.train_fields(detector, x_0, 0)
-    detector.calibrate(x_0.clone())
-    new = detector.score(detector.normalise(features[12:]))[1].mean()
-    assert detector.score(x_0)[1].mean() < 0.75 * new
-    assert detector.normal_scores.mean() > 0.95 * new
+    r = gaussian((520, 30, 8, 8))
+    g = fitted_gaussian(r[:120])
+    new, own, left_out = (
+        y.flatten(1).amax(1).sqrt()
+        for y in (
+            g.squared_distance(r[120:]),
+            g.squared_distance(r[:120]),
+            g.leave_one_out(r[:120]),
+        )
+    )
+    error = (new.var() / len(new) + left_out.var() / 120).sqrt().item()
+    assert abs(left_out.mean() - new.mean()) < 4 * error + 0.01 * new.mean()
+    assert new.mean() - own.mean() > 8 * error
 
 
 # ---- map and score -----------------------------------------------------------------------------
 def test_map_and_score_by_hand():
+    square = torch.zeros(1, 5, 5)
+    square[0, 2, 2] = 36.0
+    y, s = wtflow.map_and_score(square)
+    weights = torch.tensor([1.0, 2.0, 1.0]) / 4
+    assert torch.allclose(y[0, 1:4, 1:4], 6 * weights[:, None] * weights)
+    assert s.item() == pytest.approx(6 / 4)
+    flat, s = wtflow.map_and_score(torch.full((2, 4, 3), 2.25))
+    assert torch.allclose(flat, torch.tensor(1.5)) and torch.allclose(s, torch.tensor(1.5))
+
+
+def test_released_map_and_score_by_hand():
     log_p = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]])
-    y, s = wtflow.anomaly_map(log_p, (2, 2))
-    assert torch.allclose(y, (-2 * log_p).sqrt()) and s.item() == pytest.approx(8**0.5)
-    y, s = wtflow.anomaly_map(log_p, (2, 2), score="released")
+    y, s = wtflow.released_map(log_p, (2, 2))
     p = np.exp([[-1.0, -2], [-3, -4]])
     assert np.allclose(y[0], p.max() - p) and s.item() == pytest.approx(p.max() - p.min())
-    ramp = torch.arange(200.0).view(1, 10, 20)
-    assert wtflow.image_score(ramp, 0.03).item() == pytest.approx(np.mean(range(194, 200)))
-
-
-def test_blur_matches_scipy_and_keeps_a_constant():
-    y = gaussian((2, 30, 40))
-    by_scipy = gaussian_filter1d(y.numpy(), 2.0, axis=1, mode="nearest", truncate=3)
-    assert np.allclose(wtflow.gaussian_blur(y, 2.0, 1), by_scipy, atol=1e-5)
-    flat = torch.ones(1, 9, 9)
-    assert torch.allclose(wtflow.gaussian_blur(flat, 3.0, 2), flat)
-
-
-def test_smoothing_is_counted_in_cells():
-    log_p = -gaussian((1, 6, 6)).square()
-    up = F.interpolate((-2 * log_p[:, None]).sqrt(), (48, 48), mode="bilinear")[:, 0]
-    smoothed, _ = wtflow.anomaly_map(log_p, (48, 48), smooth=0.5)  # half a cell is 4 pixels here
-    by_hand = wtflow.gaussian_blur(wtflow.gaussian_blur(up, 4.0, 1), 4.0, 2)
-    assert torch.allclose(smoothed, by_hand, atol=1e-5)
+    ramp = -torch.arange(200.0).view(1, 10, 20) / 100
+    y, s = wtflow.released_map(ramp, (10, 20))
+    assert s.item() == pytest.approx(np.mean(1 - np.exp(-np.arange(194, 200) / 100)), rel=1e-5)
 
 
 # ---- fields ------------------------------------------------------------------------------------
@@ -464,21 +332,21 @@ def every_parameter_learns(field, y):
 
 
 @pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 8), (16, 9)])
-@pytest.mark.parametrize("told_t", [True, False])
-def test_unet_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, told_t):
+@pytest.mark.parametrize("time_conditioned", [True, False])
+def test_unet_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time_conditioned):
     torch.manual_seed(0)
-    v_theta = UNetField(10, 8, told_t)
+    v_theta = UNetField(10, 8, time_conditioned)
     y = v_theta(torch.randn(3, 10, h, w), torch.rand(3))
     assert y.shape == (3, 10, h, w) and every_parameter_learns(v_theta, y)
     v_theta.eval()
     x = torch.randn(1, 10, h, w)
     same = torch.equal(v_theta(x, torch.zeros(1)), v_theta(x, torch.ones(1)))
-    assert same != told_t
+    assert same != time_conditioned
 
 
-def test_point_field_sees_each_location_alone_and_not_t():
+def test_a_position_field_sees_each_position_alone_and_not_t():
     torch.manual_seed(0)
-    v_theta, x = PointField(5, 16), gaussian((3, 5, 2, 4))
+    v_theta, x = PositionField(5, 16), gaussian((3, 5, 2, 4))
     y = v_theta(x, torch.rand(3))
     rows = v_theta(x.movedim(1, -1).reshape(-1, 5), torch.rand(24))
     assert y.shape == x.shape and torch.equal(rows.view(3, 2, 4, 5).movedim(-1, 1), y)
@@ -491,9 +359,9 @@ def test_point_field_sees_each_location_alone_and_not_t():
     assert moved[1, 0, 2] and moved.sum() == 1
 
 
-def test_point_field_that_is_told_t_has_the_time_of_its_image():
+def test_point_field_that_is_time_conditioned_has_the_time_of_its_image():
     torch.manual_seed(0)
-    v_theta, x = PointField(5, 16, told_t=True).eval(), gaussian((2, 5, 2, 4))
+    v_theta, x = PositionField(5, 16, time_conditioned=True).eval(), gaussian((2, 5, 2, 4))
     t = torch.tensor([0.1, 0.7])
     y = v_theta(x, t)
     rows = v_theta(x.movedim(1, -1).reshape(-1, 5), t.repeat_interleave(8))
@@ -501,10 +369,10 @@ def test_point_field_that_is_told_t_has_the_time_of_its_image():
     assert not torch.allclose(v_theta(x, t.flip(0)), y)
 
 
-@pytest.mark.parametrize("base, low, high", [(768, 760, 766), (128, 21, 22)])
-def test_released_size_of_the_field_in_millions(base, low, high):
+@pytest.mark.parametrize("width, low, high", [(768, 760, 766), (128, 21, 22)])
+def test_released_size_of_the_field_in_millions(width, low, high):
     with torch.device("meta"):
-        parameters = UNetField(1024, base, True).parameters()
+        parameters = UNetField(1024, width, True).parameters()
     assert low < sum(p.numel() for p in parameters) / 1e6 < high
 
 
@@ -516,11 +384,7 @@ def fitted(recipe, seed=0, n=6, device="cpu"):
     shape = (n, 3, size, size)
     images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
     detector = Detector(recipe).to(device)
-    features = detector.features(images)
-    detector.fit_whitening(features)
-    x_0 = detector.normalise(features)
-    wtflow.train_fields(detector, x_0, seed)
-    detector.calibrate(x_0)
+    train.fit_detector(detector, detector.features(images), seed)
     return detector, images
 
 
@@ -530,13 +394,17 @@ def test_a_detector_refuses_to_score_before_it_is_fitted():
         detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("recipe", [tiny(), tiny(norm="layer", field="unet", calibrate=False)])
+RELEASED = {"norm": "layer", "field": "unet", "score": "released", "batch": 4}
+
+
+@pytest.mark.parametrize("recipe", [tiny(), tiny(**RELEASED), tiny(score="residual")])
 def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
     detector, images = fitted(recipe)
     state = detector.state_dict()
     assert not any(name.startswith("extractor.") for name in state)
-    again = Detector(recipe)
+    again = Detector(recipe, white_level=4095)
     again.load_state_dict(state)
+    assert again.white_level == detector.white_level == 255.0
     for one, other in zip(detector(images), again(images), strict=True):
         assert torch.equal(one, other)
     for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "out.bias": torch.zeros(2)}):
@@ -544,109 +412,88 @@ def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
             again.load_state_dict(wrong)
 
 
-def test_whole_images_and_stored_features_score_alike():
+@pytest.mark.parametrize("recipe", [tiny(), tiny(**RELEASED)])
+def test_an_image_has_one_score_whichever_way_it_comes(recipe):
+    """Stored features are those of an image that is scored alone, to the last bit."""
+    detector, images = fitted(recipe, n=9)
+    features = detector.features(images)
+    assert features.dtype == torch.float16
+    stored = detector.score(features)
+    for k in range(9):
+        for alone, of_all in zip(detector(images[k : k + 1]), stored, strict=True):
+            assert torch.allclose(alone[0], of_all[k], rtol=1e-5)
+
+
+def test_features_and_scores_leave_their_arguments_as_they_are():
     detector, images = fitted(tiny())
-    x_0 = detector.normalise(detector.features(images))
-    for whole, parts in zip(detector(images), detector.score(x_0), strict=True):
-        assert torch.allclose(whole, parts, rtol=1e-5)
+    features = detector.features(images)
+    before = features.clone()
+    train.fit_detector(detector, features, 1)
+    detector.score(features)
+    assert torch.equal(features, before)
 
 
-def test_normalising_into_the_features_is_the_same():
-    detector, images = fitted(tiny())
-    features = detector.features(images).half()
-    x_0 = detector.normalise(features)
-    assert x_0.dtype == torch.float16 and not torch.equal(x_0, features)
-    assert torch.equal(detector.normalise(features, out=features), x_0)
-    assert torch.equal(features, x_0)
+class Zero(nn.Module):
+    """v = 0, so that x1_hat = x_0."""
+
+    def forward(self, x, t):
+        return torch.zeros_like(x)
 
 
-# ---- training ----------------------------------------------------------------------------------
-def test_the_rate_of_each_schedule():
-    cycle, step = Recipe(steps=100), Recipe(steps=100, schedule="step")
-    rates = [wtflow.learning_rate(k, cycle) / cycle.lr for k in (0, 5, 10, 55, 100)]
-    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
-    rates = [wtflow.learning_rate(k, step) / step.lr for k in (0, 66, 67, 99)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+@pytest.mark.parametrize("coupling", ["worst", "independent", "optimal"])
+def test_the_residual_is_the_error_of_the_velocity_at_t_0(coupling):
+    detector = Detector(tiny(coupling=coupling, rho=0.9))
+    detector.field = Zero()
+    detector.feature_whitening += 2 * torch.eye(152)
+    features = gaussian((2, 152, 4, 4))
+    x_0 = 2 * features
+    u_0 = -x_0 * (1 + (coupling == "worst") * 0.9 * 152**0.5 / x_0.norm(dim=1, keepdim=True))
+    assert torch.allclose(detector.residual(features), -u_0, rtol=1e-5, atol=1e-5)
 
 
-def test_training_goes_on_from_any_saved_state_to_the_same_field(monkeypatch):
-    monkeypatch.setattr(wtflow, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(wtflow, "REPORT_STEPS", 1)
-    x_0 = gaussian((4, 152, 4, 4))
-    states, steps, detector = [], [], Detector(tiny())
+def test_the_released_score_is_measured_from_the_origin():
+    detector = Detector(tiny(**RELEASED, rho=0.9))
+    detector.field = Zero()
+    features = gaussian((2, 152, 8, 8))
+    x_0 = F.layer_norm(features, features.shape[1:])
+    y, scores = detector.score(features)
+    by_hand = wtflow.released_map(-x_0.square().mean(1) / 2, (64, 64))
+    assert torch.allclose(y, by_hand[0], atol=1e-6) and torch.allclose(scores, by_hand[1])
+
+
+def test_features_of_any_scale_have_finite_scores():
+    """float16 holds no more than 65504: residuals of training images are clamped to its range."""
+    detector = Detector(tiny())
+    detector.field = Zero()
     detector.feature_whitening += torch.eye(152)
-
-    def report(step, total, loss):
-        steps.append((step, total))
-
-    wtflow.train_fields(detector, x_0, 3, report, lambda state: states.append(clone(state)))
-    whole = [field.state_dict() for field in detector.fields]
-    assert [[t["step"] for t in state["trainings"]] for state in states] == [
-        [step, step] for step in (1, 2, 3, 4)
-    ]
-    assert steps == [(2, 8), (4, 8), (6, 8), (8, 8)]
-    for state in states:
-        wtflow.train_fields(detector, x_0, 3, state=state)
-        for field, of_whole in zip(detector.fields, whole, strict=True):
-            assert same_values(field.state_dict(), of_whole)
+    features = (3e4 * gaussian((5, 152, 8, 8))).clamp(-65504, 65504).half()
+    detector.feature_whitening *= 10
+    assert torch.isfinite(detector.fit_gaussian(features)).all()
+    assert torch.isfinite(detector.score(features)[1]).all()
 
 
-def test_fields_that_train_side_by_side_are_those_that_train_in_turn(two_threads):
-    """A core each: so not even the last bit depends on whether there are one or two."""
-    x_0, trained = gaussian((6, 152, 4, 4)), []
-    for threads in (2, 1):
-        torch.set_num_threads(threads)
-        detector = Detector(tiny(steps=30))
-        detector.feature_whitening += torch.eye(152)
-        wtflow.train_fields(detector, x_0, 0)
-        trained.append(detector.state_dict())
-    assert same_values(*trained)
-
-
-@pytest.mark.parametrize("kind", ["point", "unet"])
-def test_a_field_for_use_gives_what_the_trained_one_gives(kind):
-    """Its normalisations, with moments that training left, are folded into the layers."""
-    field = wtflow.new_field(tiny(field=kind, told_t=True), 6)
+@pytest.mark.parametrize("kind", ["position", "unet"])
+def test_a_frozen_field_gives_what_the_trained_one_gives(kind):
+    """Its normalisations, with moments that training left, are fused into the layers."""
+    field = wtflow.new_field(tiny(field=kind, time_conditioned=True), 6)
     x, t = 3 * gaussian((8, 6, 4, 4)) + 1, torch.rand(8)
     for _ in range(20):
         field(x, t)  # moments
     trained = copy.deepcopy(field).eval()
-    (used,) = wtflow.for_use([field])
-    assert not [m for m in used.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    frozen = wtflow.freeze(field)
+    assert not [m for m in frozen.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     with torch.no_grad():
-        assert torch.allclose(used(x, t), trained(x, t), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(frozen(x, t), trained(x, t), rtol=1e-4, atol=1e-5)
 
 
-def same_values(one, other):
-    return all(torch.equal(v, other[name]) for name, v in one.items())
-
-
-def clone(value):
-    """A deep copy of tensors in dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [clone(v) for v in value]
-    return value
-
-
-def test_a_loss_that_is_not_finite_stops_the_training():
-    x_0 = gaussian((4, 6, 2, 2))
-    x_0[1, 2, 0, 1] = float("inf")
-    with pytest.raises(InputError, match="loss is not finite at step 20.*rate"):
-        wtflow.train_fields(Detector(Recipe(base=8, folds=0)), x_0, 0)
-
-
-# ---- side by side ------------------------------------------------------------------------------
+# ---- parallel map ------------------------------------------------------------------------------
 @pytest.fixture
 def two_threads():
     with benchmark.threads(2):
         yield
 
 
-def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
+def test_parallel_map_keeps_the_order_and_the_number_of_threads(two_threads):
     """With a core for each; an error of one item is that of all."""
     cpu = torch.device("cpu")
     both, together = threading.Barrier(2, timeout=60), []
@@ -657,36 +504,25 @@ def test_side_by_side_keeps_the_order_and_the_number_of_threads(two_threads):
         together.append(torch.get_num_threads())
         return item
 
-    assert wtflow.side_by_side(seen, range(5), cpu) == [*range(5)]
+    assert wtflow.parallel_map(seen, range(5), cpu) == [*range(5)]
     assert together == [1] * 5 and torch.get_num_threads() == 2
     later = threading.Thread(target=lambda: together.append(torch.get_num_threads()))
     later.start()
     later.join()
     assert together[-1] == 2  # what threads to come begin with
-    assert wtflow.side_by_side(lambda _: torch.get_num_threads(), [0], cpu) == [2]
+    assert wtflow.parallel_map(lambda _: torch.get_num_threads(), [0], cpu) == [2]
     with pytest.raises(ZeroDivisionError):
-        wtflow.side_by_side(lambda item: 1 / item, (1, 0), cpu)
+        wtflow.parallel_map(lambda item: 1 / item, (1, 0), cpu)
     assert torch.get_num_threads() == 2
 
 
-def test_inverses_are_right_after_side_by_side(two_threads):
-    """torch.linalg.inv of these is not, with two threads, in PyTorch 2.13."""
-    wtflow.side_by_side(lambda item: item, range(4), torch.device("cpu"))
-    A = gaussian((64, 152, 200))
-    S = A @ A.mT / 200 + 0.01 * torch.eye(152)
-    W = wtflow.inverse_factor(S)
-    for found in (wtflow.inverse(S), W.mT @ W):
-        assert torch.allclose(found @ S, torch.eye(152).expand_as(S), atol=1e-3)
-
-
-def test_images_side_by_side_score_as_alone(two_threads):
-    detector, images = fitted(tiny())
-    images = torch.cat([images] * 3)
-    together = detector.score(detector.normalise(detector.features(images)))
-    for k in range(len(images)):
-        alone = detector(images[k : k + 1])
-        for one, of_all in zip(alone, together, strict=True):
-            assert torch.allclose(one[0], of_all[k], rtol=1e-4)
+def test_a_gaussian_is_right_after_parallel_map(two_threads):
+    """The batched LU of such matrices is not, with two threads, in PyTorch 2.13."""
+    r = gaussian((4, 152, 16, 16))
+    W = fitted_gaussian(r).W
+    _, _, T = by_numpy(r)
+    found = (W.mT @ W).double().numpy() @ T
+    assert np.allclose(found, np.eye(152), atol=1e-3)
 
 
 # ---- backbones ---------------------------------------------------------------------------------
@@ -737,7 +573,7 @@ def test_efficientnet_lite0_agrees_with_its_reference():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "wide_resnet50_2"])
-def test_folded_normalisations_leave_the_features_as_they_are(backbone):
+def test_fused_normalisations_leave_the_features_as_they_are(backbone):
     """In float64, with statistics that are not those of an untrained network."""
     torch.manual_seed(0)
     wide = backbone == "wide_resnet50_2"
@@ -751,7 +587,7 @@ def test_folded_normalisations_leave_the_features_as_they_are(backbone):
     net = net.double().eval()
     x = 255 * torch.rand(2, 3, 64, 64, dtype=torch.float64)
     before = net(x, (4, 8, 16))
-    wtflow.fold_batch_norms(net)
+    wtflow.freeze(net)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     for stride, y in net(x, (4, 8, 16)).items():
         assert torch.allclose(y, before[stride], rtol=1e-9, atol=1e-9)
@@ -804,8 +640,6 @@ def test_weights_that_are_absent_or_foreign_say_so(tmp_path, monkeypatch):
     for backbone in wtflow.CHOICES["backbone"]:
         with pytest.raises(InputError, match="x.pth"):
             wtflow.load_extractor(backbone, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="choose from"):
-        wtflow.load_extractor("resnet18")
 
     def offline(url, **options):
         assert url.endswith("wide_resnet50_2-95faca4d.pth")
@@ -826,6 +660,6 @@ def test_features_are_one_grid_of_joined_levels(n):
     y = wtflow.join_levels(levels, three, (n, 2 * n))
     assert y.shape == (2, 176, n // 8, n // 4) and not y.requires_grad
     assert torch.allclose(y[:, 24:64], F.avg_pool2d(levels[8], 3, 1, 1), atol=1e-5)
-    coarse = wtflow.join_levels(levels, Recipe(strides=three.strides, cell=16), (n, 2 * n))
+    coarse = wtflow.join_levels(levels, Recipe(strides=three.strides, spacing=16), (n, 2 * n))
     assert torch.allclose(coarse[:, 64:], F.avg_pool2d(levels[16], 3, 1, 1), atol=1e-5)
     assert torch.allclose(coarse[:, 24:64], y[:, 24:64, ::2, ::2], atol=1e-5)

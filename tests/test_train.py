@@ -1,0 +1,130 @@
+"""train.py: the training loop, cross-fitting, resuming to the last bit, the Python API."""
+
+import pytest
+import torch
+from test_wtflow import RELEASED, Detector, gaussian, tiny
+
+import train
+import wtflow
+from wtflow import InputError, Recipe
+
+
+def same_values(one, other):
+    return all(torch.equal(v, other[name]) for name, v in one.items())
+
+
+def clone(value):
+    """A deep copy of tensors in dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: clone(v) for k, v in value.items()}
+    return [clone(v) for v in value] if isinstance(value, list) else value
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    recipe = Recipe(steps=100)
+    rates = [train.learning_rate(k, recipe) / recipe.lr for k in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_each_step_has_its_learning_rate(monkeypatch):
+    """The first of a cycle is zero: the field of one step is the one that was drawn."""
+    detector, features = Detector(tiny(steps=1)), gaussian((4, 152, 4, 4))
+    detector.feature_whitening += torch.eye(152)
+    torch.manual_seed(0)
+    untrained = wtflow.new_field(detector.recipe, 152)
+    train.train_field(detector, features, 0)
+    assert torch.equal(detector.field.out.weight, untrained.out.weight)
+    detector.recipe = tiny(steps=2)
+    train.train_field(detector, features, 0)
+    assert not torch.equal(detector.field.out.weight, untrained.out.weight)
+
+
+@pytest.mark.parametrize("settings", [{}, RELEASED])
+def test_a_batch_is_drawn_from_all_positions_or_maps(settings):
+    recipe = tiny(**{**settings, "batch": 4096})
+    features = torch.arange(3 * 4 * 4.0).view(3, 1, 4, 4)
+    x = train.draw(features, recipe, torch.Generator().manual_seed(0))
+    if recipe.field == "unet":
+        assert x.shape == (4096, 1, 4, 4) and torch.equal(x.unique(dim=0), features)
+    else:
+        assert x.shape == (4096, 1) and torch.equal(x.unique(), features.flatten())
+
+
+@pytest.mark.parametrize("n, folds", [(5, 2), (7, 3), (120, 0)])
+def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, n, folds):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "REPORT_STEPS", 1)
+    features = gaussian((n, 152, 8, 8)).half()
+    states, steps, detector = [], [], Detector(tiny(folds=folds))
+    train.fit_detector(
+        detector,
+        features,
+        3,
+        report=lambda step, total, loss: steps.append((step, total)),
+        save=lambda state: states.append(clone(state)),
+    )
+    assert steps == [(k, 4 * (folds + 1)) for k in range(1, 4 * (folds + 1) + 1)]
+    assert len(states) == len(steps)
+    whole = clone(detector.state_dict())
+    for state in states:
+        again = Detector(tiny(folds=folds))
+        train.fit_detector(again, features, 3, state=clone(state))
+        assert same_values(again.state_dict(), whole)
+
+
+def test_no_image_is_scored_by_what_has_seen_it(monkeypatch):
+    """Whitening, field and Gaussian of each fold are fitted to the images of the others."""
+    seen = []
+    monkeypatch.setattr(Detector, "fit_whitening", lambda self, x: seen.append(images_of(x)))
+    monkeypatch.setattr(train, "train_field", lambda detector, x, *args: seen.append(images_of(x)))
+    monkeypatch.setattr(
+        Detector, "fit_gaussian", lambda self, x: seen.append(images_of(x)) or x[:, 0, 0, 0] + 100
+    )
+    monkeypatch.setattr(Detector, "score", lambda self, x: (None, x[:, 0, 0, 0] + len(seen)))
+
+    def images_of(x):
+        return {*x[:, 0, 0, 0].tolist()}
+
+    detector = Detector(tiny(folds=2))
+    few = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 152, 2, 2)
+    train.fit_detector(detector, few)
+    assert seen == [{1, 3}] * 3 + [{0, 2, 4}] * 3 + [{0, 1, 2, 3, 4}] * 3
+    assert detector.normal_scores.tolist() == [3, 7, 5, 9, 7]  # 3 calls of fold 0, 6 of fold 1
+    seen.clear()
+    many = torch.arange(100.0).view(100, 1, 1, 1).expand(100, 152, 2, 2)
+    train.fit_detector(detector, many)
+    assert len(seen) == 3 and detector.normal_scores.tolist() == [100.0 + k for k in range(100)]
+
+
+def test_few_images_have_scores_no_lower_than_new_ones_have():
+    """12 images of few positions: whitening, field and Gaussian overfit them.
+
+    By these they score less than nine tenths of what 60 new ones do; cross-fitted, no less than
+    these.
+    """
+    features = gaussian((72, 152, 8, 8)).half()
+    detector = Detector(tiny(steps=40))
+    train.fit_detector(detector, features[:12])
+    new = detector.score(features[12:])[1].mean()
+    assert detector.score(features[:12])[1].mean() < 0.9 * new
+    assert detector.normal_scores.mean() > 0.97 * new
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    features = gaussian((4, 152, 2, 2))
+    features[1, 2, 0, 1] = float("inf")
+    detector = Detector(tiny(steps=30, batch=1024))
+    detector.feature_whitening += torch.eye(152)
+    with pytest.raises(InputError, match="loss is not finite at step 20.*rate"):
+        train.train_field(detector, features, 0)
+
+
+def test_fitting_leaves_the_caller_s_random_numbers_as_they_are():
+    detector = Detector(tiny())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train.fit_detector(detector, gaussian((3, 152, 8, 8)).half())
+    assert torch.equal(torch.rand(3), expected)
