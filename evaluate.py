@@ -421,9 +421,9 @@ def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list
         found = [one]
     if not found:
         raise InputError(
-            f"{data}: no category here: looked for train/good (MVTec AD, MPDD, BTAD, LOCO), "
-            "train/good/rgb (MVTec 3D-AD), Data/Images/Normal (VisA), train/<id>_GT (KolektorSDD2) "
-            "in it and in its sub-folders, and for images (a folder of good ones) in it"
+            f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
+            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA; train/<id>_GT: "
+            "KolektorSDD2), or give --data a folder that holds good images and nothing else"
         )
     names = [c.name for c in found]
     for asked in wanted:
@@ -1720,10 +1720,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
     add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
     add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
-    text = (
-        "picture FILE.png of an image; of a folder, FOLDER for scores.csv and pictures, or table "
-    )
-    add("--out", metavar="PATH", help=f"{text}table FILE.csv (default: NAME_map.png or scores.csv)")
+    text = "of an image, its picture FILE.png; of a folder, a table FILE.csv, or a folder for "
+    add("--out", metavar="PATH", help=text + "scores.csv and pictures (default: here, no pictures)")
     add("--export", metavar="FILE.pt2", help="the model as a torch.export program (default: none)")
     args = parser.parse_args(argv)
     check_options(args)

@@ -124,17 +124,10 @@ def test_mvtec_3d(tmp_path, capsys):
     assert "2 files are not read: crack/000.png, rgb/notes.txt" in capsys.readouterr().err
 
 
-def test_folder_of_good_images(tmp_path):
-    for k in range(3):
-        save(tmp_path / f"parts/mine/{k}.jpg", picture(k)[0])
-    name, (c,) = read_dataset(tmp_path / "parts/mine")
-    assert (name, c.name) == ("parts", "mine") and counts(c) == ("folder of good images", 3, {})
-
-
 def test_folders_that_fit_no_layout(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_dataset(tmp_path / "absent")
-    with pytest.raises(InputError, match="looked for train/good"):
+    with pytest.raises(InputError, match="no category here: put good images into train/good"):
         read_dataset(tmp_path)
     (tmp_path / "x/train/good").mkdir(parents=True)
     with pytest.raises(InputError, match="no training images"):
@@ -196,13 +189,6 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path, orientatio
     whole = np.asarray(read_image(path).resize(shape[::-1], Image.BILINEAR), int)
     assert 0 < abs(pixels - whole).max() <= 4
     assert abs(pixels - whole).mean() < 0.33
-
-
-def test_exif_orientation_is_applied_to_the_image(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, shown upright: the mask is drawn on what is shown
-    Image.fromarray(RGB).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").size == (12, 20)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
@@ -417,14 +403,40 @@ def test_folders_called_good_ok_or_normal_are_good(tmp_path, name):
     assert counts(c)[1:] == (6, {"good": 3, "dent": 3})
 
 
-@pytest.mark.parametrize(
-    "name", ["good_monday", "ok-2", "normal.1", "all ok", "io", "Pass", "Defect-Free", "images"]
+MAY_BE_GOOD = "good_monday ok-2 normal.1 all_ok io Pass Defect-Free images".split()
+MASKS_AMONG = "test/ground_truth/000 test/dent/Masks/000 train/good/gt/000".split()
+SAME_STEM = "train/good/000 test/good/006 test/dent/000".split()
+OF_BOXES = (
+    *("train/good/000.json", "train/good/day/_annotations.coco.json", "train/labels/000.txt"),
+    *("test/good/006.xml", "labels/train/000.txt"),
 )
-def test_folders_of_test_that_may_be_good_are_refused(tmp_path, name):
+REFUSED = {  # a file that is added to a category: what is said of it
+    **{
+        f"test/{kind}/0.png": f"{kind}: good images, or a defect.* into .*test/good"
+        for kind in MAY_BE_GOOD
+    },
+    **{f"{name}.png": "masks among images.* into ground_truth/<defect>" for name in MASKS_AMONG},
+    **{f"{name}.jpg": r"000|006.* has the same name.*_mask.png" for name in SAME_STEM},
+    **{name: f"{name}: an annotation.* good ones into train/good" for name in OF_BOXES},
+    "train/good/000_GT.png": "000_GT.png: a mask among good images",
+    "test/good/006_mask.bmp": "006_mask.bmp: a mask among good images",
+    "test/dent/007_GT.png": "007_GT.png: is named as a mask, but no image 007 is beside it",
+    "ground_truth/dent/000.png": "000_mask.png: 000.png is a mask of the same image: remove one",
+    "test/dent/007.png": "ground_truth/dent/007_mask.png: mask of 007.png is missing",
+    "test/dent/day2/000.png": "dent/day2/000_mask.png: mask of 000.png is missing",
+    "test/hole/000.png": "ground_truth/hole/000_mask.png: mask of 000.png is missing",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_be_misread_is_refused(tmp_path, name):
     root = make_mvtec(tmp_path / "d") / "bolt"
-    save(root / "test" / name / "000.png", picture(9)[0])
-    with pytest.raises(InputError, match=f"{name}: good images, or a defect.* into .*test/good"):
-        read_dataset(tmp_path / "d")
+    (root / "test/dent/000.json").write_text("")  # of a defect it says nothing new
+    read_dataset(root)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / "train/good/000.png", root / name)
+    with pytest.raises(InputError, match=REFUSED[name]):
+        read_dataset(root)
 
 
 @pytest.mark.parametrize("name", ["not ok", "no_good", "non-pass", "broken"])
@@ -465,28 +477,6 @@ def test_defects_are_never_taken_for_good_images(tmp_path):
         read_dataset(tmp_path / "masks")
 
 
-@pytest.mark.parametrize("place", ["test/ground_truth/dent", "test/dent/Masks", "train/good/gt"])
-def test_folders_of_masks_among_images_are_refused(tmp_path, place):
-    root = renamed(make_mvtec(tmp_path / "d") / "bolt", "ground_truth/dent", place)
-    with pytest.raises(InputError, match=f"{place}: masks among images.* ground_truth/<defect>"):
-        read_dataset(root)
-
-
-FILES = ("train/good/000.json", "train/good/day/_annotations.coco.json", "train/labels/000.txt")
-
-
-@pytest.mark.parametrize("name", [*FILES, "test/good/006.xml", "labels/train/000.txt"])
-def test_annotated_images_are_not_taken_for_good_ones(tmp_path, name):
-    """LabelMe, Roboflow, YOLO, VOC: a file of boxes says that an image may show a defect."""
-    root = make_mvtec(tmp_path / "d") / "bolt"
-    (root / "test/dent/000.json").write_text("")  # of a defect it says nothing new
-    read_dataset(root)
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text("")
-    with pytest.raises(InputError, match=f"{name}: an annotation.* into train/good"):
-        read_dataset(root)
-
-
 @pytest.mark.parametrize("where", ["set", "set/images", "set/images/train", "set/train2017"])
 def test_a_folder_of_images_beside_annotations_is_refused(tmp_path, where):
     save(tmp_path / "set/images/train/0.png", picture(1)[0])
@@ -496,14 +486,6 @@ def test_a_folder_of_images_beside_annotations_is_refused(tmp_path, where):
         (tmp_path / "set" / name).write_text("")
     with pytest.raises(InputError, match="an annotation|has no mask 0_GT"):
         read_dataset(tmp_path / where)
-
-
-def test_a_root_of_folders_of_images_is_refused(tmp_path):
-    """Products, or classes 0 and 1 of which one is defective: its user knows."""
-    for name in ("screw", "nut"):
-        save(tmp_path / f"only/{name}/0.png", picture(1)[0])
-    with pytest.raises(InputError, match="no category here"):
-        read_dataset(tmp_path / "only")
 
 
 def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
@@ -532,13 +514,6 @@ def test_a_link_back_to_a_folder_above_ends(tmp_path):
     root = make_mvtec(tmp_path / "d") / "bolt"
     (root / "train/good/loop").symlink_to(root / "train", target_is_directory=True)
     assert len(read_dataset(root)[1][0].train) == 6
-
-
-def test_a_mask_is_not_that_of_an_image_of_the_same_number_in_another_folder(tmp_path):
-    root = make_mvtec(tmp_path / "d") / "bolt"
-    save(root / "test/dent/day2/000.png", picture(3)[0])
-    with pytest.raises(InputError, match="day2/000_mask.png: mask of 000.png is missing"):
-        read_dataset(root)
 
 
 def test_what_lies_beside_the_categories_is_named_and_never_trained_on(tmp_path, capsys):
@@ -580,11 +555,7 @@ def test_masks_are_found_by_the_names_that_count(tmp_path, truth):
         save(old, mask)
         (c,) = read_dataset(tmp_path / "d")[1]
         assert evaluate.masks_of(c.test[0], (40, 48))[1].sum() == (mask > 0).sum()
-    save(root / truth / "dent/000.png", mask)
-    with pytest.raises(InputError, match="is a mask of the same image: remove one"):
-        read_dataset(root)
     old.rename(root / truth / "dent/mask_000.bmp")
-    (root / truth / "dent/000.png").unlink()
     with pytest.raises(InputError, match="dent/000_mask.png: mask of 000.png is missing"):
         read_dataset(root)
 
@@ -598,22 +569,9 @@ def test_masks_beside_their_images_are_no_images(tmp_path):
     (c,) = read_dataset(tmp_path / "d")[1]
     assert counts(c)[2] == {"good": 3, "dent": 3}
     assert [m.name for item in c.test[:3] for m in item.masks] == [f"00{k}_GT.png" for k in "012"]
-    (root / "test/dent/001.png").rename(root / "test/dent/007.png")
-    with pytest.raises(InputError, match="001_GT.png: is named as a mask, but no image 001"):
-        read_dataset(tmp_path / "d")
     (root / "test/dent/001_GT.png").unlink()
-    with pytest.raises(InputError, match="007_mask.png: mask of 007.png is missing"):
+    with pytest.raises(InputError, match="001_mask.png: mask of 001.png is missing"):
         read_dataset(tmp_path / "d")
-
-
-@pytest.mark.parametrize("part", ["train/good", "test/good", "test/dent"])
-def test_an_image_and_a_mask_of_the_same_stem_are_refused(tmp_path, part):
-    """x.jpg and x.png beside it may be two photographs, or one and its mask."""
-    root = make_mvtec(tmp_path / "d") / "bolt"
-    path = min((root / part).iterdir())
-    save(path.with_suffix(".jpg"), picture(3)[0])
-    with pytest.raises(InputError, match=f"{path.stem}.jpg has the same name: .*_mask.png"):
-        read_dataset(root)
 
 
 def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
@@ -744,8 +702,8 @@ def test_kolektor_sdd2_has_its_masks_beside_flat_images(tmp_path, capsys):
     save(tmp_path / "k/test/1_GT.png", with_alpha)  # opaque and black: defect-free
     assert counts(read_dataset(tmp_path / "k")[1][0])[2] == {"good": 3, "defect": 1}
     assert "k: 1 files are not read: test/notes.txt" in capsys.readouterr().err
-    save(tmp_path / "k/test/9_GT.png", mask * 255)
-    with pytest.raises(InputError, match="9_GT.png: is named as a mask, but no image 9"):
+    (tmp_path / "k/train/2_GT.png").unlink()
+    with pytest.raises(InputError, match="2.png: has no mask 2_GT beside it"):
         read_dataset(tmp_path / "k")
 
 
@@ -775,15 +733,15 @@ def test_reasons_for_missing_metrics_are_kept_apart():
     )
 
 
-def test_products_given_by_their_good_images_are_told_apart(tmp_path):
+def test_folders_of_good_images_are_named_after_the_product(tmp_path):
+    save(tmp_path / "parts/mine/0.jpg", picture(0)[0])
+    name, (c,) = read_dataset(tmp_path / "parts/mine")
+    assert (name, c.name) == ("parts", "mine") and counts(c) == ("folder of good images", 1, {})
     for name in ("screw", "nut"):
         save(tmp_path / f"parts/{name}/train/good/0.png", picture(1)[0])
     for name in ("screw", "nut"):
         dataset, (c,) = read_dataset(tmp_path / f"parts/{name}/train/good")
         assert (dataset, c.name) == ("parts", name)
-    save(tmp_path / "half/test/dent/0.png", picture(1)[0])
-    with pytest.raises(InputError, match="no category here"):
-        read_dataset(tmp_path / "half")
 
 
 def test_many_regions_take_their_own_boxes_alone(tmp_path):
