@@ -126,7 +126,7 @@ def difference_quotient(x_0, t, generator):
     return ((u - v).norm() / (x - y).norm()).item()
 
 
-def tweedie_field(x, t, mu, s=0.0, forward=False):
+def tweedie_field(x, t, mu, s, forward=False):
     """u_t(x) (d,) for one x (d,), by autograd of log p_t (Tweedie), without the posterior.
 
     u_t = -(x + t grad log p_t(x)) / (1-t); x and mu (K, d) are tensors. forward=True gives FM's

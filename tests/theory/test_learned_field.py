@@ -167,6 +167,8 @@ def test_exact_fields_have_no_error_and_no_residual():
             residual = np.stack([fit.score(kind, True) for kind in DATA[data]])
             assert residual.shape == (len(DATA[data]), REPEATS, POINTS)
             assert not mode.startswith("time-conditioned") or residual.max() < 1e-5
+            radius = np.linalg.norm(fit.conditional_mean["normal"], axis=1)
+            assert (np.ptp(radius) > 0.1) == mode.endswith("linear u_0")  # |x| matters to it alone
 
 
 def test_table_of_exact_fields():
