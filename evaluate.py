@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -248,6 +249,7 @@ def name_unread(category: Category, folders: list[Path]) -> None:
 
 
 def say_unread(name: str, files: list[Path]) -> None:
+    """Say that files are not read, of which kinds and how many they are."""
     files = [path for path in files if path.name.casefold() not in IGNORED]
     if files:
         names = listed([f"{path.parent.name}/{path.name}" for path in files])
@@ -341,7 +343,7 @@ def read_visa(root: Path) -> Category:
         for row in rows:
             image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
             good = row["label"].casefold() in GOOD
-            if row["split"] == "test":
+            if row["split"] != "train":
                 test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
             elif good:
                 train.append(image)
@@ -459,7 +461,7 @@ def check_category(category: Category, folder: Path) -> None:
 
 # Images
 @contextlib.contextmanager
-def unreadable(path: str | Path):
+def unreadable(path: str | Path) -> Iterator[None]:
     """Turn what Pillow's decoders raise on damaged files into InputError naming the file."""
     try:
         yield
@@ -517,7 +519,7 @@ def read_image(path: str | Path, white_level: float | None = None, enough: int =
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_image(value: Any, white_level: float | None = None, enough: int = 0):
+def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
     white_level: see read_image; enough: see open_image. Raises InputError that says how to convert
@@ -578,7 +580,7 @@ def read_resized(value: Any, shape: tuple, white_level: float | None = None) -> 
     return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
 
 
-def batches_of(images: list, shape: tuple, white_level: float | None = None):
+def batches_of(images: list, shape: tuple, white_level: float | None = None) -> Iterator:
     """uint8 (B, 3, *shape) and the original sizes [(H, W)] of each BATCH of images, in turn.
 
     The next batch is read while the caller works on one. images: a list of what as_image takes.
@@ -734,7 +736,7 @@ def masks_of(item: Item, size: tuple, saturation: dict | None = None) -> tuple[l
 
 
 # ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
-def extract(detector: wtflow.Detector, images: list, report: Any = None) -> tuple:
+def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
     """Features (n, d, h, w) float16 of image files, None if there are none; original sizes.
 
     images: a list of what as_image takes. The features are on the detector's device. One pass;
@@ -1032,7 +1034,7 @@ def no_memory(e: Exception) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
-def write_whole(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable) -> None:
     """write(temporary path beside `path`), flush to disk, rename: the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1051,7 +1053,7 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
+def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
     try:
         import fcntl
@@ -1333,7 +1335,7 @@ def picture_names(names: list[Path]) -> list[str]:
 
 
 @contextlib.contextmanager
-def drawing_may_fail(failed: list):
+def drawing_may_fail(failed: list) -> Iterator[None]:
     """Add a picture that cannot be drawn to `failed`; a full disk, say, goes on as an error."""
     try:
         yield
@@ -1492,7 +1494,7 @@ def keep_memory() -> None:
         pass
 
 
-def exit_cleanly(main: Any) -> None:
+def exit_cleanly(main: Callable) -> None:
     """Run main; what the user can mend ends as one line on stderr and exit code 2."""
     keep_memory()
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
