@@ -9,12 +9,12 @@ import ast
 import contextlib
 import datetime
 import hashlib
-import io
 import math
 import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
@@ -22,10 +22,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import evaluate
 import wtflow
-from wtflow import InputError
+from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # of AdamW
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
@@ -33,10 +34,14 @@ CROSS_FIT_BELOW = 100  # images; of as many, a false positive rate of 1 % is one
 DEMO_STEPS = 200  # the demo's categories are small; all else is the default of wtflow.Recipe
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
+RANK = int(os.environ.get("RANK", 0))  # of this process among WORLD, as torchrun says
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- 1. Fitting a detector to the features of good images ----------------------------------------
-def train_field(detector, features, seed=0, report=None, save=None, state=None):
+def train_field(
+    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
+) -> None:
     """Fit detector.field to the velocity of good features (n, d, h, w); the last step is the model.
 
     Call it after fit_whitening. report(step, loss) is called every REPORT_STEPS, save(state) about
@@ -89,7 +94,7 @@ def train_field(detector, features, seed=0, report=None, save=None, state=None):
     detector.field = wtflow.freeze(v_theta)
 
 
-def draw(features, recipe, generator):
+def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """A random batch of features (n, d, h, w): positions (batch, d), or maps (batch, d, h, w)."""
 
     def below(limit):
@@ -101,7 +106,7 @@ def draw(features, recipe, generator):
     return features.movedim(1, -1).flatten(1, 2)[image, below(features[0, 0].numel())]
 
 
-def learning_rate(step, recipe):
+def learning_rate(step: int, recipe: Recipe) -> float:
     """AdamW's learning rate at a step, from 0: a linear rise, then a cosine to zero [ours]."""
     done = step / recipe.steps
     if done < WARM_UP:
@@ -109,42 +114,39 @@ def learning_rate(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
-def fit_detector(detector, features, seed=0, report=None, save=None, state=None):
+def fit_detector(
+    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
+) -> None:
     """Fit whitening, field and Gaussians to good features (n, d, h, w), and normal_scores (n,).
 
     These scores of good images set the threshold, so no image may be scored by what has seen it.
-    Of CROSS_FIT_BELOW images and more the Gaussians alone remember one, and leave it out in closed
-    form. Of fewer the field does so too (cross-conformal prediction, Vovk 2015): for each fold all
-    is fitted to the other images. The detector that is kept is fitted to all images.
+    Of CROSS_FIT_BELOW images and more the Gaussians alone overfit, and leave_one_out corrects them.
+    Of fewer the field does so too: for each fold all is fitted to the other images (cross-conformal
+    prediction, Vovk 2015). The detector that is kept is fitted to all images.
 
-    report(step, steps, loss); save and state as in train_field.
+    report(k, fits, step, loss) and save(k, held_out, field) for fit k of several; state has such
+    k, held_out and field, by name.
     """
-    recipe, n = detector.recipe, len(features)
-    folds = min(recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
-    fold = torch.arange(n, device=features.device) % max(folds, 1)
-    done = state or {"fits": 0, "held_out": torch.zeros(n), "field": None}
-    held_out = done["held_out"].clone()
-    for k in range(done["fits"], folds + 1):
-
-        def report_all(step, loss, k=k):
-            if report is not None:
-                report(k * recipe.steps + step, (folds + 1) * recipe.steps, loss)
-
-        def save_all(field, k=k):
-            if save is not None:
-                save({"fits": k, "held_out": held_out, "field": field})
-
+    n = len(features)
+    folds = min(detector.recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
+    fold = torch.arange(n) % max(folds, 1)
+    state = state or {"k": 0, "held_out": torch.zeros(n), "field": None}
+    held_out = state["held_out"].clone()
+    for k in range(state["k"], folds + 1):
         others = features if k == folds else features[fold != k]
         detector.fit_whitening(others)
-        begun = done["field"] if k == done["fits"] else None
-        train_field(detector, others, seed, report_all, save_all, begun)
+        begun = state["field"] if k == state["k"] else None
+        report_k = report and partial(report, k, folds + 1)
+        train_field(detector, others, seed, report_k, save and partial(save, k, held_out), begun)
         scores = detector.fit_gaussian(others)
         if k < folds:
-            held_out[fold.cpu() == k] = detector.score(features[fold == k])[1]
-    detector.normal_scores = held_out.to(detector.device) if folds else scores.to(detector.device)
+            held_out[fold == k] = detector.score(features[fold == k])[1]
+    detector.normal_scores = (held_out if folds else scores).to(detector.device)
 
 
-def fit(images, seed=0, weights=None, device="auto", **settings):
+def fit(
+    images: list, seed: int = 0, weights: str | None = None, device: str = "auto", **settings
+) -> Detector:
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
     images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
@@ -157,35 +159,36 @@ def fit(images, seed=0, weights=None, device="auto", **settings):
         raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
     if not images:
         raise InputError("no images: give at least one")
-    recipe = changed(wtflow.Recipe(), settings)
+    recipe = changed(Recipe(), settings)
     files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
     white_level = evaluate.white_level_of(files)
     images = [evaluate.as_image(image, white_level) for image in images]
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
-    detector = wtflow.Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
+    detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
     fit_detector(detector, evaluate.extract(detector, images)[0], seed)
     return detector
 
 
 # ---- 2. One category, from images to a model -----------------------------------------------------
-def run_category(category, recipe, seed, folder, args, device, prefix):
+def run_category(
+    category: evaluate.Category, recipe: Recipe, seed: int, folder: Path, args, device, prefix: str
+) -> dict:
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
-    model_file, state_file = folder / "model.pt", folder / "state.pt"
-    train_sizes = evaluate.image_sizes(category.train)
-    recipe = wtflow.recipe_for(recipe, train_sizes)
-    print(f"{prefix}: {resolution(recipe, train_sizes)}", file=sys.stderr)
+    sizes = evaluate.image_sizes(category.train)
+    recipe = wtflow.recipe_for(recipe, sizes)
+    print(f"{prefix}: {resolution(recipe, sizes)}", file=sys.stderr)
 
-    # Resume: a finished category is read, one that was begun goes on from its state.
-    mine, state = signature(category, recipe, seed, args.weights_digest), None
+    # A finished category is read, one that was begun goes on from its state.
+    model_file, state_file, state = folder / "model.pt", folder / "state.pt", None
+    mine = signature(category, recipe, seed, args.weights_digest)
     begun = {**mine, "device": device.type}  # generators of two devices differ
     finished = {**mine, "fpr": args.fpr}  # training does not depend on it
-    source = source_of(category)
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
         draw_missing(folder, category, args, device)
         return row
-    refuse_another_source(model_file, source)
+    source = refuse_another_source(model_file, category)
     if args.resume and state_file.exists():
         state = continued(state_file, begun)
         began -= state["seconds"]
@@ -194,22 +197,22 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
 
     # Features. The test images come first: a broken one stops the run before training.
     white_level = evaluate.white_level_of(category.train)
-    detector = wtflow.Detector(recipe, white_level, args.weights).to(device)
+    detector = Detector(recipe, white_level, args.weights).to(device)
     paths = [item.path for item in category.test]
-    test, sizes = evaluate.extract(detector, paths, progress.of("test images", paths))
-    good, _ = evaluate.extract(
-        detector, category.train, progress.of("training images", category.train)
-    )
+    test, sizes = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
+    report = partial(progress, "training image", len(category.train))
+    good, _ = evaluate.extract(detector, category.train, report)
 
     # Training
-    def report(step, steps, loss):
-        progress(f"step {step}/{steps}, loss {loss:.4f}", step, steps)
+    def report_step(k, fits, step, loss):
+        text = f"loss {loss:.4f} of field {k + 1}/{fits}, step"
+        progress(text, fits * recipe.steps, k * recipe.steps + step)
 
-    def save(fit):
-        seconds = time.monotonic() - began
-        evaluate.save_checkpoint(state_file, recipe, signature=begun, seconds=seconds, fit=fit)
+    def save(k, held_out, field):
+        about = {"signature": begun, "seconds": time.monotonic() - began}
+        evaluate.save_checkpoint(state_file, recipe, k=k, held_out=held_out, field=field, **about)
 
-    fit_detector(detector, good, seed, report, save, state and state["fit"])
+    fit_detector(detector, good, seed, report_step, save, state)
 
     # Evaluation
     scored = evaluate.score_category(detector, category, test, args.fpr)
@@ -223,7 +226,8 @@ def run_category(category, recipe, seed, folder, args, device, prefix):
         old.unlink()
     evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
     state_file.unlink(missing_ok=True)
-    evaluate.write_pictures(folder, category, scored, sizes, white_level, args.maps, args.save_maps)
+    which = args.maps, args.save_maps
+    evaluate.write_pictures(folder, category, scored, sizes, white_level, *which)
     return row
 
 
@@ -232,32 +236,30 @@ def draw_missing(folder, category, args, device):
     pictures = (folder / "scores.png").exists()  # drawn last
     if args.maps == "all":
         pictures = pictures and len(evaluate.pictures_of(folder)) == len(category.test)
-    which = "none" if pictures else args.maps
-    save_maps = args.save_maps and not evaluate.maps_of(folder)
-    if category.test and (which != "none" or save_maps):
-        detector = evaluate.load_model(folder / "model.pt", device, args.weights)
-        features, sizes = evaluate.extract(detector, [item.path for item in category.test])
-        scored = evaluate.score_category(detector, category, features, args.fpr)
-        white_level = detector.white_level
-        evaluate.write_pictures(folder, category, scored, sizes, white_level, which, save_maps)
+    which = "none" if pictures else args.maps, args.save_maps and not evaluate.maps_of(folder)
+    if category.test and which != ("none", False):
+        found = evaluate.score_by_model(folder, category, device, args.weights, args.fpr)
+        detector, scored, sizes = found
+        level = detector.white_level
+        evaluate.write_pictures(folder, category, scored, sizes, level, *which)
 
 
-def source_of(category):
-    """A digest of the folder that the training images are in: it does not tell the path."""
+def refuse_another_source(model_file, category):
+    """A digest of the folder of the training images, which does not tell its path.
+
+    Raises InputError if a model of another folder's images would be replaced.
+    """
     folder = Path(os.path.commonpath([path.parent for path in category.train])).resolve()
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-
-
-def refuse_another_source(model_file, source):
-    """Raises InputError if a model of another folder's images would be replaced."""
+    source = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     try:
         had = evaluate.load_checkpoint(model_file).get("source")
     except InputError:  # none, or one that is damaged or of another version
-        return
+        had = None
     if had not in (None, source):
         raise InputError(
             f"{model_file}: a model of images in another folder: give another --out, or remove it"
         )
+    return source
 
 
 def signature(category, recipe, seed, weights_digest):
@@ -269,9 +271,8 @@ def signature(category, recipe, seed, weights_digest):
     for item in category.test:
         paths += [item.path, *(item.masks or ())]
     files = "\n".join(f"{p.parent.name}/{p.name}:{p.stat().st_size}" for p in paths)
-    digest = hashlib.sha256(files.encode()).hexdigest()[:16]
-    counts = {"images": len(category.train), "test_images": len(category.test)}
-    return {**asdict(recipe), "seed": seed, "weights": weights_digest, **counts, "files": digest}
+    about = {"seed": seed, "weights": weights_digest, "images": len(category.train)}
+    return {**asdict(recipe), **about, "files": hashlib.sha256(files.encode()).hexdigest()[:16]}
 
 
 def continued(path, mine):
@@ -287,81 +288,58 @@ def continued(path, mine):
     return state
 
 
-SHRUNK = 2.5  # times, from which a larger --image-size is named
-
-
 def resolution(recipe, sizes):
-    """One line: what the network sees of images of sizes (H, W), and how large a defect must be."""
+    """One line: what the network sees of the median image, and how large a defect must be."""
     height, width = wtflow.image_shape(recipe)
-    areas = sorted((h * w, h, w) for h, w in sizes)
-    _, h, w = areas[len(areas) // 2]
+    h, w = sorted(sizes, key=math.prod)[len(sizes) // 2]
     shrunk = math.sqrt(h * w / (height * width))
-    side = recipe.spacing * shrunk
-    line = (
+    side = round(recipe.spacing * shrunk)
+    larger = ": for smaller ones give a larger --image-size" if shrunk > 2.5 else ""
+    return (
         f"images of {w} x {h} are read at {width} x {height}; a position of the map covers "
-        f"{side:.0f} x {side:.0f} of their pixels, and a defect needs about as much"
+        f"{side} x {side} of their pixels, and a defect needs about as much{larger}"
     )
-    if shrunk > SHRUNK:
-        unit = wtflow.side_unit(recipe)
-        larger = min(2048 // unit, round(math.sqrt(h * w) / 2 / unit)) * unit
-        line += f": for smaller ones give --image-size, up to {larger}"
-    return line
 
 
 class Progress:
-    """One line that updates on a terminal; a plain line every ten seconds otherwise.
-
-    The seconds left are counted from the first call of each stage.
-    """
+    """One line that updates on a terminal; a plain line every ten seconds otherwise."""
 
     def __init__(self, prefix):
-        self.prefix, self.stage, self.shown = prefix, None, 0.0
+        self.prefix, self.total, self.shown = prefix, 0, 0.0
 
-    def of(self, what, items):
-        """A function of the number of items that are done."""
-        n = len(items)
-        return lambda done: self(f"{what} {done}/{n}", done, n)
-
-    def __call__(self, text, done, total):
-        now, last = time.monotonic(), done == total
-        if self.stage is None or total != self.stage[0] or done <= self.stage[1]:
-            self.stage = total, done, now
-        _, first, start = self.stage
-        left = ""
-        if first < done < total:
-            left = f", {(now - start) / (done - first) * (total - done):.0f} s left"
+    def __call__(self, what, total, done):
+        now = time.monotonic()
+        if total != self.total:  # a new stage
+            self.total, self.start = total, (done, now)
+        first, start = self.start
+        left = (now - start) / max(done - first, 1) * (total - done)
+        line = f"{self.prefix}: {what} {done}/{total}, {left:.0f} s left"
         if sys.stderr.isatty():
-            end = "\n" if last else ""
-            print(f"\r\x1b[K{self.prefix}: {text}{left}", end=end, file=sys.stderr, flush=True)
-        elif last or now - self.shown > 10:
-            print(f"{self.prefix}: {text}{left}", file=sys.stderr, flush=True)
+            end = "\n" if done == total else ""
+            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+        elif done == total or now - self.shown > 10:
+            print(line, file=sys.stderr, flush=True)
             self.shown = now
 
 
 # ---- 3. A data set, a seed -----------------------------------------------------------------------
-def rank_and_world():
-    """The number of this process and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def run(args, recipe, seed, out, data, device):
     """All categories of a data set for one seed; rank 0 writes the table. Its rows, on rank 0."""
-    rank, world = rank_and_world()
     name, categories = evaluate.read_dataset(data, args.category)
     folder = out / name
     for category in categories:
         place = folder / category.name
         if category.train[0].parent.resolve().is_relative_to(place.resolve()):
             raise InputError(f"--out {out}: {place} holds the data set: give another --out")
-    with evaluate.locked(folder) if rank == 0 else contextlib.nullcontext():
+    with evaluate.locked(folder) if RANK == 0 else contextlib.nullcontext():
         for k, category in enumerate(categories):
-            if k % world == rank:
+            if k % WORLD == RANK:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
                 place = folder / category.name
                 run_category(category, recipe, seed, place, args, device, prefix)
-        if world > 1:
+        if WORLD > 1:
             torch.distributed.barrier()
-        if rank > 0:
+        if RANK > 0:
             return None
         models = [folder / category.name / "model.pt" for category in categories]
         rows = [evaluate.load_checkpoint(model)["row"] for model in models]
@@ -386,16 +364,12 @@ def changed(recipe, settings):
 
 # ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
 def weave(rng, n):
-    """An oriented texture: two crossing thread systems with random phase, spacing and grain."""
+    """A texture: two crossing thread systems with random phase, angle and grain."""
     y, x = np.mgrid[:n, :n] / n
     turn = rng.normal(0.35, 0.02)
-    u = x * np.cos(turn) + y * np.sin(turn)
-    v = y * np.cos(turn) - x * np.sin(turn)
-    bend_u = 0.004 * np.sin(9 * v + rng.uniform(0, 6))
-    bend_v = 0.004 * np.sin(7 * u + rng.uniform(0, 6))
-    u, v = u + bend_u, v + bend_v
-    warp = 0.2 * np.sin(2 * np.pi * 22 * u + rng.uniform(0, 6))
-    weft = 0.12 * np.sin(2 * np.pi * 13 * v + rng.uniform(0, 6))
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    warp = 0.2 * np.sin(138 * u + 0.5 * np.sin(9 * v) + rng.uniform(0, 6))
+    weft = 0.12 * np.sin(82 * v + 0.5 * np.sin(7 * u) + rng.uniform(0, 6))
     grey = 0.5 + warp + weft + 0.04 * rng.standard_normal((n, n))
     return grey[..., None] * np.array([0.9, 0.8, 0.65])
 
@@ -416,54 +390,39 @@ def washer(rng, n):
 
 
 def damage(rng, image, kind):
-    """(image with a defect, its mask).
-
-    scratch: a thin dull line; stain: a faint soft spot; patch: a piece turned by 90 degrees.
-    """
+    """(image with a defect, its mask). scratch: a thin dull line; stain: a faint soft spot."""
     n = len(image)
     y, x = np.mgrid[:n, :n]
-    r, phi = rng.uniform(0.2, 0.3) * n, rng.uniform(0, 6.3)  # a place on the washer's ring as well
-    cy, cx = n / 2 + r * np.sin(phi), n / 2 + r * np.cos(phi)
-    turn = rng.uniform(0, 3.2)
+    r, phi, turn = rng.uniform(0.2, 0.3) * n, rng.uniform(0, 6.3), rng.uniform(0, 3.2)
+    cy, cx = n / 2 + r * np.sin(phi), n / 2 + r * np.cos(phi)  # on the washer's ring as well
     along = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
     across = (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
     if kind == "scratch":
         line = abs(across + 4 * np.sin(along / 9)) < 1.6
         mask = line & (abs(along) < rng.uniform(14, 26))
         return np.where(mask[..., None], image * 0.65 + 0.05, image), mask
-    if kind == "stain":
-        distance = np.hypot(along / rng.uniform(1, 1.8), across) / rng.uniform(7, 12)
-        dark = 0.3 * np.exp(-(distance**4))[..., None] * np.array([0.4, 0.8, 1.0])
-        return image * (1 - dark), distance < 1
-    half, cy, cx = int(rng.integers(9, 15)), int(cy), int(cx)
-    piece = np.s_[cy - half : cy + half, cx - half : cx + half]
-    out, mask = image.copy(), np.zeros((n, n), bool)
-    out[piece] = np.rot90(image[piece])
-    mask[piece] = True
-    return out, mask
+    distance = np.hypot(along / rng.uniform(1, 1.8), across) / rng.uniform(7, 12)
+    dark = 0.3 * np.exp(-(distance**4))[..., None] * np.array([0.4, 0.8, 1.0])
+    return image * (1 - dark), distance < 1
 
 
-def save_grey_levels(path, values):
-    """Write a PNG, unless it is there already, the same: another run may be reading it."""
-    file = io.BytesIO()
-    Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).save(file, format="PNG")
-    if not path.is_file() or path.read_bytes() != file.getvalue():
-        evaluate.write_whole(path, lambda to: to.write_bytes(file.getvalue()))
-
-
-def make_demo(root, train=48, good=16, each=8, n=256):
+def make_demo(root, train=48, good=16, each=12, n=256):
     """Write the demo data set under `root`, the same at every call; returns root."""
-    for seed, draw in enumerate((weave, washer)):
-        rng, folder = np.random.default_rng(seed), root / draw.__name__
+
+    def save(path, values):
+        image = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+        evaluate.write_whole(path, partial(image.save, format="PNG"))
+
+    for seed, draw_part in enumerate((weave, washer)):
+        rng, folder = np.random.default_rng(seed), root / draw_part.__name__
         for k in range(train + good):
             part = "train" if k < train else "test"
-            save_grey_levels(folder / part / f"good/{k:03d}.png", draw(rng, n))
-        for kind in ("scratch", "stain", "patch"):
+            save(folder / part / f"good/{k:03d}.png", draw_part(rng, n))
+        for kind in ("scratch", "stain"):
             for k in range(each):
-                image, mask = damage(rng, draw(rng, n), kind)
-                truth = folder / f"ground_truth/{kind}/{k:03d}_mask.png"
-                save_grey_levels(folder / f"test/{kind}/{k:03d}.png", image)
-                save_grey_levels(truth, mask.astype(float))
+                image, mask = damage(rng, draw_part(rng, n), kind)
+                save(folder / f"test/{kind}/{k:03d}.png", image)
+                save(folder / f"ground_truth/{kind}/{k:03d}_mask.png", mask.astype(float))
     return root
 
 
@@ -484,8 +443,9 @@ def parse(argv):
     add("--out", default="runs", help="where results go (default: runs)")
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
     for name, text in OWN_OPTIONS.items():
-        default = getattr(wtflow.Recipe(), name)
-        add(option(name), metavar="VALUE", help=f"{text} (default: {default})")
+        default = getattr(Recipe(), name)
+        option = f"--{name.replace('_', '-')}"
+        add(option, metavar="VALUE", help=f"{text} (default: {default})")
     text = "any other setting of wtflow.Recipe (default: its own)"
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
@@ -502,13 +462,9 @@ def parse(argv):
     return args
 
 
-def option(name):
-    return f"--{name.replace('_', '-')}"
-
-
 def recipe_of(args):
-    """wtflow.Recipe() or PAPER with what the command line changes. Raises InputError."""
-    recipe = wtflow.Recipe(**wtflow.PAPER) if args.paper else wtflow.Recipe()
+    """Recipe() or PAPER with what the command line changes. Raises InputError."""
+    recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
     if not args.paper and not args.data:
         recipe = replace(recipe, steps=DEMO_STEPS)
     own = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
@@ -517,8 +473,8 @@ def recipe_of(args):
         return changed(recipe, {name: literal(text) for name, text in (own | others).items()})
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
-        given = option(name) if name in own else f"--set {name}"
-        raise InputError(f"{given}={rest}") from None
+        option = f"--{name.replace('_', '-')}" if name in own else f"--set {name}"
+        raise InputError(f"{option}={rest}") from None
 
 
 def literal(text):
@@ -535,11 +491,10 @@ def main(argv=None):
     # The network first: what is missing is said before all else.
     args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
     out = Path(args.out)
-    rank, world = rank_and_world()
     data = args.data or out / "demo-data/demo"
-    if not args.data and rank == 0:
+    if not args.data and RANK == 0:
         make_demo(data)
-    if world > 1:
+    if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
     if len(args.seeds) == 1:

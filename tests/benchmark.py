@@ -227,7 +227,9 @@ def reweighted(x, distances, index, memory):
 def distance_map(distances, size):
     """Distances (n, h, w) on the grid -> maps (n, *size), upsampled and blurred."""
     y = F.interpolate(distances[:, None], size, mode="bilinear")[:, 0].cpu().numpy()
-    return torch.from_numpy(gaussian_filter(y, (0, OTHER_BLUR, OTHER_BLUR), mode="nearest"))
+    return torch.from_numpy(
+        gaussian_filter(y, (0, OTHER_BLUR, OTHER_BLUR), mode="nearest", truncate=3)
+    )
 
 
 def fit_patchcore(sample, seed, share):

@@ -10,7 +10,7 @@ import wtflow
 from wtflow import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SMALL = Recipe(image_size=64, base=64, steps=20, batch=64)
+SMALL = Recipe(image_size=64, width=64, steps=20, batch=64)
 
 
 def images(n, seed):
@@ -19,7 +19,8 @@ def images(n, seed):
 
 
 def relative(a, b):
-    return ((a.cpu() - b.cpu()).norm() / b.cpu().norm()).item()
+    a, b = a.cpu().float(), b.cpu().float()
+    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture
@@ -36,13 +37,13 @@ def test_a_model_scores_as_on_the_cpu(full_precision):
     assert relative(on_gpu[0], maps) < 1e-3 and relative(on_gpu[1], scores) < 1e-3
 
 
-def test_a_law_is_as_on_the_cpu(full_precision):
-    """Given the fields: laws, distances under the laws of the others."""
+def test_gaussians_are_as_on_the_cpu(full_precision):
+    """Given the field: mean, covariance and leave-one-out scores."""
     detector, good = fitted(SMALL, n=12)
-    x_0 = detector.normalise(detector.features(good))
-    kept = detector.normal_scores, detector.normal_mean, detector.normal_whitening
-    detector.to("cuda").calibrate(x_0.cuda())
-    there = detector.normal_scores, detector.normal_mean, detector.normal_whitening
+    features = detector.features(good)
+    kept = detector.fit_gaussian(features), detector.gaussian.mean, detector.gaussian.W
+    detector.to("cuda")
+    there = detector.fit_gaussian(features.cuda()), detector.gaussian.mean, detector.gaussian.W
     for a, b in zip(there, kept, strict=True):
         assert relative(a, b) < 1e-2
 

@@ -62,10 +62,12 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
         detector,
         features,
         3,
-        report=lambda step, total, loss: steps.append((step, total)),
-        save=lambda state: states.append(clone(state)),
+        report=lambda k, fits, step, loss: steps.append((k, fits, step)),
+        save=lambda k, held_out, field: states.append(
+            clone({"k": k, "held_out": held_out, "field": field})
+        ),
     )
-    assert steps == [(k, 4 * (folds + 1)) for k in range(1, 4 * (folds + 1) + 1)]
+    assert steps == [(k, folds + 1, step) for k in range(folds + 1) for step in (1, 2, 3, 4)]
     assert len(states) == len(steps)
     whole = clone(detector.state_dict())
     for state in states:
