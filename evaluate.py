@@ -736,6 +736,27 @@ def masks_of(item: Item, size: tuple, saturation: dict | None = None) -> tuple[l
 
 
 # ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
+def pick_device(name: str | torch.device) -> torch.device:
+    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
+
+    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is None:
+            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            return torch.device(f"cuda:{mine}")
+    return device
+
+
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
     """Features (n, d, h, w) float16 of image files, None if there are none; original sizes.
 
@@ -772,6 +793,12 @@ class Prediction(NamedTuple):
     p_value: float  # how rarely a good image scores as high
     verdict: str  # "defect" or "good"
     map: Array | None = None  # (H, W) at the image's own size, in the units of the score
+
+
+def check_fpr(percent: float) -> None:
+    """Raises InputError for what is no false positive rate."""
+    if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
 
 
 def threshold_of(normal_scores: Array, fpr: float) -> float:
@@ -1523,27 +1550,6 @@ def exit_cleanly(main: Callable) -> None:
     sys.exit(2)
 
 
-def pick_device(name: str | torch.device) -> torch.device:
-    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
-
-    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
-        torch.backends.cudnn.allow_tf32 = False
-        if device.index is None:
-            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-            return torch.device(f"cuda:{mine}")
-    return device
-
-
 def score_category(
     detector: wtflow.Detector, category: Category, features: Tensor | None, fpr: float
 ) -> Scored:
@@ -1699,12 +1705,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
     text = "float32 TIFF maps as MVTec's script reads them (default: none)"
     add("--save-maps", action="store_true", help=text)
-
-
-def check_fpr(percent: float) -> None:
-    """Raises InputError for what is no false positive rate."""
-    if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
 
 
 def check_options(args: argparse.Namespace) -> None:

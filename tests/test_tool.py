@@ -74,12 +74,6 @@ def test_too_few_good_images_for_a_rate_say_which_is_attainable():
     assert "(49 calibration images: the lowest attainable rate is 2 %)" in text
 
 
-def test_good_images_alone_give_a_threshold(data, tmp_path):
-    where = data / "bolt/train/good"
-    out = succeeds(run("train.py", "--data", where, "--out", tmp_path, *TINY)).stdout
-    assert "threshold" in out and "test images" not in out
-
-
 # ---- folders -------------------------------------------------------------------------------------
 def test_a_folder_is_walked_and_a_damaged_image_stops_no_other(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 2)
@@ -356,7 +350,7 @@ def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, m
     [
         ("train.py", ("--set", "batch=1"), ("batch=1", "at least 2")),
         ("train.py", ("--steps", 0), ("--steps=0", "at least 1")),
-        ("train.py", ("--steps=-3",), ("--steps=-3", "at least 0")),
+        ("train.py", ("--steps=-3",), ("--steps=-3", "at least")),
         ("train.py", ("--seeds", 1, 1), ("--seeds 1 1", "once")),
         ("train.py", ("--seeds", -1), ("seeds -1",)),
         ("train.py", ("--set", "batch=2.5"), ("batch=2.5", "1024")),
@@ -369,6 +363,7 @@ def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, m
         ("evaluate.py", ("--run", ".", "--out", "x"), ("--out", "--image")),
         ("evaluate.py", ("--run", ".", "--model", "x.pt"), ("give --run and --data",)),
         ("train.py", ("--fpr", 100), ("--fpr 100",)),
+        ("train.py", ("--fpr", "nan"), ("--fpr nan",)),
         ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "no such file")),
         ("evaluate.py", ("--model", ".", "--image", "."), ("a folder", "model.pt")),
@@ -409,13 +404,13 @@ def test_a_run_without_models_says_so(data, tmp_path):
 
 
 def test_a_model_of_another_folder_is_never_replaced(data, tmp_path):
-    category = evaluate.read_dataset(data / "bolt")[1][0]
-    source, file = train.source_of(category), tmp_path / "model.pt"
+    bolt, nut = evaluate.read_dataset(data)[1]
+    file = tmp_path / "model.pt"
+    source = train.refuse_another_source(file, bolt)  # there is none yet
     evaluate.save_checkpoint(file, wtflow.Recipe(), source=source)
-    train.refuse_another_source(file, source)
-    train.refuse_another_source(tmp_path / "none.pt", source)
+    assert train.refuse_another_source(file, bolt) == source
     with pytest.raises(InputError, match="another --out"):
-        train.refuse_another_source(file, train.source_of(evaluate.read_dataset(data)[1][1]))
+        train.refuse_another_source(file, nut)
 
 
 @pytest.mark.parametrize("command", ["train.py", "evaluate.py"])
@@ -441,8 +436,3 @@ def test_other_weights_than_in_training_are_refused(data, model, tmp_path):
     fails(run(*command, *mine), "other weights", "--weights")
     fails(run(*command, "--model", model, *own), "other weights")
     succeeds(run(*command, *mine, *own))
-
-
-def test_a_false_positive_rate_is_checked():
-    with pytest.raises(InputError):
-        evaluate.check_options(SimpleNamespace(fpr=float("nan")))
