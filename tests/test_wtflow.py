@@ -41,7 +41,7 @@ def tiny(**changes):
         (dict(strides=(32,)), "4, 8, 16"),
         (dict(strides=()), "4, 8, 16"),
         (dict(steps=0), "at least 1"),
-        (dict(width=0), "at least 1"),
+        (dict(width=1), "at least 2"),
         (dict(rho=1.5), "at least -1 and at most 1"),
         (dict(folds=1), "at least 2"),
         (dict(lr=float("nan")), "at least 0"),
