@@ -307,8 +307,8 @@ def dies_at(name, call):
         ("fsync", 1, "none"),
         ("replace", 5, "none"),
         ("pixel_metrics", 1, "none"),
-        ("replace", 13, "none"),
-        ("replace", 14, "worst"),
+        ("replace", 17, "none"),
+        ("replace", 18, "worst"),
         ("draw_map", 1, "worst"),
         ("draw_contact_sheet", 1, "worst"),
         ("write_csv", 1, "none"),
@@ -318,7 +318,7 @@ def dies_at(name, call):
 def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, maps):
     """SIGKILL at the n-th flush, rename, metric, picture or table: what stands is whole.
 
-    Twelve renames are of states, four for each of three fields; then scores.csv, the model.
+    Sixteen renames are of states, four for each of four fits; then scores.csv, the model.
     """
     options = ("--data", data, "--out", tmp_path, *TINY, "--maps", maps)
     process = train_apart(tmp_path / "log", *options, prepare=lambda: dies_at(when, call))
@@ -404,8 +404,8 @@ def test_a_machine_without_memory_left(data, tmp_path):
     "module, name, call",
     [
         (wtflow, "join_levels", 15),
-        (wtflow, "flow_matching_loss", 14),
-        (wtflow.PositionGaussian, "fit", 4),
+        (wtflow, "flow_matching_loss", 18),
+        (wtflow.PositionGaussian, "fit", 5),
         (torch, "save", 3),
         (evaluate, "pixel_metrics", 2),
         (evaluate, "draw_map", 6),
