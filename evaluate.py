@@ -809,7 +809,7 @@ def threshold_of(normal_scores: Array, fpr: float) -> float:
     prediction, Vovk et al. 2005). Of too few images it is the largest: threshold_text.
     """
     n = len(normal_scores)
-    rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 200 * 0.99 may exceed 198
+    rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
     return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
 
 

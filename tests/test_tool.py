@@ -38,6 +38,7 @@ def test_threshold_and_p_value_by_hand():
     assert evaluate.threshold_of(known[:50], 1) == evaluate.threshold_of(known[:50], 0) == 50
     assert evaluate.threshold_of(known[:150], 1) == 150  # ceil(151 * 0.99); its second would not do
     assert evaluate.threshold_of(known[:199], 1) == 198  # exactly 2 of 200 are allowed above
+    assert evaluate.threshold_of(np.arange(1.0, 250), 16.4) == 209  # whatever rounding does
     found = evaluate.classify([199.0, 199.5, 500.0, 0.0], known, 199.0)
     assert [p.verdict for p in found] == ["good", "defect", "defect", "good"]
     assert [p.p_value * 201 for p in found] == pytest.approx([3, 2, 1, 201])
