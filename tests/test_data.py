@@ -390,7 +390,7 @@ OF_BOXES = (
     *("train/good/000.json", "train/good/day/_annotations.coco.json", "train/labels/000.txt"),
     *("test/good/006.xml", "labels/train/000.txt"),
 )
-REFUSED = {  # a file that is added to a category: what is said of it
+REFUSED = {  # a file that is added to a category: what the refusal says
     **{
         f"test/{kind}/0.png": f"{kind}: good images, or a defect.* into .*test/good"
         for kind in MAY_BE_GOOD
@@ -584,9 +584,9 @@ def test_masks_that_are_no_plain_masks_are_read_and_named(tmp_path, capsys):
     save(tmp_path / "empty.png", 0 * mask)
     assert not read_mask(tmp_path / "empty.png", mask.shape).any()
     lines = capsys.readouterr().err.splitlines()
-    said = [next(n for n in ("noisy", "few", "float", "inverted", "empty") if f"{n}." in line)
+    named = [next(n for n in ("noisy", "few", "float", "inverted", "empty") if f"{n}." in line)
             for line in lines]  # fmt: skip
-    assert said == ["noisy", "few", "float", "inverted", "empty"]  # once in a folder
+    assert named == ["noisy", "few", "float", "inverted", "empty"]  # once in a folder
     assert all("faint values, read as defective from" in line for line in lines[:3])
     assert "91 % of this mask is defective" in lines[3] and "0 % of this mask" in lines[4]
 
@@ -656,8 +656,8 @@ def test_images_of_few_grey_levels_are_named(tmp_path, capsys):
         paths = grey_files(tmp_path / str(k), *arrays)
         white_level = evaluate.white_level_of(paths)
         list(evaluate.batches_of(paths, (30, 40), white_level))
-        said = capsys.readouterr().err
-        assert bool(said) == bool(words) and all(word in said for word in words)
+        notes = capsys.readouterr().err
+        assert bool(notes) == bool(words) and all(word in notes for word in words)
 
 
 def test_the_white_level_is_kept_with_the_model(tmp_path):

@@ -197,7 +197,7 @@ def test_any_title_can_be_drawn(tmp_path, title):
 
 
 def test_the_backend_of_the_caller_stays(tmp_path):
-    """In a notebook the figures of the caller go on being shown."""
+    """A notebook goes on showing what it draws itself."""
     script = (
         "import matplotlib; matplotlib.use('svg'); import evaluate, torch; from PIL import Image;"
         "image = Image.new('RGB', (9, 9)); a = 'a.png', image, None, torch.ones(3, 3), 1.0, 'a';"
