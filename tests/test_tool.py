@@ -209,6 +209,12 @@ def test_the_backend_of_the_caller_stays(tmp_path):
     assert result.returncode == 0 and (tmp_path / "a.png").is_file(), result.stderr
 
 
+def test_a_strip_of_one_row_can_be_drawn(tmp_path):
+    strip = Image.new("RGB", (9000, 1))
+    evaluate.draw_map(tmp_path / "a.png", strip, None, torch.ones(2, 8), 1.5, "a")
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_telling_images_are_named_by_what_happened():
     found = [evaluate.Prediction(s, 0, "defect" if s > 4 else "good") for s in (5, 1, 2, 7, 6)]
     names = evaluate.telling_images(found, np.array([True, True, False, False, True]))
