@@ -20,7 +20,7 @@ from evaluate import InputError
 DIRECT = dict(steps=4, image_size=64, width=16, batch=64)  # settings of train.fit
 
 
-def read_scores(path):
+def read_table(path):
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
 
@@ -54,11 +54,15 @@ def test_every_score_has_a_prediction(data, trained, model, tmp_path):
     detector = evaluate.load_model(model)
     threshold = evaluate.threshold_of(detector.normal_scores.cpu().numpy(), 1)
     assert f"bolt: threshold {threshold:.4f} at a false positive rate of 1 %" in trained[1].stdout
-    rows = read_scores(trained[0] / "bolt/scores.csv")
+    rows = read_table(trained[0] / "bolt/scores.csv")
     assert [row["kind"] for row in rows] == ["dent"] * 3 + ["good"] * 3
     for row in rows:
         assert row["verdict"] == ("defect" if float(row["score"]) > threshold else "good")
         assert round(1 / 7, 6) <= float(row["p_value"]) <= 1 and not row["error"]  # as written
+    metrics = read_table(trained[0] / "metrics.csv")[0]
+    for name, kind in (("fpr", "good"), ("recall", "dent")):
+        flagged = [row["verdict"] == "defect" for row in rows if row["kind"] == kind]
+        assert metrics[name] == f"{100 * np.mean(flagged):.2f}"
     image = data / "bolt/test/dent/000.png"
     command = ("--model", model, "--image", image, "--out", tmp_path / "a.png")
     out = succeeds(run("evaluate.py", *command)).stdout
@@ -86,7 +90,7 @@ def test_a_folder_is_walked_and_a_damaged_image_stops_no_other(model, tmp_path, 
     result = run("evaluate.py", *command)
     assert result.returncode == 2 and "1 of 6 images" in result.stderr
     assert result.stderr.count("broken.png") == 1
-    rows = {row["image"]: row for row in read_scores(tmp_path / "o/scores.csv")}
+    rows = {row["image"]: row for row in read_table(tmp_path / "o/scores.csv")}
     assert {*rows} == {"a.png", "a.jpg", "last.png", "b/a.png", "b/c/x.jpg", "b/broken.png"}
     assert rows["b/broken.png"]["score"] == "" and "cannot be read" in rows["b/broken.png"]["error"]
     assert {p.name for p in (tmp_path / "o").glob("*.png")} == {
@@ -111,7 +115,7 @@ def test_scores_of_a_folder_without_out(model, tmp_path, monkeypatch):
         result = succeeds(run("evaluate.py", *command))
     assert result.stderr == "scores: scores.csv\n"
     assert len(result.stdout.splitlines()) == 3 and "day\\n2/b.png  score " in result.stdout
-    assert [row["kind"] for row in read_scores(tmp_path / "scores.csv")] == ["", "day\n2"]
+    assert [row["kind"] for row in read_table(tmp_path / "scores.csv")] == ["", "day\n2"]
     (tmp_path / "scores.csv").write_text("mine")
     fails(run("evaluate.py", *command), "scores.csv", "--out")
     assert (tmp_path / "scores.csv").read_text() == "mine"
@@ -129,7 +133,7 @@ def test_pictures_are_not_put_among_the_images(model, tmp_path):
     assert image.read_bytes() == before and len([*tmp_path.rglob("*")]) == 2
     for _ in range(2):  # above the images, and again over its own table and pictures
         succeeds(run(*command, folder, "--out", tmp_path))
-    assert [row["image"] for row in read_scores(tmp_path / "scores.csv")] == ["a.png"]
+    assert [row["image"] for row in read_table(tmp_path / "scores.csv")] == ["a.png"]
     assert (tmp_path / "a_map.png").is_file()
 
 
@@ -259,7 +263,7 @@ def test_python_and_the_command_agree(data, trained, model):
     path = data / "bolt/test/dent/000.png"
     array = np.asarray(Image.open(path))
     results = evaluate.score(detector, [path, array, Image.open(path), str(path)])
-    row = read_scores(trained[0] / "bolt/scores.csv")[0]
+    row = read_table(trained[0] / "bolt/scores.csv")[0]
     for result in results:
         assert f"{result.score:.6g}" == row["score"] and result.verdict == row["verdict"]
         assert result.map.shape == array.shape[:2]
