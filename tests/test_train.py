@@ -23,9 +23,19 @@ def clone(value):
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
-    recipe = Recipe(steps=100)
-    rates = [train.learning_rate(k, recipe) / recipe.lr for k in (0, 5, 10, 55, 100)]
-    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [train.cycle(k / 100) for k in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_steps_are_one_pass_over_the_positions_unless_a_number_is_given():
+    features = torch.zeros(9, 152, 8, 8)
+    assert train.count_steps(tiny(steps=0), features) == 9 * 64 // 32
+    assert train.count_steps(tiny(steps=0, batch=9999), features) == 1
+    assert train.count_steps(tiny(steps=0, batch=2), features[:, :, :, :4]) == 9 * 32 // 2
+    assert (
+        train.count_steps(tiny(steps=0), features.expand(9, 152, 8, 8).repeat(30, 1, 1, 1)) == 400
+    )
+    assert train.count_steps(tiny(steps=7), features) == 7
+    assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
 
 def test_each_step_has_its_learning_rate(monkeypatch):
@@ -58,17 +68,19 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
     monkeypatch.setattr(train, "REPORT_STEPS", 1)
     features = gaussian((n, 152, 8, 8)).half()
     states, steps, detector = [], [], Detector(tiny(folds=folds))
+    random_state = torch.get_rng_state()
     train.fit_detector(
         detector,
         features,
         3,
-        report=lambda k, fits, step, loss: steps.append((k, fits, step)),
+        report=lambda k, fits, step, total, loss: steps.append((k, fits, step, total)),
         save=lambda k, held_out, field: states.append(
             clone({"k": k, "held_out": held_out, "field": field})
         ),
     )
-    assert steps == [(k, folds + 1, step) for k in range(folds + 1) for step in (1, 2, 3, 4)]
+    assert steps == [(k, folds + 1, step, 4) for k in range(folds + 1) for step in (1, 2, 3, 4)]
     assert len(states) == len(steps)
+    assert torch.equal(torch.get_rng_state(), random_state)  # the caller's stay as they are
     whole = clone(detector.state_dict())
     for state in states:
         again = Detector(tiny(folds=folds))
@@ -121,12 +133,3 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     detector.feature_whitening += torch.eye(152)
     with pytest.raises(InputError, match="loss is not finite at step 20.*rate"):
         train.train_field(detector, features, 0)
-
-
-def test_fitting_leaves_the_caller_s_random_numbers_as_they_are():
-    detector = Detector(tiny())
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    train.fit_detector(detector, gaussian((3, 152, 8, 8)).half())
-    assert torch.equal(torch.rand(3), expected)
