@@ -35,13 +35,6 @@ def test_image_auroc_is_the_share_of_ordered_pairs(rows):
     assert ap == pytest.approx(100 * np.sum(np.diff([0, *recall]) * precision), abs=1e-9)
 
 
-def test_average_precision_beside_scikit_learn():
-    # scikit-learn 1.9.1, roc_auc_score and average_precision_score on these six scores, ties
-    # included; 3 x 400 tied random scores agreed to 1e-13 when compared by hand.
-    s, d = np.array([0.1, 0.4, 0.4, 0.8, 0.35, 0.9]), np.array([0, 0, 1, 1, 0, 1], bool)
-    assert image_metrics(s, d) == (pytest.approx(94.44444444), pytest.approx(91.66666667))
-
-
 def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
     """Random maps at mask size and random masks; returns maps, items, sizes, masks."""
     items, masks = [], []
@@ -77,7 +70,11 @@ def brute_pro(maps, masks, limit, saturate=lambda area: area):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_binned_metrics_agree_with_exact_ones_to_1e_4(tmp_path, seed):
+    """Over the whole set: with even seeds one image reads high everywhere, which its own range, or
+    false positive rate, would hide.
+    """
     maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(seed))
+    maps[0] += 10 * (seed % 2 == 0)
     auroc, ap, aupro = pixel_metrics(maps, items, sizes)
     y, m = maps.numpy(), np.array(masks)
     exact_auroc, exact_ap = image_metrics(y.ravel().astype(float), m.ravel())
@@ -95,22 +92,17 @@ def test_saturated_overlap(tmp_path):
     assert never == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
 
 
-def test_saturated_overlap_is_never_above_100(tmp_path):
-    _, items, sizes, masks = make_set(tmp_path, np.random.default_rng(8), regions=1)
-    perfect = torch.from_numpy(np.array(masks)).float()
-    assert pixel_metrics(perfect, items, sizes, {255: (0.5, True)}, 0.05)[2] == pytest.approx(100)
-
-
 def test_area_is_divided_by_the_limit_and_interpolated_at_it():
     assert area_to([1.0], [1.0], 0.3) == pytest.approx(0.15)
     assert area_to([0.0, 1.0], [1.0, 1.0], 0.3) == pytest.approx(1.0)
     assert area_to([0.2, 0.4], [0.5, 0.7], 0.3) == pytest.approx((0.05 + 0.055) / 0.3)
 
 
-def test_perfect_maps_give_100_and_never_more(tmp_path):
-    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(1))
-    auroc, ap, aupro = pixel_metrics(torch.from_numpy(np.array(masks)).float(), items, sizes)
-    assert (auroc, ap, aupro) == (pytest.approx(100), pytest.approx(100), pytest.approx(100))
+@pytest.mark.parametrize("saturation, limit", [(None, 0.3), ({255: (0.5, True)}, 0.05)])
+def test_perfect_maps_give_100_and_never_more(tmp_path, saturation, limit):
+    _, items, sizes, masks = make_set(tmp_path, np.random.default_rng(1))
+    perfect = torch.from_numpy(np.array(masks)).float()
+    assert pixel_metrics(perfect, items, sizes, saturation, limit) == pytest.approx((100,) * 3)
 
 
 def test_constant_maps_are_chance(tmp_path):
@@ -127,14 +119,6 @@ def test_regions_touching_at_a_corner_are_one(tmp_path):
         Item(tmp_path / "a.png", "dent", (tmp_path / "m.png",)), (8, 8)
     )
     assert len(regions) == 1 and regions[0][2] == 2 and union.sum() == 2
-
-
-def test_false_positive_rate_is_of_the_whole_set_not_per_image(tmp_path):
-    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(3))
-    maps[0] += 10  # one image reads high everywhere: min-max per image would hide it
-    assert pixel_metrics(maps, items, sizes)[2] == pytest.approx(
-        brute_pro(maps.numpy(), masks, 0.3), abs=0.01
-    )
 
 
 def test_empty_masks_of_defective_images_count_as_defect_free(tmp_path):
