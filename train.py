@@ -29,9 +29,10 @@ import wtflow
 from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # of AdamW
+MOST_STEPS = 400  # [ours]
+EPOCHS = 100  # [released] of the U-Net
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of as many, a false positive rate of 1 % is one of them
-DEMO_STEPS = 200  # the demo's categories are small; all else is the default of wtflow.Recipe
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
 RANK = int(os.environ.get("RANK", 0))  # of this process among WORLD, as torchrun says
@@ -44,11 +45,12 @@ def train_field(
 ) -> None:
     """Fit detector.field to the velocity of good features (n, d, h, w); the last step is the model.
 
-    Call it after fit_whitening. report(step, loss) is called every REPORT_STEPS, save(state) about
-    every SAVE_SECONDS and at the end; from such a state the training goes on, the same to the last
-    bit. Raises InputError if the loss is not finite.
+    Call it after fit_whitening. report(step, steps, loss) is called every REPORT_STEPS, save(state)
+    about every SAVE_SECONDS and at the end; from such a state the training goes on, the same to the
+    last bit. Raises InputError if the loss is not finite.
     """
     recipe, device = detector.recipe, detector.device
+    steps = count_steps(recipe, features)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         v_theta = wtflow.new_field(recipe, features.shape[1]).to(device).train()
@@ -63,7 +65,7 @@ def train_field(
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
 
-    for step in range(first + 1, recipe.steps + 1):
+    for step in range(first + 1, steps + 1):
         # A batch of x_0, its noise x_1 and the error of the velocity between them
         x_0 = detector.normalise(draw(features, recipe, generator))
         with wtflow.autocast(device):
@@ -71,13 +73,13 @@ def train_field(
 
         # One step of AdamW
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, recipe)
+            group["lr"] = recipe.lr * cycle((step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
         # Report and save
-        last = step == recipe.steps
+        last = step == steps
         if last or step % REPORT_STEPS == 0:
             if not torch.isfinite(loss):
                 raise InputError(
@@ -85,7 +87,7 @@ def train_field(
                     "lower the learning rate, or look for damaged training images"
                 )
             if report is not None:
-                report(step, loss.item())
+                report(step, steps, loss.item())
         if save is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
             state = {"step": step, "field": v_theta.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
@@ -106,12 +108,25 @@ def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor
     return features.movedim(1, -1).flatten(1, 2)[image, below(features[0, 0].numel())]
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """AdamW's learning rate at a step, from 0: a linear rise, then a cosine to zero [ours]."""
-    done = step / recipe.steps
+def count_steps(recipe: Recipe, features: Tensor) -> int:
+    """Training steps for features (n, d, h, w): those of the recipe, if it gives a number.
+
+    By default one pass over the positions, at most MOST_STEPS: a second pass over few images only
+    overfits. The released U-Net makes EPOCHS passes over the maps.
+    """
+    n, _, h, w = features.shape
+    if recipe.steps:
+        return recipe.steps
+    if recipe.field == "unet":
+        return EPOCHS * -(-n // recipe.batch)
+    return max(1, min(MOST_STEPS, n * h * w // recipe.batch))
+
+
+def cycle(done: float) -> float:
+    """Share of the largest learning rate at a share of the steps: linear rise, cosine to zero."""
     if done < WARM_UP:
-        return recipe.lr * done / WARM_UP
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def fit_detector(
@@ -124,8 +139,8 @@ def fit_detector(
     Of fewer the field does so too: for each fold all is fitted to the other images (cross-conformal
     prediction, Vovk 2015). The detector that is kept is fitted to all images.
 
-    report(k, fits, step, loss) and save(k, held_out, field) for fit k of several; state has such
-    k, held_out and field, by name.
+    report(k, fits, step, steps, loss) and save(k, held_out, field) for fit k of several; state has
+    such k, held_out and field, by name.
     """
     n = len(features)
     folds = min(detector.recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
@@ -204,9 +219,8 @@ def run_category(
     good, _ = evaluate.extract(detector, category.train, report)
 
     # Training
-    def report_step(k, fits, step, loss):
-        text = f"loss {loss:.4f} of field {k + 1}/{fits}, step"
-        progress(text, fits * recipe.steps, k * recipe.steps + step)
+    def report_step(k, fits, step, steps, loss):
+        progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
 
     def save(k, held_out, field):
         about = {"signature": begun, "seconds": time.monotonic() - began}
@@ -430,7 +444,7 @@ def make_demo(root, train=48, good=16, each=12, n=256):
 OWN_OPTIONS = {  # settings of wtflow.Recipe with an option of their own; all others: --set
     "backbone": f"frozen network, one of {', '.join(wtflow.CHOICES['backbone'])}",
     "image_size": "an image is resized to about N x N pixels, a small one to twice its sides",
-    "steps": f"training steps of a field, {DEMO_STEPS} for the demo",
+    "steps": f"training steps of a field; 0: one pass over the images, at most {MOST_STEPS}",
     "coupling": f"of features and noise, one of {', '.join(wtflow.CHOICES['coupling'])}",
     "rho": "of worst transport, from 0 (rFM) to 1",
 }
@@ -465,8 +479,6 @@ def parse(argv):
 def recipe_of(args):
     """Recipe() or PAPER with what the command line changes. Raises InputError."""
     recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
-    if not args.paper and not args.data:
-        recipe = replace(recipe, steps=DEMO_STEPS)
     own = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
     others = dict(text.partition("=")[::2] for text in args.set)
     try:

@@ -364,9 +364,8 @@ def rho(args):
         base = Recipe(**PAPER | {"backbone": base.backbone, "width": 64})
     for category in categories_in(args.data):
         sample = read_sample(category, base, args.device)
-        own = replace(base, steps=sample.recipe.steps)
         recipes = {
-            f"{name}, {setting}": replace(own, **changes, **more)
+            f"{name}, {setting}": replace(base, **changes, **more)
             for setting, more in settings.items()
             for name, changes in couplings.items()
         }

@@ -6,7 +6,7 @@ from test_wtflow import RELEASED, Detector, gaussian, tiny
 
 import train
 import wtflow
-from wtflow import InputError, Recipe
+from wtflow import InputError
 
 
 def same_values(one, other):

@@ -426,24 +426,22 @@ def two_threads():
 
 def test_parallel_map_keeps_the_order_and_the_number_of_threads(two_threads):
     """With a core for each; an error of one item is that of all."""
-    cpu = torch.device("cpu")
-    both, together = threading.Barrier(2, timeout=60), []
+    both, threads = threading.Barrier(2, timeout=60), []
 
     def seen(item):
+        threads.append(torch.get_num_threads())
         if item < 2:
             both.wait()  # the two are worked on at once
-        together.append(torch.get_num_threads())
-        return item
+        return 1 / (item - 5)
 
-    assert wtflow.parallel_map(seen, range(5), cpu) == [*range(5)]
-    assert together == [1] * 5 and torch.get_num_threads() == 2
-    later = threading.Thread(target=lambda: together.append(torch.get_num_threads()))
+    cpu, later = torch.device("cpu"), threading.Thread(target=seen, args=(9,))
+    assert wtflow.parallel_map(seen, range(5), cpu) == [1 / (k - 5) for k in range(5)]
     later.start()
     later.join()
-    assert together[-1] == 2  # what threads to come begin with
+    assert threads == [1] * 5 + [2]  # which threads to come begin with
     assert wtflow.parallel_map(lambda _: torch.get_num_threads(), [0], cpu) == [2]
     with pytest.raises(ZeroDivisionError):
-        wtflow.parallel_map(lambda item: 1 / item, (1, 0), cpu)
+        wtflow.parallel_map(seen, (6, 5), cpu)
     assert torch.get_num_threads() == 2
 
 
