@@ -409,13 +409,13 @@ class PositionGaussian(nn.Module):
         n, d = r.shape[:2]
         share = PSEUDO_COUNT * d / (PSEUDO_COUNT * d + n)
 
-        def moments(b):
-            x = block_of(r, b)
-            z = (x - x.mean(0)).flatten(0, 1)
-            return x.mean(0), z.T @ z / (max(n - 1, 1) * BLOCK**2)
+        def moments(row):
+            x = to_blocks(row.float())
+            z = (x - x.mean(1, keepdim=True)).flatten(1, 2)
+            return x.mean(1), z.mT @ z / (max(n - 1, 1) * BLOCK**2)
 
-        found = parallel_map(moments, range(len(self.c)), r.device)
-        self.mean, S = map(torch.stack, zip(*found, strict=True))
+        found = parallel_map(moments, r.split(BLOCK, 2), r.device)
+        self.mean, S = map(torch.cat, zip(*found, strict=True))
         variance = S.diagonal(dim1=1, dim2=2).mean(1)
         s = variance.mean().clamp_min(1e-3)  # of maps that never change
         log_c = (variance / s).clamp_min(0.01).log()  # of blocks that never do
@@ -423,8 +423,12 @@ class PositionGaussian(nn.Module):
         c = (log_c * (1 - PADDING**2 / spread.clamp_min(PADDING**2))).exp()
         self.c = c / (1 - share)
         eye = torch.eye(d, device=r.device)
-        L = torch.linalg.cholesky(S / self.c[:, None, None] + share * s * eye)
-        self.W = torch.linalg.solve_triangular(L, eye, upper=False)
+        T = S / self.c[:, None, None] + share * s * eye
+
+        def inverse_factor(T):
+            return torch.linalg.solve_triangular(torch.linalg.cholesky(T), eye, upper=False)
+
+        self.W = torch.cat(parallel_map(inverse_factor, T.split(64), r.device))
 
     def squared_distance(self, r: Tensor) -> Tensor:
         """(r - m)' T^-1 (r - m) / d at each position of r (n, d, h, w): (n, h, w)."""
@@ -438,24 +442,22 @@ class PositionGaussian(nn.Module):
         k z z' with z (d, BLOCK^2) its deviations from the mean: with G = z' T^-1 z, the squared
         distances are the diagonal of (I - k G)^-1 G times (n/(n-1))^2 (Woodbury).
         """
-        n, d = r.shape[:2]
-        k = n / ((n - 1) ** 2 * BLOCK**2 * self.c)
+        n, d, h, w = r.shape
+        k = n / ((n - 1) ** 2 * BLOCK**2 * self.c)[:, None, None, None]
         eye = torch.eye(BLOCK**2, device=r.device)
 
-        def distances(b):
-            z = (block_of(r, b) - self.mean[b]) @ self.W[b].T
+        def distances(of_row):
+            row, mean, W, k = of_row
+            z = (to_blocks(row.float()) - mean[:, None]).flatten(1, 2) @ W.mT
+            z = z.unflatten(1, (n, -1))
             G = z @ z.mT
-            factor = torch.linalg.cholesky(eye - k[b] * G)
-            return torch.cholesky_solve(G, factor).diagonal(dim1=1, dim2=2)
+            factor = torch.linalg.cholesky(eye - k * G)
+            return torch.cholesky_solve(G, factor).diagonal(dim1=2, dim2=3)
 
-        found = torch.stack(parallel_map(distances, range(len(k)), r.device))
-        return (n / (n - 1)) ** 2 / d * from_blocks(found, *r.shape[2:])
-
-
-def block_of(r: Tensor, b: int) -> Tensor:
-    """Residuals (n, BLOCK^2, d) float32 of block b of r (n, d, h, w)."""
-    row, column = (BLOCK * k for k in divmod(b, r.shape[3] // BLOCK))
-    return r[:, :, row : row + BLOCK, column : column + BLOCK].flatten(2).mT.float()
+        parts = (v.split(w // BLOCK) for v in (self.mean, self.W, k))
+        rows = zip(r.split(BLOCK, 2), *parts, strict=True)
+        found = torch.cat(parallel_map(distances, rows, r.device))
+        return (n / (n - 1)) ** 2 / d * from_blocks(found, h, w)
 
 
 def to_blocks(r: Tensor) -> Tensor:
