@@ -42,7 +42,6 @@ from wtflow import PAPER, Detector, InputError, Recipe
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 MIB = 2**20
-SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 # ---- 1. One category, its features, and the metrics of a method ----------------------------------
@@ -88,31 +87,24 @@ def in_place_of(recipe, sample):
     return replace(recipe, **{name: getattr(sample.recipe, name) for name in FEATURES})
 
 
-def metrics(sample, maps, scores, normal_scores=None):
-    """The row of a method's maps (n, H, W) and image scores (n,).
-
-    With fpr and recall, if there are scores of good images to set the threshold with.
-    """
-    known = scores if normal_scores is None else normal_scores.cpu()
-    threshold = evaluate.threshold_of(known.numpy(), fpr=1)
-    predictions = evaluate.classify(scores.numpy(), known.numpy(), threshold)
-    scored = evaluate.Scored(maps, predictions, threshold)
-    row, _ = evaluate.measure(sample.category, scored, sample.sizes)
-    names = METRICS if normal_scores is None else (*METRICS, "fpr", "recall")
-    return {name: row[name] for name in names}
-
-
 def timed(sample, fit, seed):
-    """The row of a method: fit(sample, seed) -> (features -> maps and scores, tensors[, normal
-    scores]).
+    """The row of a method: fit(sample, seed) -> (score, tensors[, scores of good images]).
+
+    score: features -> maps (n, h, w) and image scores (n,). fpr and recall need scores of good
+    images, to set the threshold with.
     """
     began = time.perf_counter()
-    score, kept, *normal_scores = fit(sample, seed)
+    score, kept, *good = fit(sample, seed)
     fitted = time.perf_counter()
     maps, scores = (y.cpu() for y in score(sample.test))
     done = time.perf_counter()
-    row = metrics(sample, maps, scores, *normal_scores)
-    row |= {"train_s": fitted - began, "mib": mib(kept)}
+    known = (good[0].cpu() if good else scores).numpy()
+    threshold = evaluate.threshold_of(known, fpr=1)
+    predictions = evaluate.classify(scores.numpy(), known, threshold)
+    scored = evaluate.Scored(maps, predictions, threshold)
+    row, _ = evaluate.measure(sample.category, scored, sample.sizes)
+    names = (*METRICS, "fpr", "recall") if good else METRICS
+    row = {name: row[name] for name in names} | {"train_s": fitted - began, "mib": mib(kept)}
     return row | {"ms_per_image": 1000 * (done - fitted) / len(sample.test)}
 
 
@@ -451,15 +443,13 @@ def few(args):
             if n > len(sample.train):
                 print(f"{category.name}: has {len(sample.train)} images, not {n}", file=sys.stderr)
                 continue
-            table[f"{n} images"] = [of_few(sample, n, seed) for seed in args.seeds]
+            table[f"{n} images"] = []
+            for seed in args.seeds:
+                generator = torch.Generator().manual_seed(seed)
+                chosen = torch.randperm(len(sample.train), generator=generator)[:n].sort().values
+                part = sample._replace(train=sample.train[chosen])
+                table[f"{n} images"].append(timed(part, fit_flow, seed))
         evaluate.print_table(COLUMNS, table_of(category, table))
-
-
-def of_few(sample, n, seed):
-    """The row of WT-Flow of n training images of a sample, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(sample.train), generator=generator)[:n].sort().values
-    return timed(sample._replace(train=sample.train[chosen]), fit_flow, seed)
 
 
 # ---- 4. Speed ------------------------------------------------------------------------------------
@@ -663,7 +653,8 @@ def memory(args):
 def peak_of(command):
     """Peak resident size in MiB of a command of this repository. Raises InputError if it fails."""
     root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen([sys.executable, root / command[0], *command[1:]], **SILENT)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, root / command[0], *command[1:]], **silent)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         code = os.waitstatus_to_exitcode(status)

@@ -22,11 +22,8 @@ torch.set_num_threads(1)
 MODULES = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": MODULES}
 
-# derandomised: the same examples every time. HYPOTHESIS_PROFILE=random with --hypothesis-seed=N
-# draws others.
-settings.register_profile("ci", derandomize=True, deadline=None, database=None)
-settings.register_profile("random", deadline=None, database=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("same", derandomize=True, deadline=None, database=None)  # every time
+settings.load_profile("same")
 
 
 def save(path, array, **options):

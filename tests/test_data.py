@@ -230,29 +230,14 @@ def test_hostile_masks_are_read_as_regions_or_refused_by_name(
             assert np.array_equal(union, a > 0)
 
 
-PIECES = [
-    "train/good/0.png",
-    "train/good/dir.png/",
-    "train/good/link.png",
-    "train/good/größe 部品.PNG",
-    "train/good/.hidden.png",
-    "train/good/a.txt",
-    "train/good/" + "n" * 200 + ".png",
-    "train/",
-    "test/good/0.png",
-    "test/dent/0.png",
-    "test/dent/",
-    "ground_truth/dent/0_mask.png",
-    "ground_truth/dent/0_mask.png/",
-    "ground_truth/",
-    "defects_config.json",
-    "test/logical_anomalies/0.png",
-    "Data/Images/Normal/0.JPG",
-    "../split_csv/1cls.csv",
-    "train/good/rgb/0.png",
-    "test/good/rgb/0.png",
-    "0.png",
-    "train/good/0.jpg",
+PIECES = [  # of the layouts, and of what else may lie in folders
+    *"train/ train/good/0.png train/good/0.jpg test/good/0.png test/dent/0.png test/dent/".split(),
+    *"ground_truth/ ground_truth/dent/0_mask.png ground_truth/dent/0_mask.png/".split(),
+    *"defects_config.json test/logical_anomalies/0.png 0.png".split(),
+    *"Data/Images/Normal/0.JPG ../split_csv/1cls.csv".split(),
+    *"train/good/rgb/0.png test/good/rgb/0.png".split(),
+    *"train/good/dir.png/ train/good/link.png train/good/.hidden.png train/good/a.txt".split(),
+    *("train/good/größe 部品.PNG", "train/good/" + "n" * 200 + ".png"),
 ]
 
 

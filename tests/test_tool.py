@@ -182,15 +182,13 @@ def test_colours_mean_the_same_in_every_picture(tmp_path, monkeypatch):
     """0 is the first colour, the threshold the middle, twice the threshold and more the last."""
     from matplotlib.axes import Axes
 
-    images, imshow = [], Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda *a, **k: images.append(imshow(*a, **k)) or images[-1]
-    )
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *a, **k: shown.append(imshow(*a, **k)) or shown[-1])
     image = Image.fromarray(picture(0)[0].astype(np.uint8))
     for level in (0.1, 5.0):
         y = torch.full((8, 8), level)
         evaluate.draw_map(tmp_path / "a.png", image, None, y, 1.5, "a")
-    assert [shown.get_clim() for shown in images[1::2]] == [(0, 3.0)] * 2  # after each photo
+    assert [y.get_clim() for y in shown[2::3]] == [(0, 3.0)] * 2  # after two photos each
 
 
 @pytest.mark.parametrize("title", ["a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100])
