@@ -441,27 +441,15 @@ def make_demo(root, train=48, good=16, each=12, n=256):
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
-OWN_OPTIONS = {  # settings of wtflow.Recipe with an option of their own; all others: --set
-    "backbone": f"frozen network, one of {', '.join(wtflow.CHOICES['backbone'])}",
-    "image_size": "an image is resized to about N x N pixels, a small one to twice its sides",
-    "steps": f"training steps of a field; 0: one pass over the images, at most {MOST_STEPS}",
-    "coupling": f"of features and noise, one of {', '.join(wtflow.CHOICES['coupling'])}",
-    "rho": "of worst transport, from 0 (rFM) to 1",
-}
-
-
 def parse(argv):
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     evaluate.add_common_options(parser)
     add = parser.add_argument
     add("--out", default="runs", help="where results go (default: runs)")
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
-    for name, text in OWN_OPTIONS.items():
-        default = getattr(Recipe(), name)
-        option = f"--{name.replace('_', '-')}"
-        add(option, metavar="VALUE", help=f"{text} (default: {default})")
-    text = "any other setting of wtflow.Recipe (default: its own)"
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
+    for name, default in asdict(Recipe()).items():
+        text = f"setting of wtflow.Recipe (default: {default})"
+        add(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
     text = "go on from the last whole state in --out (default: anew)"
@@ -477,16 +465,15 @@ def parse(argv):
 
 
 def recipe_of(args):
-    """Recipe() or PAPER with what the command line changes. Raises InputError."""
+    """Recipe() or PAPER with the settings that the command line gives. Raises InputError."""
     recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
-    own = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
-    others = dict(text.partition("=")[::2] for text in args.set)
+    texts = {name: getattr(args, name) for name in asdict(recipe)}
+    settings = {name: literal(text) for name, text in texts.items() if text is not None}
     try:
-        return changed(recipe, {name: literal(text) for name, text in (own | others).items()})
+        return changed(recipe, settings)
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
-        option = f"--{name.replace('_', '-')}" if name in own else f"--set {name}"
-        raise InputError(f"{option}={rest}") from None
+        raise InputError(f"--{name.replace('_', '-')}={rest}") from None
 
 
 def literal(text):

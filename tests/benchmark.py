@@ -365,7 +365,7 @@ def rho(args):
         evaluate.print_table(COLUMNS, table_of(category, rows))
 
 
-# A change of the default in each row; `train.py --set NAME=VALUE` makes the same change.
+# A change of the default in each row; `train.py --NAME VALUE` makes the same change.
 ABLATION = (
     {},
     {"rho": 0.0},

@@ -56,7 +56,7 @@ def test_the_released_recipe_at_a_small_width(data, tmp_path):
 
     The U-Net on images, the released score.
     """
-    small = ("--backbone", "efficientnet_lite0", "--image-size", 128, "--set", "width=8", "steps=2")
+    small = ("--backbone", "efficientnet_lite0", "--image-size", 128, "--width", 8, "--steps", 2)
     result = run("train.py", "--data", data / "bolt", "--out", tmp_path, "--paper", *small)
     assert "step 2/2" in succeeds(result).stderr
     state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)

@@ -173,7 +173,7 @@ def test_resume_refuses_other_settings_another_backbone_and_other_images(data, t
     for changes, word in (
         (("--seeds", 5), "seed"),
         (("--coupling", "optimal"), "coupling"),
-        (("--set", "rho=0.7"), "rho"),
+        (("--rho", 0.7), "rho"),
     ):
         fails(run("train.py", "--data", data, *resume, *changes), word, "model.pt")
     more = tmp_path / "more/tiny"
@@ -380,7 +380,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
         most = pages * resource.getpagesize() + (1 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    options = ("--data", data, "--out", tmp_path, *TINY, "--set", f"width={1 << 15}")
+    options = ("--data", data, "--out", tmp_path, *TINY, "--width", 1 << 15)
     process = train_apart(tmp_path / "log", *options, prepare=little_memory)
     process.join(60)
     result = SimpleNamespace(returncode=process.exitcode, stderr=(tmp_path / "log").read_text())

@@ -344,9 +344,9 @@ WIDE = "wide_resnet50_2"
 @pytest.mark.parametrize(
     "command, options, words",
     [
-        ("train.py", ("--set", "batch=1"), ("batch=1", "at least 2")),
-        ("train.py", ("--set", "depth=3"), ("--set depth=3", "no such setting", "width")),
-        ("train.py", ("--set", "strides=32,"), ("strides=(32,)", "4, 8, 16")),
+        ("train.py", ("--batch", 1), ("--batch=1", "at least 2")),
+        ("train.py", ("--depth", 3), ("--depth", "--help")),
+        ("train.py", ("--strides", "32,"), ("--strides=(32,)", "4, 8, 16")),
         ("train.py", ("--coupling", "best"), ("--coupling=best", "worst")),
         ("train.py", ("--category", "screw"), ("screw", "bolt")),
         ("train.py", ("--backbone", WIDE, "--weights", "none.pth"), ("none.pth", "--weights")),
@@ -354,7 +354,7 @@ WIDE = "wide_resnet50_2"
         ("train.py", ("--steps=-3",), ("--steps=-3", "at least")),
         ("train.py", ("--seeds", 1, 1), ("--seeds 1 1", "once")),
         ("train.py", ("--seeds", -1), ("seeds -1",)),
-        ("train.py", ("--set", "batch=2.5"), ("batch=2.5", "1024")),
+        ("train.py", ("--batch", "2.5"), ("--batch=2.5", "1024")),
         ("train.py", ("--image", "x.png"), ("--image",)),
         ("train.py", ("--data", ""), ("--data is empty",)),
         ("train.py", ("--out", ""), ("--out is empty",)),
