@@ -773,12 +773,9 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
             name = images[len(sizes) + int(bad.nonzero()[0])]
             raise InputError(f"{name}: features are not finite: check the weights and this image")
         if out is None:
-            out = torch.empty(
-                (len(images), *x.shape[1:]),
-                dtype=torch.float16,
-                device=x.device,
-                memory_format=torch.channels_last,  # a position's features side by side
-            )
+            layout = torch.channels_last  # a position's features side by side
+            shape = (len(images), *x.shape[1:])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
         if report is not None:
@@ -809,6 +806,8 @@ def threshold_of(normal_scores: Array, fpr: float) -> float:
     prediction, Vovk et al. 2005). Of too few images it is the largest: threshold_text.
     """
     n = len(normal_scores)
+    if not n:
+        raise RuntimeError("this detector is not fitted: train it, or load a trained one")
     rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
     return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
 
