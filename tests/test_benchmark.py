@@ -42,8 +42,7 @@ def test_every_method_has_a_row_and_what_depends_on_the_seed_its_spread(
 
 
 def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
-    changes = ({}, {"score": "residual"}, {"rho": 0.0})
-    monkeypatch.setattr(benchmark, "ABLATION", changes)
+    monkeypatch.setattr(benchmark, "ABLATION", ({}, {"score": "residual"}, {"rho": 0.0}))
     data = make_mvtec(tmp_path / "d", ("bolt", "nut"))
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
     by_category, chosen = result.stdout.split("left_out")
@@ -53,7 +52,7 @@ def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
 
 
 def test_one_set_is_left_out_of_the_choice():
-    """ "a" is best on x alone, "b" on y and z: z and y are judged by what the other two prefer."""
+    """ "a" is best on x alone, "b" on y and z: z and y are measured by what the others prefer."""
     merits = {"x": (9, 1), "y": (2, 3), "z": (0, 7)}
     measured = {
         (c, name): {"image_auroc": m, "pixel_auroc": 0.0, "aupro": m}

@@ -412,7 +412,7 @@ def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
     root = make_mvtec(tmp_path / "d") / "bolt"
     for k, suffix in enumerate((".webp", ".gif", ".PNG", ".ppm")):
         save(root / f"train/good/day2/x{k}{suffix}", picture(k)[0])
-    save(root / "train/good/j.jfif", picture(7)[0], format="JPEG")
+    save(root / f"train/good/größe 部品 (1) {'n' * 150}.jfif", picture(7)[0], format="JPEG")
     image, mask = picture(8, defect=True)
     save(root / "test/dent/day2/a.png", image)
     save(root / "ground_truth/dent/day2/a_mask.png", mask * 255)

@@ -55,15 +55,10 @@ def no_table(folder):
 
 
 # ---- broken input --------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "where",
-    [
-        "train/good/001.png",
-        "test/good/007.png",
-        "test/dent/001.png",
-        "ground_truth/dent/001_mask.png",
-    ],
-)
+WHERE = "train/good/001 test/good/007 test/dent/001 ground_truth/dent/001_mask"
+
+
+@pytest.mark.parametrize("where", [f"{name}.png" for name in WHERE.split()])
 @pytest.mark.parametrize("blob", [b"", b"not an image", None])
 def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
     path = make_mvtec(tmp_path / "d") / "bolt" / where

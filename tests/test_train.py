@@ -31,9 +31,7 @@ def test_steps_are_one_pass_over_the_positions_unless_a_number_is_given():
     assert train.count_steps(tiny(steps=0), features) == 9 * 64 // 32
     assert train.count_steps(tiny(steps=0, batch=9999), features) == 1
     assert train.count_steps(tiny(steps=0, batch=2), features[:, :, :, :4]) == 9 * 32 // 2
-    assert (
-        train.count_steps(tiny(steps=0), features.expand(9, 152, 8, 8).repeat(30, 1, 1, 1)) == 400
-    )
+    assert train.count_steps(tiny(steps=0), features.repeat(30, 1, 1, 1)) == 400
     assert train.count_steps(tiny(steps=7), features) == 7
     assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
