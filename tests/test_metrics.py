@@ -16,11 +16,6 @@ from evaluate import Item, area_to, image_metrics, pixel_metrics
 scores = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30)
 
 
-def brute_auroc(s, d):
-    pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(s[d], s[~d])]
-    return 100 * np.mean(pairs)
-
-
 @given(scores)
 def test_image_auroc_is_the_share_of_ordered_pairs(rows):
     s, d = np.array([r[0] for r in rows], float), np.array([r[1] for r in rows])
@@ -28,7 +23,8 @@ def test_image_auroc_is_the_share_of_ordered_pairs(rows):
     if d.all() or not d.any():
         assert auroc is None and ap is None
         return
-    assert auroc == pytest.approx(brute_auroc(s, d), abs=1e-9)
+    pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(s[d], s[~d])]
+    assert auroc == pytest.approx(100 * np.mean(pairs), abs=1e-9)
     thresholds = np.unique(s)[::-1]
     recall = [(d & (s >= h)).sum() / d.sum() for h in thresholds]
     precision = [(d & (s >= h)).sum() / (s >= h).sum() for h in thresholds]
