@@ -289,7 +289,7 @@ def test_images_that_are_none_are_refused_by_name(model, image, word):
 
 def test_fitting_from_python(tmp_path):
     images = [picture(k)[0].astype(np.uint8) for k in range(6)]
-    detector = train.fit(images, steps=4, image_size=64, width=16, batch=64)
+    detector = train.fit(images, steps=4, image_size=64, width=16, batch=64, rho=0)
     evaluate.save_model(str(tmp_path / "m.pt"), detector)
     loaded = evaluate.load_model(tmp_path / "m.pt")
     assert evaluate.score(loaded, images[0]).score == evaluate.score(detector, images[0]).score

@@ -14,7 +14,7 @@ from torch import nn
 import train
 import wtflow
 from tests import benchmark
-from wtflow import PAPER, Detector, InputError, PositionField, PositionGaussian, Recipe, UNetField
+from wtflow import PAPER, Detector, InputError, PositionGaussian, Recipe, UNetField
 
 
 def gaussian(shape, seed=0):
@@ -293,7 +293,7 @@ def every_parameter_learns(field, y):
 @pytest.mark.parametrize("time_conditioned", [True, False])
 def test_unet_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time_conditioned):
     torch.manual_seed(0)
-    v_theta = UNetField(10, 8, time_conditioned)
+    v_theta = wtflow.new_field(tiny(field="unet", time_conditioned=time_conditioned), 10)
     y = v_theta(torch.randn(3, 10, h, w), torch.rand(3))
     assert y.shape == (3, 10, h, w) and every_parameter_learns(v_theta, y)
     v_theta.eval()
@@ -305,7 +305,8 @@ def test_unet_keeps_the_shape_of_any_grid_and_every_parameter_learns(h, w, time_
 @pytest.mark.parametrize("time_conditioned", [True, False])
 def test_a_position_field_sees_each_position_alone_and_the_time_of_its_image(time_conditioned):
     torch.manual_seed(0)
-    v_theta, x = PositionField(5, 16, time_conditioned), gaussian((2, 5, 2, 4))
+    v_theta = wtflow.new_field(tiny(width=16, time_conditioned=time_conditioned), 5)
+    x = gaussian((2, 5, 2, 4))
     assert every_parameter_learns(v_theta, v_theta(x, torch.rand(2)))
     v_theta.eval()
     t = torch.tensor([0.1, 0.7])
