@@ -316,23 +316,19 @@ def resolution(recipe, sizes):
 
 
 class Progress:
-    """One line that updates on a terminal; a plain line every ten seconds otherwise."""
+    """A line on stderr every ten seconds and at the end of each stage."""
 
     def __init__(self, prefix):
-        self.prefix, self.total, self.shown = prefix, 0, 0.0
+        self.prefix, self.total, self.done, self.shown = prefix, 0, 0, 0.0
 
     def __call__(self, what, total, done):
         now = time.monotonic()
-        if total != self.total:  # a new stage
+        if total != self.total or done <= self.done:  # a new stage
             self.total, self.start = total, (done, now)
-        first, start = self.start
+        self.done, (first, start) = done, self.start
         left = (now - start) / max(done - first, 1) * (total - done)
-        line = f"{self.prefix}: {what} {done}/{total}, {left:.0f} s left"
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
-        elif done == total or now - self.shown > 10:
-            print(line, file=sys.stderr, flush=True)
+        if done == total or now - self.shown > 10:
+            print(f"{self.prefix}: {what} {done}/{total}, {left:.0f} s left", file=sys.stderr)
             self.shown = now
 
 
