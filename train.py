@@ -174,7 +174,7 @@ def fit(
         raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
     if not images:
         raise InputError("no images: give at least one")
-    recipe = changed(Recipe(), settings)
+    recipe = Recipe(**settings)
     files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
     white_level = evaluate.white_level_of(files)
     images = [evaluate.as_image(image, white_level) for image in images]
@@ -359,19 +359,6 @@ def run(args, recipe, seed, out, data, device):
         return rows
 
 
-def changed(recipe, settings):
-    """A recipe with other settings, {name: value}. Raises InputError, "setting=value: remedy"."""
-    for name, value in settings.items():
-        if name not in asdict(recipe):
-            known = ", ".join(asdict(recipe))
-            raise InputError(f"{name}={value}: no such setting: choose from {known}")
-        default = getattr(recipe, name)
-        whole_number = isinstance(default, float) and type(value) is int
-        if type(value) is not type(default) and not whole_number:
-            raise InputError(f"{name}={value}: give a value like {default!r}")
-    return replace(recipe, **settings)
-
-
 # ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
 def weave(rng, n):
     """A texture: two crossing thread systems with random phase, angle and grain."""
@@ -466,7 +453,7 @@ def recipe_of(args):
     texts = {name: getattr(args, name) for name in asdict(recipe)}
     settings = {name: literal(text) for name, text in texts.items() if text is not None}
     try:
-        return changed(recipe, settings)
+        return replace(recipe, **settings)
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None

@@ -47,7 +47,7 @@ import statistics
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
@@ -616,16 +616,18 @@ def check_recipe(recipe: Recipe) -> None:
         if not holds:
             raise InputError(f"{name}={getattr(recipe, name)}: {remedy}")
 
+    for setting in fields(recipe):
+        kind, like = type(getattr(recipe, setting.name)), setting.default
+        right = kind is type(like) or (kind, type(like)) == (int, float)
+        need(right, setting.name, f"give a value like {like!r}")
     for name, allowed in CHOICES.items():
         need(getattr(recipe, name) in allowed, name, f"choose from {', '.join(allowed)}")
-    limits = {"image_size": (64, 2048), "aspect": (0, 8), "spacing": (1, 64), "rho": (-1, 1)}
-    limits |= {"folds": (0, 10), "lr": (0, 1e3)}
+    limits = {"image_size": (64, 2048), "aspect": (0, 8), "spacing": (1, 64), "width": (2, 1e9)}
+    limits |= {"rho": (-1, 1), "steps": (0, 1e9), "lr": (0, 1e3), "folds": (0, 10)}
     for name, (low, high) in limits.items():
         value = getattr(recipe, name)
         need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
     unet = recipe.field == "unet"
-    need(recipe.steps >= 0, "steps", "give at least 0")
-    need(recipe.width >= 2, "width", "give at least 2")
     need(recipe.norm == "zca" or unet, "norm", "is of the whole map: goes with field=unet")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
     need(recipe.batch >= 2 - unet, "batch", f"give at least {2 - unet}")

@@ -296,11 +296,12 @@ def test_fitting_from_python(tmp_path):
     for given, settings, words in (
         ([], {}, "at least one"),
         ("folder", {}, "a list"),
-        (images, {"depth": 3}, "depth=3: no such setting"),
         (images, {"steps": 2.5}, "steps=2.5: give a value like 0"),
     ):
         with pytest.raises(InputError, match=words):
             train.fit(given, **settings)
+    with pytest.raises(TypeError, match="depth"):
+        train.fit(images, depth=3)
     with pytest.raises(InputError, match="evaluate.load"):
         evaluate.score("m.pt", images[0])
 
