@@ -13,9 +13,11 @@ import math
 import os
 import sys
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 import evaluate
 import wtflow
+from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # of AdamW
@@ -186,7 +189,7 @@ def fit(
 
 # ---- 2. One category, from images to a model -----------------------------------------------------
 def run_category(
-    category: evaluate.Category, recipe: Recipe, seed: int, folder: Path, args, device, prefix: str
+    category: Category, recipe: Recipe, seed: int, folder: Path, args: Namespace, device, prefix
 ) -> dict:
     """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
     began, progress = time.monotonic(), Progress(prefix)
@@ -245,7 +248,7 @@ def run_category(
     return row
 
 
-def draw_missing(folder, category, args, device):
+def draw_missing(folder: Path, category: Category, args: Namespace, device: torch.device) -> None:
     """Pictures and maps that are asked for, and that a finished category does not have."""
     pictures = (folder / "scores.png").exists()  # drawn last
     if args.maps == "all":
@@ -258,7 +261,7 @@ def draw_missing(folder, category, args, device):
         evaluate.write_pictures(folder, category, scored, sizes, level, *which)
 
 
-def refuse_another_source(model_file, category):
+def refuse_another_source(model_file: Path, category: Category) -> str:
     """A digest of the folder of the training images, which does not tell its path.
 
     Raises InputError if a model of another folder's images would be replaced.
@@ -276,7 +279,7 @@ def refuse_another_source(model_file, category):
     return source
 
 
-def signature(category, recipe, seed, weights_digest):
+def signature(category: Category, recipe: Recipe, seed: int, weights_digest: int) -> dict:
     """What a saved state must share with this run to be continued.
 
     Recipe, seed, the extractor's weights, and the files: their folders, names and sizes.
@@ -289,7 +292,7 @@ def signature(category, recipe, seed, weights_digest):
     return {**asdict(recipe), **about, "files": hashlib.sha256(files.encode()).hexdigest()[:16]}
 
 
-def continued(path, mine):
+def continued(path: Path, mine: dict) -> dict:
     """The checkpoint of an interrupted run. Raises InputError naming what differs from this one."""
     state = evaluate.load_checkpoint(path)
     had = state.get("signature") or {}
@@ -302,7 +305,7 @@ def continued(path, mine):
     return state
 
 
-def resolution(recipe, sizes):
+def resolution(recipe: Recipe, sizes: list[tuple[int, int]]) -> str:
     """One line: what the network sees of the median image, and how large a defect must be."""
     height, width = wtflow.image_shape(recipe)
     h, w = sorted(sizes, key=math.prod)[len(sizes) // 2]
@@ -318,10 +321,10 @@ def resolution(recipe, sizes):
 class Progress:
     """A line on stderr every ten seconds and at the end of each stage."""
 
-    def __init__(self, prefix):
+    def __init__(self, prefix: str):
         self.prefix, self.total, self.done, self.shown = prefix, 0, 0, 0.0
 
-    def __call__(self, what, total, done):
+    def __call__(self, what: str, total: int, done: int) -> None:
         now = time.monotonic()
         if total != self.total or done <= self.done:  # a new stage
             self.total, self.start = total, (done, now)
@@ -333,7 +336,7 @@ class Progress:
 
 
 # ---- 3. A data set, a seed -----------------------------------------------------------------------
-def run(args, recipe, seed, out, data, device):
+def run(args: Namespace, recipe: Recipe, seed: int, out: Path, data, device) -> list | None:
     """All categories of a data set for one seed; rank 0 writes the table. Its rows, on rank 0."""
     name, categories = evaluate.read_dataset(data, args.category)
     folder = out / name
@@ -403,7 +406,7 @@ def damage(rng, image, kind):
     return image * (1 - dark), distance < 1
 
 
-def make_demo(root, train=48, good=16, each=12, n=256):
+def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: int = 256) -> Path:
     """Write the demo data set under `root`, the same at every call; returns root."""
 
     def save(path, values):
@@ -424,7 +427,7 @@ def make_demo(root, train=48, good=16, each=12, n=256):
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
-def parse(argv):
+def parse(argv: list[str] | None) -> Namespace:
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     evaluate.add_common_options(parser)
     add = parser.add_argument
@@ -447,7 +450,7 @@ def parse(argv):
     return args
 
 
-def recipe_of(args):
+def recipe_of(args: Namespace) -> Recipe:
     """Recipe() or PAPER with the settings that the command line gives. Raises InputError."""
     recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
     texts = {name: getattr(args, name) for name in asdict(recipe)}
@@ -459,7 +462,7 @@ def recipe_of(args):
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None
 
 
-def literal(text):
+def literal(text: str) -> Any:
     """The Python value that a text is, or the text itself."""
     try:
         return ast.literal_eval(text)
@@ -467,7 +470,7 @@ def literal(text):
         return text
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     recipe, device = recipe_of(args), evaluate.pick_device(args.device)
     # The network first: what is missing is said before all else.
