@@ -18,11 +18,11 @@ how normal a position of the map is: no likelihood, no Jacobian trace.
 The default's score is not log p(x1_hat) [ours]. It is the Mahalanobis norm of the residual r under
 a Gaussian N(m, T) that is fitted, at each position, to the residuals of good images:
 
-    s = sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0],
+    sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0],
 
-and the score of an image is its largest s. PaDiM has such Gaussians of the features themselves. To
-these the learned field adds 0.6 points of image AUROC in the mean of eight real sets, up to 3 where
-parts rotate, and nothing in AUPRO.
+and the score of an image is the largest of its map. PaDiM fits such Gaussians to features. Beside the same
+score of x_0 itself, the learned field adds 0.6 points of image AUROC in the mean of eight real sets,
+up to 3 where parts rotate, and nothing in AUPRO.
 
 PAPER is the released recipe. The default departs from it in 12 of 16 settings:
 
@@ -321,7 +321,7 @@ class UNetField(nn.Module):
 def fit_zca(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and ZCA whitening W (C, C) of all positions of x (N, C, h, w), float32.
 
-    W = ((1-r) S + r s I)^(-1/2) with r = SHRINKAGE, s = tr S / C. Moments in float64.
+    W = ((1-a) S + a s I)^(-1/2) with a = SHRINKAGE, s = tr S / C. Moments in float64.
     """
     total, products, n = 0.0, 0.0, 0
     for part in x.split(64):
@@ -386,7 +386,7 @@ class PositionGaussian(nn.Module):
     PaDiM (Defard et al. 2021) has such Gaussians of the features. Block l, of BLOCK x BLOCK
     positions, has
 
-        T_l = (1-r) S_l / c_l + r s I,    r = k / (k + n),    k = PSEUDO_COUNT d,
+        T_l = (1-a) S_l / c_l + a s I,    a = k / (k + n),    k = PSEUDO_COUNT d,
 
     S_l the covariance of its residuals in n images, s the mean of tr S_l / d over the blocks: S_l
     is shrunk as if k more images had isotropic residuals. c_l is the scale tr S_l / (d s) of the
@@ -394,7 +394,7 @@ class PositionGaussian(nn.Module):
     block keeps its shape and gets the scale of the map: else a faint change of a plain background
     would count as much as a large one of the part.
 
-    mean is (L, BLOCK^2, d), c (L,) is c_l / (1-r), W (L, d, d) has W'W = T^-1.
+    mean is (L, BLOCK^2, d), c (L,) is c_l / (1-a), W (L, d, d) has W'W = T^-1.
     """
 
     def __init__(self, d: int, h: int, w: int):
@@ -407,7 +407,7 @@ class PositionGaussian(nn.Module):
     def fit(self, r: Tensor) -> None:
         """Fit to residuals r (n, d, h, w) of any precision."""
         n, d = r.shape[:2]
-        share = PSEUDO_COUNT * d / (PSEUDO_COUNT * d + n)
+        a = PSEUDO_COUNT * d / (PSEUDO_COUNT * d + n)
 
         def moments(row):
             x = to_blocks(row.float())
@@ -421,9 +421,9 @@ class PositionGaussian(nn.Module):
         log_c = (variance / s).clamp_min(0.01).log()  # of blocks that never do
         spread = log_c.square().mean()
         c = (log_c * (1 - PADDING**2 / spread.clamp_min(PADDING**2))).exp()
-        self.c = c / (1 - share)
+        self.c = c / (1 - a)
         eye = torch.eye(d, device=r.device)
-        T = S / self.c[:, None, None] + share * s * eye
+        T = S / self.c[:, None, None] + a * s * eye
 
         def inverse_factor(T):
             return torch.linalg.solve_triangular(torch.linalg.cholesky(T), eye, upper=False)
