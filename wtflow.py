@@ -20,9 +20,9 @@ a Gaussian N(m, T) that is fitted, at each position, to the residuals of good im
 
     sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0],
 
-and the score of an image is the largest of its map. PaDiM fits such Gaussians to features. Beside the same
-score of x_0 itself, the learned field adds 0.6 points of image AUROC in the mean of eight real sets,
-up to 3 where parts rotate, and nothing in AUPRO.
+and the score of an image is the largest of its map. PaDiM fits such Gaussians to features. Beside
+the same score of x_0 itself, the learned field adds 0.6 points of image AUROC in the mean of eight
+real sets, up to 3 where parts rotate, and nothing in AUPRO.
 
 PAPER is the released recipe. The default departs from it in 12 of 16 settings:
 
