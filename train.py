@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in evaluate.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads; the reason is in evaluate.py
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ WEIGHT_DECAY = 0.01  # of AdamW
 MOST_STEPS = 400  # [ours]
 EPOCHS = 100  # [released] of the U-Net
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
-CROSS_FIT_BELOW = 100  # images; of as many, a false positive rate of 1 % is one of them
+CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
 RANK = int(os.environ.get("RANK", 0))  # of this process among WORLD, as torchrun says
@@ -55,7 +55,7 @@ def train_field(
     recipe, device = detector.recipe, detector.device
     steps = count_steps(recipe, features)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         v_theta = wtflow.new_field(recipe, features.shape[1]).to(device).train()
     optimizer = torch.optim.AdamW(
         v_theta.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY, fused=True
@@ -76,7 +76,7 @@ def train_field(
 
         # One step of AdamW
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * cycle((step - 1) / steps)
+            group["lr"] = recipe.lr * warm_up_cosine((step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -125,8 +125,8 @@ def count_steps(recipe: Recipe, features: Tensor) -> int:
     return max(1, min(MOST_STEPS, n * h * w // recipe.batch))
 
 
-def cycle(done: float) -> float:
-    """Share of the largest learning rate at a share of the steps: linear rise, cosine to zero."""
+def warm_up_cosine(done: float) -> float:
+    """Share of the peak learning rate at a share of the steps: 0 at first, linear rise, cosine."""
     if done < WARM_UP:
         return done / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
@@ -138,9 +138,10 @@ def fit_detector(
     """Fit whitening, field and Gaussians to good features (n, d, h, w), and normal_scores (n,).
 
     These scores of good images set the threshold, so no image may be scored by what has seen it.
-    Of CROSS_FIT_BELOW images and more the Gaussians alone overfit, and leave_one_out corrects them.
-    Of fewer the field does so too: for each fold all is fitted to the other images (cross-conformal
-    prediction, Vovk 2015). The detector that is kept is fitted to all images.
+    With CROSS_FIT_BELOW images or more only the Gaussians overfit, and leave_one_out corrects that.
+    With fewer the field overfits as well: for each fold all is fitted to the other images
+    (cross-conformal prediction, Vovk 2015). The detector that is kept is fitted to all images.
+    Without Gaussians and folds, as in PAPER, the scores are in-sample and the threshold is too low.
 
     report(k, fits, step, steps, loss) and save(k, held_out, field) for fit k of several; state has
     such k, held_out and field, by name.
@@ -191,7 +192,7 @@ def fit(
 def run_category(
     category: Category, recipe: Recipe, seed: int, folder: Path, args: Namespace, device, prefix
 ) -> dict:
-    """Train, evaluate and save one category; its row. With --resume a finished one is only read."""
+    """Train, evaluate and save one category; its metrics. A finished one is only read on resume."""
     began, progress = time.monotonic(), Progress(prefix)
     sizes = evaluate.image_sizes(category.train)
     recipe = wtflow.recipe_for(recipe, sizes)
@@ -473,7 +474,7 @@ def literal(text: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     recipe, device = recipe_of(args), evaluate.pick_device(args.device)
-    # The network first: what is missing is said before all else.
+    # First, so that missing weights stop the run at once
     args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
     out = Path(args.out)
     data = args.data or out / "demo-data/demo"

@@ -3,26 +3,27 @@
 A reference for arXiv 2508.05461, written from its abstract and from released code, as the full text
 was not at hand. A frozen ImageNet network turns an image into a map of features x_0. A small
 network v_theta learns the velocity that carries the features of good images to Gaussian noise: flow
-matching with its time reversed (rFM). Noise is nearly orthogonal to everything, so at t = 0 this
-velocity points to the origin: the centripetal potential field (CPF). Worst transport (WT) pairs
-each feature with noise that lies against it, which amplifies that field. One Euler step then says
-how normal a position of the map is: no likelihood, no Jacobian trace.
+matching with its time reversed (rFM). The noise is independent of the features and has mean zero,
+so at t = 0 this velocity points to the origin: the centripetal potential field (CPF). Worst
+transport (WT) pairs each feature with noise from the opposite side of the origin, which amplifies
+that field. One Euler step then scores each position of the map: no likelihood, no Jacobian trace.
 
     image -> x_0 -> x1_hat = x_0 + v_theta(x_0, 0) -> log p(x1_hat) -> anomaly map, score    [paper]
+    extract_features    euler                         log_density      released_map
 
     x_0      feature of one position of the map, in R^d      t       time: 0 is data, 1 is noise
     x_1      noise, N(0, I_d)                                x_t     (1-t) x_0 + t x_1, the path
     u        x_1 - x_0, the regression target                rho     correlation of x_1 with -x_0:
     u_t(x)   E[u | x_t = x], what v_theta(x, t) learns               0 is rFM, 1 the antipode
 
-The default's score is not log p(x1_hat) [ours]. It is the Mahalanobis norm of the residual r under
-a Gaussian N(m, T) that is fitted, at each position, to the residuals of good images:
+The default's score is not log p(x1_hat) [ours]. It is the Mahalanobis distance of the residual r
+under a Gaussian N(m, T) that is fitted, at each position, to the residuals of good images:
 
-    sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0],
+    sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0].
 
-and the score of an image is the largest of its map. PaDiM fits such Gaussians to features. Beside
-the same score of x_0 itself, the learned field adds 0.6 points of image AUROC in the mean of eight
-real sets, up to 3 where parts rotate, and nothing in AUPRO.
+The map is smoothed over 3 x 3 positions; the image score is its maximum. PaDiM fits such Gaussians
+to features. Compared with the same score of x_0 itself, the field adds 0.6 points of image AUROC in
+the mean of eight real sets, up to 3 on rotated parts, and nothing in AUPRO.
 
 PAPER is the released recipe. The default departs from it in 12 of 16 settings:
 
@@ -33,7 +34,7 @@ PAPER is the released recipe. The default departs from it in 12 of 16 settings:
     field, width                U-Net over the whole map       an MLP at each position
     time_conditioned            v_theta sees t                 it does not [Sun et al. 2025]
     batch                       8 images, 100 epochs           1024 positions, 1 epoch or less
-    score                       max p - p, mean of top 3 %     largest Mahalanobis norm of r
+    score                       max p - p, mean of top 3 %     largest Mahalanobis distance of r
     folds                       -                              threshold by cross-fitting, n < 100
 
 Tags: [paper] the abstract or a published table, [released] public code that drives the authors'
@@ -59,7 +60,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 
 class InputError(ValueError):
-    """What the user can mend; its one line names the file or setting and the remedy."""
+    """An error that the user can mend; its one line names the file or setting and the remedy."""
 
 
 # ==== I. The paper ================================================================================
@@ -81,12 +82,12 @@ class Recipe:
     backbone: str = "efficientnet_lite0"  # [ours] one of CHOICES
     image_size: int = 384  # [ours] an image is resized to about image_size^2 pixels
     aspect: float = 0.0  # [ours] height / width; 0: that of the training images
-    strides: tuple = (8, 16)  # [ours] layers of the backbone that are joined, of 4, 8, 16
+    strides: tuple = (8, 16)  # [ours] of the layers that are joined: some of 4, 8, 16
     spacing: int = 8  # [ours] pixels of the resized image between positions of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening, or "layer" norm of the map
     # Vector field
     field: str = "position"  # [ours] "position": an MLP at each position; "unet": over the map
-    width: int = 384  # [ours] of its hidden layers
+    width: int = 384  # [ours] channels of its hidden layers; of the U-Net's first level
     time_conditioned: bool = False  # [Sun et al. 2025, arXiv 2502.13129] whether v_theta sees t
     # Coupling
     coupling: str = "worst"  # [paper] "worst"; "independent": rFM; "optimal": OT-CFM
@@ -94,9 +95,9 @@ class Recipe:
     # Training
     steps: int = 0  # [ours] 0: as many as train.count_steps says
     batch: int = 1024  # [ours] positions ("position") or images ("unet") per step
-    lr: float = 1e-3  # [ours] largest learning rate of AdamW
+    lr: float = 1e-3  # [ours] peak learning rate of AdamW
     # Scoring
-    score: str = "gaussian"  # [ours] "gaussian"; "residual": |r|^2 / d; "released": max p - p
+    score: str = "gaussian"  # [ours] "gaussian"; "residual": |r| / sqrt(d); "released"
     folds: int = 3  # [ours] of cross-fitting for the threshold, if images are few; 0: none
 
     def __post_init__(self):
@@ -122,10 +123,12 @@ PAPER = {
 
 # Constants: the same in every recipe.
 TOP = 0.03  # [released] share of the pixels whose mean is the released image score
-SHRINKAGE = 0.01  # [ours] of the covariance that is whitened: finite for few or constant features
-BLOCK = 2  # [ours] positions on a side that share a covariance: as good as one each, a fourth of it
-PSEUDO_COUNT = 0.75  # [ours] of d images: shrinkage of that covariance
-PADDING = 0.1  # [ours] standard deviation of log scales that the extractor's zero padding makes
+SHRINKAGE = 0.01  # [ours] of the feature covariance: keeps it invertible
+BLOCK = (
+    2  # [ours] positions on a side that share a covariance: as good as one each, a quarter of it
+)
+PSEUDO_COUNT = 0.75  # [ours] in units of d: isotropic images that a covariance is shrunk by
+PADDING = 0.1  # [ours] standard deviation of log c_l that zero padding of the extractor causes
 
 
 # ---- 2. Features of a frozen network -------------------------------------------------------------
@@ -133,7 +136,7 @@ PADDING = 0.1  # [ours] standard deviation of log scales that the extractor's ze
 def extract_features(net: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
     """RGB uint8 (B, 3, H, W) -> features (B, d, h, w) float16, h = H / spacing.
 
-    float16 for every use: features that were stored are those of an image that is scored alone.
+    Always float16, so that stored features equal those of an image that is scored alone.
     """
     x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
     with autocast(x.device, torch.float16):
@@ -334,7 +337,9 @@ def fit_zca(x: Tensor) -> tuple[Tensor, Tensor]:
     s = S.diagonal().mean().clamp_min(1e-12)
     S = (1 - SHRINKAGE) * S + SHRINKAGE * s * torch.eye(len(S), dtype=S.dtype, device=S.device)
     values, Q = torch.linalg.eigh(S)
-    W = (Q * values.clamp_min(1e-9 * s).rsqrt()) @ Q.T  # rounding: S of equal features
+    W = (
+        Q * values.clamp_min(1e-9 * s).rsqrt()
+    ) @ Q.T  # rounding can make those of constant features negative
     return mean.float(), W.float()
 
 
@@ -386,13 +391,13 @@ class PositionGaussian(nn.Module):
     PaDiM (Defard et al. 2021) has such Gaussians of the features. Block l, of BLOCK x BLOCK
     positions, has
 
-        T_l = (1-a) S_l / c_l + a s I,    a = k / (k + n),    k = PSEUDO_COUNT d,
+        T_l = (1-a) S_l / c_l + a s I,    a = n_0 / (n_0 + n),    n_0 = PSEUDO_COUNT d,
 
     S_l the covariance of its residuals in n images, s the mean of tr S_l / d over the blocks: S_l
-    is shrunk as if k more images had isotropic residuals. c_l is the scale tr S_l / (d s) of the
-    block; log c_l is shrunk by 1 - PADDING^2 / Var(log c_l), at least 0 (James & Stein 1961). So a
-    block keeps its shape and gets the scale of the map: else a faint change of a plain background
-    would count as much as a large one of the part.
+    is shrunk as if n_0 more images had isotropic residuals. c_l is the scale tr S_l / (d s) of the
+    block; log c_l is shrunk towards 0 by 1 - PADDING^2 / mean of (log c_l)^2, at least 0 (James &
+    Stein 1961). T_l keeps the correlations of block l and takes the variance of the whole map: else
+    a faint change of a plain background would score as high as a large one of the part.
 
     mean is (L, BLOCK^2, d), c (L,) is c_l / (1-a), W (L, d, d) has W'W = T^-1.
     """
@@ -438,7 +443,7 @@ class PositionGaussian(nn.Module):
     def leave_one_out(self, r: Tensor) -> Tensor:
         """squared_distance (n, h, w) of the n >= 2 maps r that were fitted, each without itself.
 
-        [derived] c, s and the divisor n - 1 of S stay. Without a map the mean moves, and T loses
+        [derived] a, c, s and the divisor n - 1 of S stay. Without a map the mean moves, and T loses
         k z z' with z (d, BLOCK^2) its deviations from the mean: with G = z' T^-1 z, the squared
         distances are the diagonal of (I - k G)^-1 G times (n/(n-1))^2 (Woodbury).
         """
@@ -480,7 +485,7 @@ SCORED = 8  # images at a time
 class Detector(nn.Module):
     """Images of one category -> anomaly maps and scores.
 
-    train.fit fits it: fit_whitening, the field, fit_gaussian. Until then scoring raises
+    train.fit_detector fits whitening, field and Gaussians. Until then scoring raises
     RuntimeError. state_dict holds all that was fitted, without the frozen extractor, which the
     recipe names. white_level: the pixel value that is 255 for the network, kept for the reader of
     image files. Raises InputError if there are no weights for the extractor.
@@ -534,9 +539,9 @@ class Detector(nn.Module):
     def residual(self, features: Tensor) -> Tensor:
         """r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0], (B, d, h, w) float32 (W6).
 
-        Zero for the exact time-conditioned field. What is left is the error of the learned one, and
-        for a time-unconditional field also what averaging over t leaves (B). score = "released"
-        measures from the origin: r = x1_hat.
+        For a time-conditioned field it is the error at t = 0; a time-unconditional one adds the
+        difference between its mean over t and u_0 (B). The mean of OT-CFM, which is not known, is
+        taken as 0, as that of rFM is. score = "released" measures from the origin: r = x1_hat.
         """
         recipe, x_0 = self.recipe, self.normalise(features)
         with autocast(self.device):
@@ -547,11 +552,11 @@ class Detector(nn.Module):
     def fit_gaussian(self, features: Tensor) -> Tensor:
         """Fit the Gaussians to good features (n, d, h, w); their scores (n,), leave-one-out.
 
-        Of a single image, and without a Gaussian, they are those of the fitted detector.
+        Of a single image, and without a Gaussian, they are in-sample, so too low.
         """
         if self.recipe.score != "gaussian":
             return self.score(features)[1]
-        r = torch.empty_like(features, device=self.device)
+        r = torch.empty_like(features, device=self.device)  # float16: half the memory
         largest = torch.finfo(r.dtype).max
 
         def fill(start):
@@ -631,8 +636,8 @@ def check_recipe(recipe: Recipe) -> None:
     need(recipe.norm == "zca" or unet, "norm", "is of the whole map: goes with field=unet")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
     need(recipe.batch >= 2 - unet, "batch", f"give at least {2 - unet}")
-    strides = {*recipe.strides}
-    need(strides and strides <= {4, 8, 16}, "strides", "choose from 4, 8, 16, like (8, 16)")
+    strides = [k for k in (4, 8, 16) if k in recipe.strides]
+    need(strides and strides == [*recipe.strides], "strides", "choose from 4, 8, 16, like (8, 16)")
     unit = side_unit(recipe)
     need(recipe.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
 
@@ -672,10 +677,8 @@ class SameConv2d(nn.Conv2d):
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, size=224):
         super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
         surplus = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        self.before, self.after = (
-            surplus // 2,
-            surplus - surplus // 2,
-        )  # left and top, right, bottom
+        self.before = surplus // 2  # left and top
+        self.after = surplus - self.before  # right and bottom
 
     def forward(self, x):
         weight = self.weight
@@ -698,7 +701,7 @@ class MBConv(nn.Module):
         self._project_conv = SameConv2d(c, c_out, 1)
         self._bn2 = nn.BatchNorm2d(c_out, eps=1e-3)
         self.expands, self.stride = expand > 1, stride
-        self.residual = stride == 1 and c_in == c_out
+        self.skip = stride == 1 and c_in == c_out
 
     def forward(self, x):
         y = x
@@ -706,7 +709,7 @@ class MBConv(nn.Module):
             y = F.relu6(self._bn0(self._expand_conv(x)), inplace=True)
         y = F.relu6(self._bn1(self._depthwise_conv(y)), inplace=True)
         y = self._bn2(self._project_conv(y))
-        return y.add_(x) if self.residual else y
+        return y.add_(x) if self.skip else y
 
 
 class EfficientNetLite(nn.Module):
@@ -809,10 +812,7 @@ class WideResNet50(nn.Module):
 
 
 def freeze(net: nn.Module) -> nn.Module:
-    """A trained network, or one to load such into, for use: faster, the same numbers.
-
-    Each BatchNorm becomes part of the layer that is registered before it. net is changed.
-    """
+    """Switch net to inference: each BatchNorm is fused into the layer registered before it."""
     layers = [(name, m) for name, m in net.eval().named_modules() if not [*m.children()]]
     for (name, layer), (name_of_norm, norm) in pairwise(layers):
         if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -872,7 +872,7 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
 
 # ---- 14. Precision and cores ---------------------------------------------------------------------
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-    """Products in a type of 16 bits where the hardware is fast at them, else no change.
+    """Mixed precision where the hardware is fast at it, else no change.
 
     On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, which is enough for the field.
     The extractor needs float16 or float32: whitening enlarges the rounding of small variances.

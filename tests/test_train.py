@@ -19,7 +19,9 @@ def clone(value):
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
-    assert [train.cycle(k / 100) for k in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [train.warm_up_cosine(k / 100) for k in (0, 5, 10, 55, 100)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
 
 
 def test_steps_are_one_pass_over_the_positions_unless_a_number_is_given():
