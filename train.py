@@ -436,26 +436,25 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
     for name, default in asdict(Recipe()).items():
         text = f"setting of wtflow.Recipe (default: {default})"
-        add(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
+        add(f"--{name.replace('_', '-')}", type=literal, metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
     text = "go on from the last whole state in --out (default: anew)"
     add("--resume", action="store_true", help=text)
     args = parser.parse_args(argv)
     evaluate.check_options(args)
-    if len({*args.seeds}) < len(args.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: give each once")
-    for seed in args.seeds:
-        if not 0 <= seed < 2**32:
-            raise InputError(f"--seeds {seed}: give whole numbers from 0 to 2^32 - 1")
+    right = len({*args.seeds}) == len(args.seeds) and all(0 <= n < 2**32 for n in args.seeds)
+    if not right:
+        seeds = " ".join(map(str, args.seeds))
+        raise InputError(f"--seeds {seeds}: give whole numbers from 0 to 2^32 - 1, each once")
     return args
 
 
 def recipe_of(args: Namespace) -> Recipe:
     """Recipe() or PAPER with the settings that the command line gives. Raises InputError."""
     recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
-    texts = {name: getattr(args, name) for name in asdict(recipe)}
-    settings = {name: literal(text) for name, text in texts.items() if text is not None}
+    settings = {name: getattr(args, name) for name in asdict(recipe)}
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
         return replace(recipe, **settings)
     except InputError as e:  # "setting=value: remedy"
@@ -465,10 +464,9 @@ def recipe_of(args: Namespace) -> Recipe:
 
 def literal(text: str) -> Any:
     """The Python value that a text is, or the text itself."""
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -483,11 +481,10 @@ def main(argv: list[str] | None = None) -> None:
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
-    if len(args.seeds) == 1:
-        run(args, recipe, args.seeds[0], out, data, device)
-        return
-    runs = [run(args, recipe, seed, out / f"seed{seed}", data, device) for seed in args.seeds]
-    if runs[0]:
+    several = len(args.seeds) > 1
+    outs = [out / f"seed{seed}" if several else out for seed in args.seeds]
+    runs = [run(args, recipe, *each, data, device) for each in zip(args.seeds, outs, strict=True)]
+    if several and runs[0]:
         name, _ = evaluate.read_dataset(data, args.category)
         evaluate.write_spread(out / name, args.seeds, runs)
 
