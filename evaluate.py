@@ -459,6 +459,40 @@ def check_category(category: Category, folder: Path) -> None:
             )
 
 
+def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
+    """Categories without the training images that a file names, and these names.
+
+    The file has one name a line, or it is a train-scores.csv with a mark in the column leave_out.
+    Raises InputError for a name that is not that of exactly one training image.
+    """
+    if file is None:
+        return categories, []
+    try:
+        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+            lines = [line.strip() for line in f]
+    except OSError as e:
+        raise InputError(f"--leave-out {file}: cannot be read ({e.strerror})") from None
+    if lines and lines[0].startswith("image,"):
+        rows = list(csv.DictReader(lines))
+        lines = [row["image"] for row in rows if (row.get("leave_out") or "").strip()]
+    names = [line for line in lines if line]
+    every, dropped = [path for category in categories for path in category.train], set()
+    for name in names:
+        parts = Path(name).parts
+        found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
+        if len(found) != 1:
+            what = f"is that of {len(found)}: write more of its path" if found else "is of none"
+            raise InputError(
+                f"--leave-out {file}: {name} {what}, it has to name one training image"
+            )
+        dropped.update(found)
+    kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
+    for category in kept:
+        if not category.train:
+            raise InputError(f"--leave-out {file}: no training image of {category.name} is left")
+    return kept, names
+
+
 # Images
 @contextlib.contextmanager
 def unreadable(path: str | Path) -> Iterator[None]:
@@ -758,13 +792,13 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
-    """Features (n, d, h, w) float16 of image files, None if there are none; original sizes.
+    """Features (n, d, h, w) float16 of images, original sizes, thumbnails; None of no images.
 
-    images: a list of what as_image takes. The features are on the detector's device. One pass;
-    report(done) after each batch. Raises InputError naming the image that cannot be read or whose
-    features are not finite.
+    images: a list of what as_image takes. The features are on the detector's device; thumbnails
+    (n, 3, THUMBNAIL, THUMBNAIL), for groups_of, on the CPU. One pass; report(done) after each
+    batch. Raises InputError naming the image that cannot be read or whose features are not finite.
     """
-    out, sizes = None, []
+    out, sizes, thumbnails = None, [], []
     shape = wtflow.image_shape(detector.recipe)
     for batch, batch_sizes in batches_of(images, shape, detector.white_level):
         x = detector.features(batch)
@@ -778,61 +812,210 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
+        thumbnails.append(F.adaptive_avg_pool2d(batch.float(), THUMBNAIL))
         if report is not None:
             report(len(sizes))
-    return out, sizes
+    return out, sizes, torch.cat(thumbnails) if thumbnails else None
+
+
+THUMBNAIL = 32  # pixels a side
+COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
+
+
+def groups_of(thumbnails: Tensor) -> Array:
+    """The group (n,) of each image: 0, 1, ... in order; copies of one part share a group.
+
+    Two images are copies if the squared distance of their thumbnails, without their means, one of
+    them mirrored or not, is at most COPY of the lower quartile of the distances from one of them:
+    files that are there twice, shots of one part, originals and their mirror images.
+    """
+    from scipy.sparse import csgraph
+
+    x = thumbnails - thumbnails.mean((2, 3), keepdim=True)
+    rows = x.flatten(1)
+    squares = rows.square().sum(1)
+    near = torch.zeros(len(x), len(x), dtype=torch.bool)
+    for dims in ((), (2,), (3,), (2, 3)):
+        distance = squares[:, None] + squares - 2 * rows @ x.flip(dims).flatten(1).T
+        if not dims:
+            limit = COPY * distance.quantile(0.25, 1) + 1e-6 * squares  # rounding of equal ones
+        near |= distance <= limit[:, None]
+    return csgraph.connected_components(near.numpy(), directed=False)[1]
+
+
+def say_copies(name: str, images: list, groups: Array) -> None:
+    """Say so if images are copies of each other, by groups_of."""
+    n, parts = len(groups), len(np.unique(groups))
+    if parts < n:
+        copied = np.flatnonzero(groups == np.bincount(groups).argmax())
+        print(
+            f"note: {name}: {n} training images, of about {parts} different parts: copies like "
+            f"{listed([images[k] for k in copied])} do not count for the threshold",
+            file=sys.stderr,
+        )
 
 
 class Prediction(NamedTuple):
-    """What is predicted of one image."""
+    """What is predicted of one image; without a threshold no verdict, and p-values are nan."""
 
     score: float
-    p_value: float  # how rarely a good image scores as high
-    verdict: str  # "defect" or "good"
+    p_value: float  # how rarely a good image scores as high, by the fitted tail
+    p_rank: float  # the same by rank among the good training images
+    verdict: str  # "defect", "good" or "none"
     map: Array | None = None  # (H, W) at the image's own size, in the units of the score
 
 
-def check_fpr(percent: float) -> None:
-    """Raises InputError for what is no false positive rate."""
+CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
+STANDS_OUT = 0.01  # [ours] suspects: as many scores as high are rarer than this
+FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
+RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
+
+
+class Tail(NamedTuple):
+    """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2).
+
+    A score is the largest of many distances. The largest of many numbers has a Gumbel
+    distribution if their tail is light, and its logarithm has one if it is heavy (Frechet). The
+    logarithm has one in both cases: where scale is small it is linear over the tail.
+    """
+
+    location: float
+    scale: float
+    suspects: int  # of the scores it was fitted to: the highest, which stand out
+
+    def p_value(self, scores: Array) -> Array:
+        """P(a good image scores higher) of scores of any shape."""
+        with np.errstate(over="ignore"):  # exp(-inf) is 0
+            return -np.expm1(-np.exp((self.location - log_of(scores)) / self.scale))
+
+    def threshold(self, rate: float) -> float:
+        """The score that a share `rate` of good images exceeds, 0 < rate < 1."""
+        return math.exp(self.location - self.scale * math.log(-math.log1p(-rate)))
+
+
+def log_of(scores: Array) -> Array:
+    """Logarithms of scores; of 0, that of the smallest normal number."""
+    return np.log(np.maximum(scores, np.finfo(float).tiny))
+
+
+def fit_tail(good_scores: Array) -> Tail:
+    """The tail of at least FEWEST scores (n,), fitted to their order statistics between CENTRAL.
+
+    Least squares of log s on the Gumbel quantiles of (i - 1/2) / n (E3). What the highest tenth is
+    does not move the fit, how many they are does. So scores that stand out are left out, and the
+    line is fitted again: the k highest, for the largest k such that k or more good images score as
+    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)).
+    """
+    from scipy.special import gammainc  # here: an image alone need not wait for it
+
+    x = np.sort(log_of(np.asarray(good_scores, float)))
+    n = len(x)
+    first = Tail(*central_line(x), 0)
+    half = n // 2  # of a set with more defects nothing is known
+    expected = n * first.p_value(np.exp(x[::-1][:half]))
+    as_many = gammainc(np.arange(1, half + 1), expected)  # P(Poisson(expected) >= k)
+    rare = np.flatnonzero(as_many < STANDS_OUT)
+    suspects = int(rare[-1]) + 1 if len(rare) else 0
+    return Tail(*central_line(x[: n - suspects]), suspects)
+
+
+def central_line(x: Array) -> tuple[float, float]:
+    """Intercept and slope of sorted x (n,) on Gumbel quantiles, between CENTRAL; n >= FEWEST."""
+    p = (np.arange(len(x)) + 0.5) / len(x)
+    chosen = (p >= CENTRAL[0]) & (p <= CENTRAL[1])
+    y, x = -np.log(-np.log(p[chosen])), x[chosen]
+    slope = (y - y.mean()) @ x / ((y - y.mean()) @ y)
+    slope = max(float(slope), 1e-6)  # of equal images
+    return float(x.mean() - slope * y.mean()), slope
+
+
+class Calibration(NamedTuple):
+    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
+
+    Rank and tail both hold for new good images that are like the training images. The rank
+    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
+    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form, and
+    neither of these spoils it.
+    """
+
+    good_scores: Array
+    tail: Tail | None
+    fpr: float  # percent
+    how: str | float  # "tail", "rank" or a threshold
+    threshold: float
+
+    def text(self) -> str:
+        """The threshold in words, and whether there are too few good images for it."""
+        n, given = len(self.good_scores), not isinstance(self.how, str)
+        if given:
+            return f"threshold {self.threshold:.4f}, as given"
+        if self.tail is None:
+            return f"no threshold, no verdict: of {n} different good images; give {FEWEST} or more"
+        if self.fpr == 0:
+            return f"threshold {self.threshold:.4f}, the highest good training image"
+        least = ""
+        if self.how == "rank" and self.fpr * (n + 1) < 100:
+            least = f" (by rank among {n}: the lowest attainable rate is {100 / (n + 1):.2g} %)"
+        return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{least}"
+
+
+def check_threshold(percent: float, how: str | float) -> None:
+    """Raises InputError for what is no false positive rate and no way to a threshold."""
     if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
         raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
+    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
+    if not number and how not in ("tail", "rank"):
+        raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
 
 
-def threshold_of(normal_scores: Array, fpr: float) -> float:
-    """Score that at most `fpr` percent of new good images exceed, on average.
+def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
+    """Score that `fpr` percent of new good images exceed, nan of fewer than FEWEST scores (n,).
 
-    The ceil((n + 1) (1 - a))-th smallest of Detector.normal_scores (n,): a new score that is
-    exchangeable with them exceeds it with a probability of a = fpr / 100 at most (conformal
-    prediction, Vovk et al. 2005). Of too few images it is the largest: threshold_text.
+    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
+    smallest: a new score that is exchangeable with them exceeds it with a probability of
+    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
     """
-    n = len(normal_scores)
-    if not n:
-        raise RuntimeError("this detector is not fitted: train it, or load a trained one")
+    known = np.sort(np.asarray(good_scores, float))
+    n = len(known)
+    if not isinstance(how, str):
+        return float(how)
+    if n < FEWEST:
+        return math.nan
+    if how == "tail" and fpr > 0:
+        return fit_tail(known).threshold(fpr / 100)
     rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
-    return float(np.sort(normal_scores)[min(max(rank, 1), n) - 1])
+    return float(known[min(max(rank, 1), n) - 1])
 
 
-def threshold_text(normal_scores: Array, fpr: float) -> str:
-    """The threshold, its rate, and whether there are too few good images for that rate."""
-    n, least = len(normal_scores), ""
-    if fpr * (n + 1) < 100:
-        least = f" ({n} calibration images: the lowest attainable rate is {100 / (n + 1):.2g} %)"
-    threshold = threshold_of(normal_scores, fpr)
-    return f"threshold {threshold:.4f} at a false positive rate of {fpr:g} %{least}"
+def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
+    """All that turns a score into a verdict, from the good scores (n,); see threshold_of."""
+    known = np.sort(np.asarray(good_scores, float))
+    if not len(known):
+        raise RuntimeError("this detector is not fitted: train it, or load a trained one")
+    tail = fit_tail(known) if len(known) >= FEWEST else None
+    return Calibration(known, tail, fpr, how, threshold_of(known, fpr, how))
 
 
-def classify(scores: Array, normal_scores: Array, threshold: float) -> list[Prediction]:
-    """A Prediction of each score (m,). p = (1 + good images that score as high) / (n + 1).
+def classify(scores: Array, known: Calibration) -> list[Prediction]:
+    """A Prediction of each score (m,). By rank, p = (1 + good images that score as high) / (n + 1).
 
-    So the smallest p that n good images can give is 1 / (n + 1).
+    So the smallest p that n good images can give by rank is 1 / (n + 1).
     """
-    known = np.sort(np.asarray(normal_scores))
-    as_high = len(known) - np.searchsorted(known, scores, side="left")
-    predictions = []
-    for score, count in zip(scores, as_high, strict=True):
-        verdict = "defect" if score > threshold else "good"
-        predictions.append(Prediction(float(score), (1 + int(count)) / (len(known) + 1), verdict))
-    return predictions
+    scores = np.asarray(scores, float)
+    n = len(known.good_scores)
+    p_rank = (1 + n - np.searchsorted(known.good_scores, scores, side="left")) / (n + 1)
+    p_value = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
+    if known.tail is None:
+        p_rank = p_value
+    verdicts = np.where(scores > known.threshold, "defect", "good")
+    if math.isnan(known.threshold):
+        verdicts = np.full(len(scores), "none")
+    return [
+        Prediction(*of_one)
+        for of_one in zip(
+            scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist(), strict=True
+        )
+    ]
 
 
 def at_size(y: Tensor, size: tuple) -> Array:
@@ -840,20 +1023,25 @@ def at_size(y: Tensor, size: tuple) -> Array:
     return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
 
 
-def predict(detector: wtflow.Detector, images: list, fpr: float) -> list[tuple]:
+def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
+    return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
+
+
+def predict(detector: wtflow.Detector, images: list, known: Calibration) -> list[tuple]:
     """[(Prediction, map (h, w), size (H, W))] of a list of images, all in memory together."""
-    features, sizes = extract(detector, images)
+    features, sizes, _ = extract(detector, images)
     maps, scores = detector.score(features)
-    normal_scores = detector.normal_scores.cpu().numpy()
-    threshold = threshold_of(normal_scores, fpr)
-    return list(zip(classify(scores.numpy(), normal_scores, threshold), maps, sizes, strict=True))
+    return list(zip(classify(scores.numpy(), known), maps, sizes, strict=True))
 
 
-def score(detector: wtflow.Detector, images: Any, fpr: float = 1.0) -> Prediction | list:
+def score(
+    detector: wtflow.Detector, images: Any, fpr: float = 1.0, threshold: str | float = "tail"
+) -> Prediction | list:
     """Score images from Python: a Prediction of one image, or a list of them for a list.
 
     images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
-    it. fpr: percent of good images that may be called defective. Raises InputError.
+    it. fpr: percent of good images that may be called defective; threshold: "tail", "rank" or a
+    score (Calibration). Raises InputError.
 
         detector = evaluate.load_model("runs/parts/screw/model.pt")
         result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
@@ -862,13 +1050,14 @@ def score(detector: wtflow.Detector, images: Any, fpr: float = 1.0) -> Predictio
     if not isinstance(detector, wtflow.Detector):
         kind = type(detector).__name__
         raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
-    check_fpr(fpr)
+    check_threshold(fpr, threshold)
+    known = calibration_of(detector, fpr, threshold)
     alone = not isinstance(images, (list, tuple))
     images, out = [images] if alone else images, []
     if not images:
         raise InputError("no images: give at least one")
     for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
-        for prediction, y, size in predict(detector, images[start : start + BATCH], fpr):
+        for prediction, y, size in predict(detector, images[start : start + BATCH], known):
             out.append(prediction._replace(map=at_size(y, size)))
     return out[0] if alone else out
 
@@ -889,7 +1078,7 @@ class Scored(NamedTuple):
 
     maps: Tensor  # (n, h, w), of any resolution
     predictions: list[Prediction]
-    threshold: float
+    known: Calibration
 
 
 def auroc_ap(positive: Array, negative: Array) -> tuple:
@@ -1002,8 +1191,28 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> tuple[dic
         row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
         row |= measure_loco(category, maps, scores, sizes)
-    row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    row = plain(row) | {"kinds": measure_kinds(category, scored.predictions)}
     return row, "; ".join(why)
+
+
+def plain(row: dict) -> dict:
+    """A row without types of numpy."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+
+
+def measure_kinds(category: Category, predictions: list[Prediction]) -> list[dict]:
+    """A row for each kind of defect beside the good images: image AUROC, AP and recall."""
+    kinds = np.array([item.kind for item in category.test])
+    rows = []
+    for kind in sorted({*kinds} - {"good"}):
+        chosen = np.flatnonzero((kinds == kind) | (kinds == "good"))
+        found, bad = [predictions[j] for j in chosen], kinds[chosen] == kind
+        row = dict.fromkeys(COLUMNS + MORE) | {"category": f"{category.name}/{kind}"}
+        row["test_images"] = int(bad.sum())
+        row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
+        row["recall"] = rates(list(kinds[chosen]), found)["recall"]
+        rows.append(plain(row))
+    return rows
 
 
 def measure_loco(category: Category, maps: Tensor, scores: Array, sizes: list) -> dict:
@@ -1050,6 +1259,21 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *numbers]), flush=True)
+
+
+def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
+    """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
+    if known.tail is None:
+        return
+    rows, bad = [], np.array([kind != "good" for kind in kinds], bool)
+    for rate in RATES:
+        threshold = known.tail.threshold(rate / 100)
+        row = {"expected_fpr": f"{rate:g}", "threshold": f"{threshold:.4f}"}
+        row["good_flagged_per_1000"] = f"{10 * rate:g}"
+        for name, part in (("test_fpr", ~bad), ("test_recall", bad)):
+            row[name] = 100 * float((scores[part] > threshold).mean()) if part.any() else None
+        rows.append(row)
+    print_table(tuple(rows[0]), rows)
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
@@ -1121,7 +1345,15 @@ def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
     write_whole(path, write)
 
 
-SCORES = ("image", "kind", "score", "p_value", "verdict", "error")  # columns of scores.csv
+SCORES = (
+    "image",
+    "kind",
+    "score",
+    "p_value",
+    "p_rank",
+    "verdict",
+    "error",
+)  # columns of scores.csv
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
@@ -1129,8 +1361,9 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
     row = {"image": name, "kind": kind, **dict.fromkeys(SCORES[2:], "")}
     if isinstance(found, InputError):
         return row | {"error": str(found)}
-    numbers = {"score": f"{found.score:.6g}", "p_value": f"{found.p_value:.6g}"}
-    return row | numbers | {"verdict": found.verdict}
+    numbers = {name: getattr(found, name) for name in ("score", "p_value", "p_rank")}
+    texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
+    return row | texts | {"verdict": found.verdict}
 
 
 def write_scores(folder: Path, category: Category, scored: Scored) -> None:
@@ -1144,11 +1377,61 @@ def write_scores(folder: Path, category: Category, scored: Scored) -> None:
         write_csv(folder / "scores.csv", SCORES, rows)
 
 
+TRAIN_SCORES = ("image", "score", "p_value", "p_rank", "part", "leave_out")  # train-scores.csv
+SHOWN = 12  # suspects in a picture
+
+
+def write_suspects(
+    folder: Path,
+    category: Category,
+    maps: Tensor,
+    scores: Tensor,
+    groups: Array,
+    known: Calibration,
+    white_level: float,
+) -> None:
+    """train-scores.csv of the training images, the highest first, and what stands out among them.
+
+    maps (n, h, w) and scores (n,) are leave-one-out. Images that stand out are marked in the table,
+    so that --leave-out takes it, named on stderr and drawn in suspects.png.
+    """
+    predictions = classify(scores.numpy(), known)
+    falling = np.argsort(-scores.numpy(), kind="stable")
+    suspects = known.tail.suspects if known.tail else 0
+    least = known.good_scores[-suspects] if suspects else math.inf
+    suspects = [j for j in falling if predictions[j].score >= least]
+    shared = Path(os.path.commonpath([path.parent for path in category.train]))
+    names = [path.relative_to(shared).as_posix() for path in category.train]
+    rows = []
+    for j in falling:
+        row = score_row(names[j], "", predictions[j])
+        rows.append(row | {"part": groups[j], "leave_out": "x" * (j in suspects)})
+    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
+    picture = folder / "suspects.png"
+    picture.unlink(missing_ok=True)
+    if suspects:
+        print(
+            f"{category.name}: {len(suspects)} of {len(names)} good training images stand out "
+            f"({listed([names[j] for j in suspects])}): look at {one_line(picture)}; to train "
+            f"without them: --leave-out {one_line(folder / 'train-scores.csv')}",
+            file=sys.stderr,
+        )
+        failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in suspects[:SHOWN]]
+        with drawing_may_fail(failed):
+            shown = [read_image(category.train[j], white_level) for j in suspects[:SHOWN]]
+            draw_suspects(picture, shown, maps[suspects[:SHOWN]], known, titles)
+        warn_of(failed)
+
+
 def write_tables(folder: Path, rows: list[dict]) -> None:
-    """results.csv and metrics.csv (all metrics), each with a last row `mean`; prints the table."""
+    """results.csv and metrics.csv, each with a last row `mean`; prints the table.
+
+    metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
+    """
+    kinds = [kind for row in rows for kind in row["kinds"]]
     rows = rows + [mean_row(rows)]
     write_csv(folder / "results.csv", COLUMNS, rows)
-    write_csv(folder / "metrics.csv", COLUMNS + MORE, rows)
+    write_csv(folder / "metrics.csv", COLUMNS + MORE, rows + kinds)
     defined = tuple(c for c in MORE if any(row[c] is not None for row in rows))
     print_table(COLUMNS + defined, rows)
 
@@ -1162,7 +1445,7 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
         mean, spread = dict(rows[0]), dict(rows[0])
         for name, value in rows[0].items():
-            if not isinstance(value, (str, type(None))):
+            if isinstance(value, (int, float)):
                 values = [row[name] for row in rows]
                 mean[name] = float(np.mean(values))
                 spread[name] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
@@ -1243,6 +1526,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
 
 
 # Pictures
+BACKGROUND = 0.75  # [ours] of the median good score: about the median position of good maps
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
 
 
@@ -1269,21 +1553,15 @@ def one_line(text: Any) -> str:
 
 
 def in_words(prediction: Prediction) -> str:
-    return f"score {prediction.score:.4f}, p {prediction.p_value:.4f}, {prediction.verdict}"
+    return f"score {prediction.score:.4f}, p {prediction.p_value:.2g}, {prediction.verdict}"
 
 
 def draw_map(
-    path: Path, image: Image.Image, union: Any, y: Tensor, threshold: float, title: str
+    path: Path, image: Image.Image, union: Any, y: Tensor, known: Calibration, title: str
 ) -> None:
-    """Picture of one image: itself, the outline of its mask (H, W) or None, its map y (h, w).
-
-    The colours mean the same in all pictures of a model: from 0 over the threshold, which is the
-    middle, to twice the threshold and more.
-    """
+    """Picture of one image: itself, the outline of its mask (H, W) or None, its map y (h, w)."""
     fig, axes = new_figure(1, 2, figsize=(8.2, 4))
-    aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    shrunk = min(1, DRAWN / max(image.size))
-    size = tuple(max(1, round(shrunk * side)) for side in image.size)
+    aspect, size = drawn_shape(image)
     image = image.resize(size, Image.BILINEAR)
     for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
         axis.imshow(np.asarray(image), aspect=aspect)
@@ -1294,33 +1572,99 @@ def draw_map(
         union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
         axes[0].contour(union, [0.5], colors="black", linewidths=3)
         axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
-    # viridis reads the same to a colour-blind person
-    at_image = at_size(y, size[::-1])
-    colours = {"cmap": "viridis", "vmin": 0, "vmax": 2 * threshold}
-    shown = axes[1].imshow(at_image, aspect=aspect, **colours)
-    bar = fig.colorbar(shown, ax=axes[1], fraction=0.046, extend="max")
-    bar.set_ticks([0, threshold, 2 * threshold])
-    bar.ax.axhline(threshold, color="white", linewidth=2)
-    bar.set_ticklabels(["0", f"{threshold:.3g}\nthreshold", f"{2 * threshold:.3g}"])
+    add_map(fig, axes[1], y, size, aspect, known)
     fig.suptitle(one_line(title)[:100], fontsize=11, parse_math=False)
     save_figure(fig, path)
 
 
-def draw_scores(path: Path, title: str, scores: Array, bad: Array, threshold: float) -> None:
-    """Histogram of the image scores, good and defective; the last bar is of all that are higher."""
-    fig, axis = new_figure(figsize=(6, 3.4))
-    end = min(max(scores.max(), 1.1 * threshold), 3 * threshold)
-    edges = np.linspace(min(scores.min(), threshold), end, 41)
-    parts = ((~bad, "#0072B2", "good"), (bad, "#E69F00", "defective"))
-    for part, colour, name in parts:
-        label = f"{name} ({part.sum()})"
-        shown = np.minimum(scores[part], end)
-        axis.hist(shown, edges, color=colour, alpha=0.65, label=label)
-    axis.axvline(threshold, color="black", linestyle="--", label="threshold")
-    above = ", the last bar: and above" if scores.max() > end else ""
-    axis.set(xlabel=f"image score{above}", ylabel="test images")
-    axis.set_title(one_line(title)[:60], parse_math=False)
-    axis.legend()
+def drawn_shape(image: Image.Image) -> tuple[str, tuple]:
+    """Aspect and size (W, H) in which an image is drawn; a strip is drawn wider than it is."""
+    aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
+    shrunk = min(1, DRAWN / max(image.size))
+    return aspect, tuple(max(1, round(shrunk * side)) for side in image.size)
+
+
+def add_map(fig: Any, axis: Any, y: Tensor, size: tuple, aspect: str, known: Calibration) -> None:
+    """Draw map y (h, w) at a size (W, H), with a bar of its colours.
+
+    They mean the same in all pictures of a model: from about the median position of good images
+    over the threshold, which is the middle, to as far above it. Without a threshold the middle is
+    the highest good score.
+    """
+    low = float(np.median(known.good_scores)) * BACKGROUND
+    middle = known.good_scores[-1] if math.isnan(known.threshold) else known.threshold
+    middle = max(middle, low + 1e-6)
+    high = 2 * middle - low
+    # viridis reads the same to a colour-blind person
+    colours = {"cmap": "viridis", "vmin": low, "vmax": high}
+    shown = axis.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
+    bar = fig.colorbar(shown, ax=axis, fraction=0.046, extend="both")
+    bar.set_ticks([low, middle, high])
+    bar.ax.axhline(middle, color="white", linewidth=2)
+    name = "highest good" if math.isnan(known.threshold) else "threshold"
+    bar.set_ticklabels([f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"])
+
+
+def draw_suspects(
+    path: Path, images: list[Image.Image], maps: Tensor, known: Calibration, titles: list[str]
+) -> None:
+    """Picture of images beside their maps (n, h, w), two pairs a row; their maxima are marked."""
+    rows = -(-len(images) // 2)
+    fig, axes = new_figure(rows, 4, figsize=(12, 2.8 * rows))
+    axes = axes.reshape(rows, 4)
+    for axis in axes.flat:
+        axis.axis("off")
+    for k, (image, y, title) in enumerate(zip(images, maps, titles, strict=True)):
+        left, right = axes[k // 2, 2 * (k % 2) : 2 * (k % 2) + 2]
+        aspect, size = drawn_shape(image)
+        left.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
+        add_map(fig, right, y, size, aspect, known)
+        i, j = np.unravel_index(int(y.argmax()), y.shape)
+        place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
+        for axis in (left, right):
+            axis.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
+        left.set_title(one_line(title)[:60], fontsize=9, parse_math=False)
+    save_figure(fig, path)
+
+
+def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibration) -> None:
+    """Histograms of the scores: test images, good and defective; training images, fitted tail.
+
+    The last bar is of all that are higher. Lines: the threshold, and those of RATES.
+    """
+    fig, axes = new_figure(1 + bool(len(scores)), figsize=(6, 3 + 2.4 * bool(len(scores))))
+    test, train = (axes[0], axes[1]) if len(scores) else (None, axes)
+    good, tail = known.good_scores, known.tail
+    every = np.r_[scores, good]
+    middle = good[-1] if math.isnan(known.threshold) else known.threshold
+    end = min(max(every.max(), 1.1 * middle), 3 * middle)
+    edges = np.linspace(min(every.min(), middle), end, 41)
+
+    def histogram(axis, values, colour, name):
+        label = f"{name} ({len(values)})"
+        axis.hist(np.minimum(values, end), edges, color=colour, alpha=0.65, label=label)
+
+    histogram(train, good, "#0072B2", "good training images")
+    if test is not None:
+        histogram(test, scores[~bad], "#0072B2", "good test images")
+        histogram(test, scores[bad], "#E69F00", "defective test images")
+    if tail is not None:
+        expected = -len(good) * np.diff(tail.p_value(edges))
+        train.plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
+        for rate in RATES:
+            at = tail.threshold(rate / 100)
+            if edges[0] < at < end:
+                train.axvline(at, color="0.5", linewidth=0.8, linestyle=":")
+                train.annotate(f"{rate:g} %", (at, 1), xycoords=("data", "axes fraction"),
+                               fontsize=7, rotation=90, ha="right", va="top")  # fmt: skip
+    for axis in filter(None, (test, train)):
+        if not math.isnan(known.threshold):
+            axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
+        axis.set(ylabel="images")
+        axis.legend(fontsize=8)
+    above = ", the last bar: and above" if every.max() > end else ""
+    train.set(xlabel=f"image score{above}")
+    (train if test is None else test).set_title(one_line(title)[:60], parse_math=False)
     save_figure(fig, path)
 
 
@@ -1415,7 +1759,7 @@ def write_pictures(
         for y, name, size in zip(scored.maps, names, sizes, strict=True):
             tiff = Image.fromarray(at_size(y, size))
             write_whole((place / name).with_suffix(".tiff"), partial(tiff.save, format="TIFF"))
-    if which == "none" or not names:
+    if which == "none":
         return
     bad = np.array([item.kind != "good" for item in category.test])
     prefixes, files, failed = telling_images(scored.predictions, bad), picture_names(names), []
@@ -1427,10 +1771,10 @@ def write_pictures(
         with drawing_may_fail(failed):
             image = read_image(item.path, white_level)
             union = masks_of(item, sizes[j])[1] if item.masks else None
-            draw_map(path, image, union, scored.maps[j], scored.threshold, title)
+            draw_map(path, image, union, scored.maps[j], scored.known, title)
     scores = np.array([p.score for p in scored.predictions])
     with drawing_may_fail(failed):
-        draw_scores(folder / "scores.png", category.name, scores, bad, scored.threshold)
+        draw_scores(folder / "scores.png", category.name, scores, bad, scored.known)
     warn_of(failed)
 
 
@@ -1456,10 +1800,10 @@ def draw_contact_sheet(folder: Path, names: list[str]) -> None:
 
 
 CONSTANTS = "wtflow.json"  # file of an exported program: its threshold and size
-AGREES = 1e-3  # of the threshold: how far an exported program may be from its model
+AGREES = 1e-3  # of the highest good score: how far an exported program may be from its model
 
 
-def export_model(path: Path, detector: wtflow.Detector, fpr: float) -> None:
+def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
     """Write a detector as a program of torch.export, if it gives what the detector does on noise.
 
     Read without this repository, which the program does not need:
@@ -1472,9 +1816,9 @@ def export_model(path: Path, detector: wtflow.Detector, fpr: float) -> None:
     if path.suffix != ".pt2":
         raise InputError(f"--export {path}: give a file that ends in .pt2")
     height, width = wtflow.image_shape(detector.recipe)
-    threshold = threshold_of(detector.normal_scores.numpy(), fpr)
     constants = {"height": height, "width": width, "white_level": detector.white_level}
-    constants |= {"threshold": threshold, "fpr": fpr}
+    threshold = None if math.isnan(known.threshold) else known.threshold
+    constants |= {"threshold": threshold, "fpr": known.fpr}
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
     file = io.BytesIO()
@@ -1486,12 +1830,12 @@ def export_model(path: Path, detector: wtflow.Detector, fpr: float) -> None:
         again = torch.export.load(file).module()
     pairs = zip(again(image), detector(image), strict=True)
     difference = max(float((there - here).abs().max()) for there, here in pairs)
-    if not difference <= AGREES * threshold:  # nor where it is NaN
+    if not difference <= AGREES * known.good_scores[-1]:  # nor where it is NaN
         raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
     write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
     print(
         f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB, resized by the caller (bilinear, "
-        f"antialiased) -> map, score; {threshold_text(detector.normal_scores.numpy(), fpr)}, in "
+        f"antialiased) -> map, score; {known.text()}, in "
         f"{CONSTANTS}\nlargest difference from the model on noise: {difference:.1e}"
     )
 
@@ -1550,23 +1894,22 @@ def exit_cleanly(main: Callable) -> None:
 
 
 def score_category(
-    detector: wtflow.Detector, category: Category, features: Tensor | None, fpr: float
+    detector: wtflow.Detector, category: Category, features: Tensor | None, known: Calibration
 ) -> Scored:
-    """Score a category's test features (n, d, h, w); prints how many exceed the threshold."""
-    normal_scores = detector.normal_scores.cpu().numpy()
-    threshold = threshold_of(normal_scores, fpr)
+    """Score a category's test features (n, d, h, w); prints what several thresholds find."""
     maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
     if features is not None:
         maps, scores = detector.score(features)
-    predictions = classify(scores.numpy(), normal_scores, threshold)
+    predictions = classify(scores.numpy(), known)
     counts = {"good": [], "defective": []}
     for item, prediction in zip(category.test, predictions, strict=True):
         kind = "good" if item.kind == "good" else "defective"
         counts[kind].append(prediction.verdict == "defect")
     counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
-    print(f"{category.name}: {threshold_text(normal_scores, fpr)}{of_test}", flush=True)
-    return Scored(maps, predictions, threshold)
+    print(f"{category.name}: {known.text()}{of_test}", flush=True)
+    print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
+    return Scored(maps, predictions, known)
 
 
 def measure_category(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
@@ -1578,12 +1921,13 @@ def measure_category(category: Category, scored: Scored, sizes: list[tuple]) -> 
 
 
 def score_by_model(
-    folder: Path, category: Category, device: torch.device, weights: str | None, fpr: float
+    folder: Path, category: Category, device: torch.device, args: argparse.Namespace
 ) -> tuple[wtflow.Detector, Scored, list]:
     """The test images of a category, scored by the model in a folder: (model, Scored, sizes)."""
-    detector = load_model(folder / "model.pt", device, weights)
-    features, sizes = extract(detector, [item.path for item in category.test])
-    return detector, score_category(detector, category, features, fpr), sizes
+    detector = load_model(folder / "model.pt", device, args.weights)
+    known = calibration_of(detector, args.fpr, args.threshold)
+    features, sizes, _ = extract(detector, [item.path for item in category.test])
+    return detector, score_category(detector, category, features, known), sizes
 
 
 def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
@@ -1598,7 +1942,7 @@ def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
     rows = []
     for category in categories:
         began, place = time.monotonic(), folder / category.name
-        detector, scored, sizes = score_by_model(place, category, device, args.weights, args.fpr)
+        detector, scored, sizes = score_by_model(place, category, device, args)
         row = measure_category(category, scored, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
@@ -1610,14 +1954,16 @@ def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
         draw_contact_sheet(folder, [category.name for category in categories])
 
 
-def predict_or_error(detector: wtflow.Detector, paths: list[Path], fpr: float) -> list[tuple]:
+def predict_or_error(
+    detector: wtflow.Detector, paths: list[Path], known: Calibration
+) -> list[tuple]:
     """What predict gives of image files; of a damaged one an InputError for the Prediction."""
     try:
-        return predict(detector, paths, fpr)
+        return predict(detector, paths, known)
     except InputError as e:
         if len(paths) == 1:
             return [(e, None, None)]
-    return [found for path in paths for found in predict_or_error(detector, [path], fpr)]
+    return [found for path in paths for found in predict_or_error(detector, [path], known)]
 
 
 def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
@@ -1662,12 +2008,11 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
         if not paths:
             raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
     table, places = places_of(image, out, paths)
-    normal_scores = detector.normal_scores.cpu().numpy()
-    threshold = threshold_of(normal_scores, args.fpr)
-    print(threshold_text(normal_scores, args.fpr), flush=True)
+    known = calibration_of(detector, args.fpr, args.threshold)
+    print(known.text(), flush=True)
     rows, failed, not_drawn = [], 0, []
     for start in range(0, len(paths), BATCH):
-        part = predict_or_error(detector, paths[start : start + BATCH], args.fpr)
+        part = predict_or_error(detector, paths[start : start + BATCH], known)
         for path, place, (found, y, _) in zip(paths[start:], places[start:], part, strict=False):
             name = path.relative_to(root).as_posix()
             rows.append(score_row(name, name.rpartition("/")[0], found))
@@ -1679,7 +2024,7 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
             if place is not None and args.maps != "none":
                 with drawing_may_fail(not_drawn):
                     picture = read_image(path, detector.white_level)
-                    draw_map(place, picture, None, y, threshold, f"{in_words(found)}:  {name}")
+                    draw_map(place, picture, None, y, known, f"{in_words(found)}:  {name}")
     warn_of(not_drawn)
     if table is not None:  # on stderr: stdout has one line an image
         write_csv(table, SCORES, rows)
@@ -1700,15 +2045,23 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     text = "false positive rate that the threshold is set for (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
+    text = "tail or rank of the good scores, or a score (default: tail)"
+    add("--threshold", type=number_or_text, default="tail", metavar="HOW", help=text)
     text = "pictures of test images: all, or those that tell most (default: worst)"
     add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
     text = "float32 TIFF maps as MVTec's script reads them (default: none)"
     add("--save-maps", action="store_true", help=text)
 
 
+def number_or_text(text: str) -> float | str:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError for what argparse lets pass."""
-    check_fpr(args.fpr)
+    check_threshold(args.fpr, args.threshold)
     for name in ("data", "out"):
         if getattr(args, name, None) == "":
             raise InputError(f"--{name} is empty: give a path")
@@ -1735,13 +2088,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.save_maps and "run" not in given:
         raise InputError("--save-maps: goes with --run; from Python, evaluate.score gives the map")
     if given == {"model", "export"}:
-        export_model(Path(args.export), load_model(args.model, "cpu", args.weights), args.fpr)
+        detector = load_model(args.model, "cpu", args.weights)
+        known = calibration_of(detector, args.fpr, args.threshold)
+        export_model(Path(args.export), detector, known)
+    elif given == {"model"}:
+        detector = load_model(args.model, device, args.weights)
+        known = calibration_of(detector, args.fpr, args.threshold)
+        print(known.text())
+        print_thresholds(known, np.zeros(0), [])
     elif given == {"model", "image"}:
         score_files(args, device)
     elif given == {"run", "data"}:
         evaluate_run(args, device)
     else:
-        raise InputError("give --run and --data, --model and --image, or --model and --export")
+        raise InputError("give --run and --data, or --model, alone or with --image or --export")
 
 
 if __name__ == "__main__":

@@ -133,34 +133,45 @@ def warm_up_cosine(done: float) -> float:
 
 
 def fit_detector(
-    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
-) -> None:
-    """Fit whitening, field and Gaussians to good features (n, d, h, w), and normal_scores (n,).
+    detector: Detector, features: Tensor, seed=0, groups=None, report=None, save=None, state=None
+) -> tuple[Tensor, Tensor]:
+    """Fit whitening, field and Gaussians to good features (n, d, h, w); their maps and scores.
 
-    These scores of good images set the threshold, so no image may be scored by what has seen it.
-    With CROSS_FIT_BELOW images or more only the Gaussians overfit, and leave_one_out corrects that.
-    With fewer the field overfits as well: for each fold all is fitted to the other images
-    (cross-conformal prediction, Vovk 2015). The detector that is kept is fitted to all images.
-    Without Gaussians and folds, as in PAPER, the scores are in-sample and the threshold is too low.
+    detector.normal_scores, which set the threshold, are scores of good images, so no image may be
+    scored by what has seen it, or a copy of it: groups (n,), of evaluate.groups_of, tells which are
+    copies. Where CROSS_FIT_BELOW images or more have none, only the Gaussians overfit to them, and
+    leave_one_out corrects that. With fewer the field overfits as well: for each fold all is fitted
+    to the groups of the others (cross-conformal prediction, Vovk 2015), and the first of each group
+    sets the threshold. The detector that is kept is fitted to all images. Without Gaussians and
+    folds, as in PAPER, the scores are in-sample and the threshold is too low.
 
     report(k, fits, step, steps, loss) and save(k, held_out, field) for fit k of several; state has
     such k, held_out and field, by name.
     """
-    n = len(features)
-    folds = min(detector.recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
-    fold = torch.arange(n) % max(folds, 1)
-    state = state or {"k": 0, "held_out": torch.zeros(n), "field": None}
-    held_out = state["held_out"].clone()
-    for k in range(state["k"], folds + 1):
+    groups = np.arange(len(features)) if groups is None else groups
+    _, first, members = np.unique(groups, return_index=True, return_counts=True)
+    alone = np.flatnonzero(members[groups] == 1)
+    few = 1 < len(members) and len(alone) < CROSS_FIT_BELOW
+    folds = min(detector.recipe.folds, len(members)) if few else 0
+    fold = torch.from_numpy(groups % max(folds, 1))
+    begun = state or {"k": 0, "held_out": [], "field": None}
+    held_out = list(begun["held_out"])  # (maps, scores) of each fold
+    for k in range(begun["k"], folds + 1):
         others = features if k == folds else features[fold != k]
         detector.fit_whitening(others)
-        begun = state["field"] if k == state["k"] else None
+        field = begun["field"] if k == begun["k"] else None
         report_k = report and partial(report, k, folds + 1)
-        train_field(detector, others, seed, report_k, save and partial(save, k, held_out), begun)
-        scores = detector.fit_gaussian(others)
+        train_field(detector, others, seed, report_k, save and partial(save, k, held_out), field)
+        found = detector.fit_gaussian(others)
         if k < folds:
-            held_out[fold == k] = detector.score(features[fold == k])[1]
-    detector.normal_scores = (held_out if folds else scores).to(detector.device)
+            held_out.append(detector.score(features[fold == k]))
+    if folds:
+        place = torch.cat([torch.nonzero(fold == k)[:, 0] for k in range(folds)]).argsort()
+        found = tuple(torch.cat(part)[place] for part in zip(*held_out, strict=True))
+    maps, scores = (part.cpu() for part in found)
+    chosen = alone if len(alone) >= CROSS_FIT_BELOW else first
+    detector.normal_scores = scores[chosen].to(detector.device)
+    return maps, scores
 
 
 def fit(
@@ -168,7 +179,8 @@ def fit(
 ) -> Detector:
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
-    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
+    detector.train_scores (n,) are the leave-one-out scores of the images, in their order. images: a
+    list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
     in a package; device: as --device; settings: of wtflow.Recipe. Raises InputError.
 
         detector = train.fit(images, steps=200)
@@ -184,7 +196,10 @@ def fit(
     images = [evaluate.as_image(image, white_level) for image in images]
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
-    fit_detector(detector, evaluate.extract(detector, images)[0], seed)
+    features, _, thumbnails = evaluate.extract(detector, images)
+    groups = evaluate.groups_of(thumbnails)
+    evaluate.say_copies("images", [f"images[{k}]" for k in range(len(images))], groups)
+    _, detector.train_scores = fit_detector(detector, features, seed, groups)
     return detector
 
 
@@ -202,7 +217,7 @@ def run_category(
     model_file, state_file, state = folder / "model.pt", folder / "state.pt", None
     mine = signature(category, recipe, seed, args.weights_digest)
     begun = {**mine, "device": device.type}  # generators of two devices differ
-    finished = {**mine, "fpr": args.fpr}  # training does not depend on it
+    finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
         draw_missing(folder, category, args, device)
@@ -218,9 +233,11 @@ def run_category(
     white_level = evaluate.white_level_of(category.train)
     detector = Detector(recipe, white_level, args.weights).to(device)
     paths = [item.path for item in category.test]
-    test, sizes = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
+    test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))
-    good, _ = evaluate.extract(detector, category.train, report)
+    good, _, thumbnails = evaluate.extract(detector, category.train, report)
+    groups = evaluate.groups_of(thumbnails)
+    evaluate.say_copies(category.name, category.train, groups)
 
     # Training
     def report_step(k, fits, step, steps, loss):
@@ -230,10 +247,12 @@ def run_category(
         about = {"signature": begun, "seconds": time.monotonic() - began}
         evaluate.save_checkpoint(state_file, recipe, k=k, held_out=held_out, field=field, **about)
 
-    fit_detector(detector, good, seed, report_step, save, state)
+    trained = fit_detector(detector, good, seed, groups, report_step, save, state)
+    known = evaluate.calibration_of(detector, args.fpr, args.threshold)
+    evaluate.write_suspects(folder, category, *trained, groups, known, white_level)
 
     # Evaluation
-    scored = evaluate.score_category(detector, category, test, args.fpr)
+    scored = evaluate.score_category(detector, category, test, known)
     row = evaluate.measure_category(category, scored, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
@@ -242,7 +261,8 @@ def run_category(
     evaluate.remove_pictures(folder)
     for old in evaluate.maps_of(folder):
         old.unlink()
-    evaluate.save_model(model_file, detector, signature=finished, row=row, source=source)
+    about = {"signature": finished, "row": row, "source": source, "left_out": args.left_out}
+    evaluate.save_model(model_file, detector, **about)
     state_file.unlink(missing_ok=True)
     which = args.maps, args.save_maps
     evaluate.write_pictures(folder, category, scored, sizes, white_level, *which)
@@ -256,7 +276,7 @@ def draw_missing(folder: Path, category: Category, args: Namespace, device: torc
         pictures = pictures and len(evaluate.pictures_of(folder)) == len(category.test)
     which = "none" if pictures else args.maps, args.save_maps and not evaluate.maps_of(folder)
     if category.test and which != ("none", False):
-        found = evaluate.score_by_model(folder, category, device, args.weights, args.fpr)
+        found = evaluate.score_by_model(folder, category, device, args)
         detector, scored, sizes = found
         level = detector.white_level
         evaluate.write_pictures(folder, category, scored, sizes, level, *which)
@@ -340,6 +360,7 @@ class Progress:
 def run(args: Namespace, recipe: Recipe, seed: int, out: Path, data, device) -> list | None:
     """All categories of a data set for one seed; rank 0 writes the table. Its rows, on rank 0."""
     name, categories = evaluate.read_dataset(data, args.category)
+    categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
     folder = out / name
     for category in categories:
         place = folder / category.name
@@ -439,6 +460,8 @@ def parse(argv: list[str] | None) -> Namespace:
         add(f"--{name.replace('_', '-')}", type=literal, metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
+    text = "names of training images, one a line, or a train-scores.csv (default: none)"
+    add("--leave-out", metavar="FILE", help=text)
     text = "go on from the last whole state in --out (default: anew)"
     add("--resume", action="store_true", help=text)
     args = parser.parse_args(argv)

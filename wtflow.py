@@ -549,13 +549,13 @@ class Detector(nn.Module):
         from_origin = recipe.coupling != "worst" or recipe.score == "released"
         return x1_hat if from_origin else x1_hat - conditional_mean(x_0, recipe.rho)
 
-    def fit_gaussian(self, features: Tensor) -> Tensor:
-        """Fit the Gaussians to good features (n, d, h, w); their scores (n,), leave-one-out.
+    def fit_gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit the Gaussians to good features (n, d, h, w); their maps and scores, leave-one-out.
 
         Of a single image, and without a Gaussian, they are in-sample, so too low.
         """
         if self.recipe.score != "gaussian":
-            return self.score(features)[1]
+            return self.score(features)
         r = torch.empty_like(features, device=self.device)  # float16: half the memory
         largest = torch.finfo(r.dtype).max
 
@@ -566,8 +566,8 @@ class Detector(nn.Module):
         parallel_map(fill, range(0, len(features), SCORED), self.device)
         self.gaussian.fit(r)
         if len(r) < 2:
-            return self.score(features)[1]
-        return map_and_score(self.gaussian.leave_one_out(r))[1]
+            return self.score(features)
+        return map_and_score(self.gaussian.leave_one_out(r))
 
     def _score(self, features):
         r = self.residual(features)

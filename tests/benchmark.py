@@ -67,8 +67,8 @@ def read_sample(category, recipe, device="cpu"):
         raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = Detector(own, evaluate.white_level_of(category.train)).to(device)
-    good, _ = evaluate.extract(detector, category.train)
-    test, sizes = evaluate.extract(detector, [item.path for item in category.test])
+    good, _, _ = evaluate.extract(detector, category.train)
+    test, sizes, _ = evaluate.extract(detector, [item.path for item in category.test])
     return Sample(category, own, good, test, sizes)
 
 
@@ -87,7 +87,7 @@ def in_place_of(recipe, sample):
     return replace(recipe, **{name: getattr(sample.recipe, name) for name in FEATURES})
 
 
-def timed(sample, fit, seed):
+def timed(sample, fit, seed, how="tail"):
     """The row of a method: fit(sample, seed) -> (score, tensors[, scores of good images]).
 
     score: features -> maps (n, h, w) and image scores (n,). fpr and recall need scores of good
@@ -98,10 +98,8 @@ def timed(sample, fit, seed):
     fitted = time.perf_counter()
     maps, scores = (y.cpu() for y in score(sample.test))
     done = time.perf_counter()
-    known = (good[0].cpu() if good else scores).numpy()
-    threshold = evaluate.threshold_of(known, fpr=1)
-    predictions = evaluate.classify(scores.numpy(), known, threshold)
-    scored = evaluate.Scored(maps, predictions, threshold)
+    known = evaluate.calibrate((good[0].cpu() if good else scores).numpy(), how=how)
+    scored = evaluate.Scored(maps, evaluate.classify(scores.numpy(), known), known)
     row, _ = evaluate.measure(sample.category, scored, sample.sizes)
     names = (*METRICS, "fpr", "recall") if good else METRICS
     row = {name: row[name] for name in names} | {"train_s": fitted - began, "mib": mib(kept)}
@@ -279,7 +277,7 @@ def fit_no_field(sample, seed):
     detector = Detector(recipe).to(sample.train.device)
     detector.field = Zero()
     detector.fit_whitening(sample.train)
-    scores = detector.fit_gaussian(sample.train)
+    _, scores = detector.fit_gaussian(sample.train)
     return detector.score, detector.state_dict().values(), scores
 
 

@@ -635,7 +635,8 @@ def test_damaged_exif_is_named(tmp_path):
 def test_reasons_for_missing_metrics_are_kept_apart():
     items = [evaluate.Item(Path("a.png"), "dent", None), evaluate.Item(Path("b.png"), "hole", ())]
     category = evaluate.Category("c", "MVTec AD", [], items, None)
-    scored = evaluate.Scored(torch.zeros(2, 4, 4), evaluate.classify([0, 0], [1], 1), 1)
+    known = evaluate.calibrate([1], how=1)
+    scored = evaluate.Scored(torch.zeros(2, 4, 4), evaluate.classify([0, 0], known), known)
     assert evaluate.measure(category, scored, [(4, 4)] * 2)[1] == (
         "no good test images: AUROC is not defined; "
         "1 defective images have no folder of masks: no pixel metrics"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,34 +30,152 @@ def model(trained):
 
 
 # ---- threshold, p-value, verdict -----------------------------------------------------------------
-def test_threshold_and_p_value_by_hand():
+def gumbel_in_log(n, location=0.3, scale=0.06):
+    """n scores at the quantiles (i - 1/2) / n of the tail that fit_tail fits."""
+    p = (np.arange(n) + 0.5) / n
+    return np.exp(location - scale * np.log(-np.log(p)))
+
+
+def test_threshold_by_rank_by_hand():
     known = np.arange(1.0, 201)  # 200 good images
-    assert evaluate.threshold_of(known, 1) == 199  # two are not below it, one is above
-    assert evaluate.threshold_of(known, 5) == 191
-    assert evaluate.threshold_of(known[:50], 1) == evaluate.threshold_of(known[:50], 0) == 50
-    assert evaluate.threshold_of(known[:150], 1) == 150  # ceil(151 * 0.99); its second would not do
-    assert evaluate.threshold_of(known[:199], 1) == 198  # exactly 2 of 200 are allowed above
-    assert evaluate.threshold_of(np.arange(1.0, 250), 16.4) == 209  # whatever rounding does
-    found = evaluate.classify([199.0, 199.5, 500.0, 0.0], known, 199.0)
+    by_rank = partial(evaluate.threshold_of, how="rank")
+    assert by_rank(known, 1) == 199  # two are not below it, one is above
+    assert by_rank(known, 5) == 191
+    assert by_rank(known[:50], 1) == by_rank(known[:50], 0) == 50
+    assert by_rank(known[:150], 1) == 150  # ceil(151 * 0.99); its second would not do
+    assert by_rank(known[:199], 1) == 198  # exactly 2 of 200 are allowed above
+    assert by_rank(np.arange(1.0, 250), 16.4) == 209  # whatever rounding does
+    found = evaluate.classify([199.0, 199.5, 500.0, 0.0], evaluate.calibrate(known, how="rank"))
     assert [p.verdict for p in found] == ["good", "defect", "defect", "good"]
-    assert [p.p_value * 201 for p in found] == pytest.approx([3, 2, 1, 201])
+    assert [p.p_rank * 201 for p in found] == pytest.approx([3, 2, 1, 201])
+
+
+def test_threshold_by_the_tail_is_its_quantile():
+    """Of exact quantiles the line is exact; a verdict is a p-value below the rate."""
+    known = evaluate.calibrate(gumbel_in_log(200))
+    assert known.tail[:2] == pytest.approx((0.3, 0.06)) and known.tail.suspects == 0
+    assert known.threshold == pytest.approx(np.exp(0.3 - 0.06 * np.log(-np.log(0.99))))
+    scores = known.threshold + np.array([-1e-6, 1e-6, 5, -1.5])
+    found = evaluate.classify(scores, known)
+    assert [p.verdict for p in found] == ["good", "defect", "defect", "good"]
+    assert [p.p_value < 0.01 for p in found] == [False, True, True, False]
+    assert evaluate.classify([0.0], known)[0].p_value == 1
+    assert evaluate.threshold_of(known.good_scores, 0) == known.good_scores[-1]
+    assert evaluate.threshold_of(known.good_scores, 1, 1.5) == 1.5
+
+
+def test_defects_among_the_good_scores_stand_out_and_do_not_move_the_threshold():
+    """6 of 200, 1.5 to 3 times as high; the rank follows them."""
+    clean = gumbel_in_log(194)
+    spoiled = np.r_[clean, clean[-1] * np.linspace(1.5, 3, 6)]
+    known = evaluate.calibrate(spoiled)
+    assert known.tail.suspects in (6, 7, 8)  # as many as are together rare: at most two too many
+    assert known.threshold == pytest.approx(evaluate.threshold_of(clean), rel=0.02)
+    higher = np.r_[clean, 10 * spoiled[-6:]]
+    assert evaluate.threshold_of(higher) == known.threshold  # however high they are
+    assert evaluate.threshold_of(spoiled, how="rank") > 1.4 * clean[-1]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_or_two_good_images_have_no_threshold(n):
+    known = evaluate.calibrate(np.ones(n))
+    assert known.text().startswith(f"no threshold, no verdict: of {n} different good images")
+    found = evaluate.classify([0.5, 9.0], known)
+    assert {p.verdict for p in found} == {"none"} and np.isnan([p[1:3] for p in found]).all()
+    row = evaluate.score_row("a", "b", found[0])
+    assert row["p_value"] == row["p_rank"] == "" and row["score"] == "0.5"
+    given = evaluate.classify([0.5, 9.0], evaluate.calibrate(np.ones(n), how=2.0))
+    assert [p.verdict for p in given] == ["good", "defect"]
+
+
+def test_equal_good_scores_have_a_threshold_just_above():
+    known = evaluate.calibrate(np.ones(5))
+    assert 1 < known.threshold < 1.001 and known.tail.suspects == 0
+
+
+def thumbnails(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 255 * torch.rand(n, 3, 32, 32, generator=generator)
+
+
+def test_copies_share_a_group():
+    """Equal, noisy, brighter and mirrored ones, and no others; a second kind of part is no copy."""
+    x = thumbnails(8)
+    other = 0.1 * thumbnails(8, 1) + torch.linspace(0, 255, 32)
+    noise = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(2))
+    copies = [x[:1], x[1:2] + 2 * noise, x[2:3] + 9, x[3:4].flip(2), x[4:5].flip(2, 3)]
+    groups = evaluate.groups_of(torch.cat([x, other, *copies]))
+    assert groups.tolist() == [*range(16), 0, 1, 2, 3, 4]
+    assert evaluate.groups_of(x[:1].expand(5, -1, -1, -1)).tolist() == [0] * 5
+    assert evaluate.groups_of(x[:1]).tolist() == [0]
+
+
+def test_copies_do_not_lower_the_threshold(tmp_path, capsys):
+    """Each of 12 images four times: the threshold is about that of the 12, and this is said."""
+    images = [picture(k)[0].astype(np.uint8) for k in range(12)]
+    settings = dict(steps=30, image_size=64, width=16, batch=64)
+    detector = train.fit(images, **settings)
+    assert not capsys.readouterr().err
+    copied = train.fit([image for image in images for _ in range(4)], **settings)
+    assert "images: 48 training images, of about 12 different parts" in capsys.readouterr().err
+    one, other = (d.normal_scores.numpy() for d in (detector, copied))
+    assert len(one) == len(other) == 12 and len(copied.train_scores) == 48
+    assert evaluate.threshold_of(other) > 0.9 * evaluate.threshold_of(one)
+
+
+def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_path):
+    """Two of 20 training images are defective; without them nothing stands out."""
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        image = rng.normal(120, 2, (64, 64, 3)) + picture(k)[0].mean() * 0
+        if k in (4, 11):
+            image[20:44, 20:44] = rng.uniform(0, 255, (24, 24, 3))
+        save(tmp_path / f"d/part/train/good/{k:02d}.png", image)
+    command = ("train.py", "--data", tmp_path / "d/part", "--image-size", 64, "--steps", 30)
+    result = succeeds(run(*command, "--out", tmp_path / "a"))
+    folder = tmp_path / "a/d/part"
+    assert "2 of 20 good training images stand out (" in result.stderr
+    assert Image.open(folder / "suspects.png").size[0] > 1000
+    rows = read_table(folder / "train-scores.csv")
+    assert len(rows) == 20 and {row["image"] for row in rows[:2]} == {"04.png", "11.png"}
+    assert [row["leave_out"] for row in rows] == ["x", "x"] + [""] * 18
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    result = succeeds(
+        run(*command, "--out", tmp_path / "b", "--leave-out", folder / "train-scores.csv")
+    )
+    assert "stand out" not in result.stderr and not (tmp_path / "b/d/part/suspects.png").exists()
+    model = evaluate.load_checkpoint(tmp_path / "b/d/part/model.pt")
+    assert sorted(model["left_out"]) == ["04.png", "11.png"]
+    (tmp_path / "names.txt").write_text("good/04.png\n\n11.png\n")
+    _, [category] = evaluate.read_dataset(tmp_path / "d/part")
+    [kept], names = evaluate.leave_out([category], tmp_path / "names.txt")
+    assert len(kept.train) == 18 and len(category.train) == 20 and len(names) == 2
+    (tmp_path / "names.txt").write_text("99.png\n")
+    fails(run(*command, "--leave-out", tmp_path / "names.txt"), "99.png is of none")
+    twins = [category, category._replace(name="other")]
+    (tmp_path / "names.txt").write_text("04.png\n")
+    with pytest.raises(InputError, match="is that of 2: write more"):
+        evaluate.leave_out(twins, tmp_path / "names.txt")
+    fails(run(*command, "--leave-out", tmp_path / "none.txt"), "none.txt", "--leave-out")
 
 
 def test_rates_are_of_good_and_of_defective_images():
-    found = [evaluate.Prediction(0, 0, v) for v in ("defect", "good", "good", "good", "defect")]
+    found = [evaluate.Prediction(0, 0, 0, v) for v in ("defect", "good", "good", "good", "defect")]
     assert evaluate.rates(["good"] * 4 + ["dent"], found) == {"fpr": 25.0, "recall": 100.0}
     assert evaluate.rates(["good"], found[:1])["recall"] is None
 
 
 def test_every_score_has_a_prediction(data, trained, model, tmp_path):
     detector = evaluate.load_model(model)
-    threshold = evaluate.threshold_of(detector.normal_scores.cpu().numpy(), 1)
+    threshold = evaluate.threshold_of(detector.normal_scores.cpu().numpy())
     assert f"bolt: threshold {threshold:.4f} at a false positive rate of 1 %" in trained[1].stdout
     rows = read_table(trained[0] / "bolt/scores.csv")
     assert [row["kind"] for row in rows] == ["dent"] * 3 + ["good"] * 3
     for row in rows:
         assert row["verdict"] == ("defect" if float(row["score"]) > threshold else "good")
-        assert round(1 / 7, 6) <= float(row["p_value"]) <= 1 and not row["error"]  # as written
+        assert round(1 / 7, 6) <= float(row["p_rank"]) <= 1 and not row["error"]  # as written
+        assert (float(row["p_value"]) < 0.01) == (row["verdict"] == "defect")
     metrics = read_table(trained[0] / "metrics.csv")[0]
     for name, kind in (("fpr", "good"), ("recall", "dent")):
         flagged = [row["verdict"] == "defect" for row in rows if row["kind"] == kind]
@@ -72,9 +191,10 @@ def test_every_score_has_a_prediction(data, trained, model, tmp_path):
 
 def test_too_few_good_images_for_a_rate_say_which_is_attainable():
     for n, fpr in ((99, 1), (6, 20)):
-        assert "attainable" not in evaluate.threshold_text(np.ones(n), fpr)
-    text = evaluate.threshold_text(np.ones(49), 1)
-    assert "(49 calibration images: the lowest attainable rate is 2 %)" in text
+        assert "attainable" not in evaluate.calibrate(np.ones(n), fpr, "rank").text()
+    assert "attainable" not in evaluate.calibrate(np.ones(49)).text()
+    text = evaluate.calibrate(np.ones(49), how="rank").text()
+    assert "(by rank among 49: the lowest attainable rate is 2 %)" in text
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -175,9 +295,12 @@ def test_names_of_pictures_are_short_and_differ_in_more_than_case():
     assert all(len(f"false_positive10_{name}_map.png".encode()) < 240 for name in names)
 
 
+KNOWN = evaluate.calibrate(gumbel_in_log(9), how=1.5)
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 def test_colours_mean_the_same_in_every_picture(tmp_path, monkeypatch):
-    """0 is the first colour, the threshold the middle, twice the threshold and more the last."""
+    """From the median position of good images on; the threshold is the middle."""
     from matplotlib.axes import Axes
 
     shown, imshow = [], Axes.imshow
@@ -185,16 +308,18 @@ def test_colours_mean_the_same_in_every_picture(tmp_path, monkeypatch):
     image = Image.fromarray(picture(0)[0].astype(np.uint8))
     for level in (0.1, 5.0):
         y = torch.full((8, 8), level)
-        evaluate.draw_map(tmp_path / "a.png", image, None, y, 1.5, "a")
-    assert [y.get_clim() for y in shown[2::3]] == [(0, 3.0)] * 2  # after two photos each
+        evaluate.draw_map(tmp_path / "a.png", image, None, y, KNOWN, "a")
+    low = 0.75 * np.median(KNOWN.good_scores)
+    limits = [y.get_clim() for y in shown[2::3]]  # after two photos each
+    assert limits == [(pytest.approx(low), pytest.approx(3.0 - low))] * 2
 
 
 @pytest.mark.parametrize("title", ["a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100])
 @pytest.mark.parametrize("size", [(48, 40), (9000, 1)])
 def test_any_title_and_a_strip_of_one_row_can_be_drawn(tmp_path, title, size):
     image = Image.new("RGB", size)
-    evaluate.draw_map(tmp_path / "a.png", image, None, torch.ones(8, 8), 1.5, title)
-    evaluate.draw_scores(tmp_path / "b.png", title, np.ones(3), np.array([True] * 3), 1.5)
+    evaluate.draw_map(tmp_path / "a.png", image, None, torch.ones(8, 8), KNOWN, title)
+    evaluate.draw_scores(tmp_path / "b.png", title, np.ones(3), np.array([True] * 3), KNOWN)
     assert Image.open(tmp_path / "a.png").size[0] > 600
 
 
@@ -202,7 +327,8 @@ def test_the_backend_of_the_caller_stays(tmp_path):
     """A notebook goes on showing what it draws itself."""
     script = (
         "import matplotlib; matplotlib.use('svg'); import evaluate, numpy, pathlib, sys;"
-        "a = numpy.ones(3); evaluate.draw_scores(pathlib.Path(sys.argv[1]), 'a', a, a > 0, 1.0);"
+        "a = numpy.ones(3); known = evaluate.calibrate(a);"
+        "evaluate.draw_scores(pathlib.Path(sys.argv[1]), 'a', a, a > 0, known);"
         "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.get_backend() == 'svg'"
     )
     succeeds(shell("-c", script, tmp_path / "a.png"))
@@ -210,7 +336,7 @@ def test_the_backend_of_the_caller_stays(tmp_path):
 
 
 def test_telling_images_are_named_by_what_happened():
-    found = [evaluate.Prediction(s, 0, "defect" if s > 4 else "good") for s in (5, 1, 2, 7, 6)]
+    found = [evaluate.Prediction(s, 0, 0, "defect" if s > 4 else "good") for s in (5, 1, 2, 7, 6)]
     names = evaluate.telling_images(found, np.array([True, True, False, False, True]))
     assert names == {3: "false_positive1_", 1: "miss1_", 4: "hit1_", 0: "hit2_", 2: "good1_"}
 
@@ -222,7 +348,7 @@ def test_a_thin_scratch_is_outlined_in_a_picture_of_a_large_image(tmp_path, monk
     sizes, outlined = [], []
     for mask in (None, union):
         path = tmp_path / f"{mask is None}.png"
-        evaluate.draw_map(path, Image.new("RGB", (600, 400)), mask, torch.zeros(8, 8), 1.5, "a")
+        evaluate.draw_map(path, Image.new("RGB", (600, 400)), mask, torch.zeros(8, 8), KNOWN, "a")
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         sizes.append(pixels.shape)
         outlined.append(((pixels[..., :2].min(2) > 200) & (pixels[..., 2] < 80)).sum())
