@@ -795,7 +795,7 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     """Features (n, d, h, w) float16 of images, original sizes, thumbnails; None of no images.
 
     images: a list of what as_image takes. The features are on the detector's device; thumbnails
-    (n, 3, THUMBNAIL, THUMBNAIL), for groups_of, on the CPU. One pass; report(done) after each
+    (n, 3, THUMBNAIL, THUMBNAIL), for without_copies, on the CPU. One pass; report(done) after each
     batch. Raises InputError naming the image that cannot be read or whose features are not finite.
     """
     out, sizes, thumbnails = None, [], []
@@ -822,12 +822,13 @@ THUMBNAIL = 32  # pixels a side
 COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
 
 
-def groups_of(thumbnails: Tensor) -> Array:
-    """The group (n,) of each image: 0, 1, ... in order; copies of one part share a group.
+def without_copies(thumbnails: Tensor, images: list) -> Array:
+    """Indices of images, one of each part: copies say nothing new, and spoil the good scores.
 
     Two images are copies if the squared distance of their thumbnails, without their means, one of
     them mirrored or not, is at most COPY of the lower quartile of the distances from one of them:
-    files that are there twice, shots of one part, originals and their mirror images.
+    files that are there twice, shots of one part, originals and their mirror images. The first of
+    them is kept; images, paths or names, are for a note on stderr.
     """
     from scipy.sparse import csgraph
 
@@ -840,19 +841,16 @@ def groups_of(thumbnails: Tensor) -> Array:
         if not dims:
             limit = COPY * distance.quantile(0.25, 1) + 1e-6 * squares  # rounding of equal ones
         near |= distance <= limit[:, None]
-    return csgraph.connected_components(near.numpy(), directed=False)[1]
-
-
-def say_copies(name: str, images: list, groups: Array) -> None:
-    """Say so if images are copies of each other, by groups_of."""
-    n, parts = len(groups), len(np.unique(groups))
-    if parts < n:
-        copied = np.flatnonzero(groups == np.bincount(groups).argmax())
+    _, part = csgraph.connected_components(near.numpy(), directed=False)
+    kept = np.sort(np.unique(part, return_index=True)[1])
+    if len(kept) < len(images):
+        copies = [images[k] for k in np.flatnonzero(part == np.bincount(part).argmax())]
         print(
-            f"note: {name}: {n} training images, of about {parts} different parts: copies like "
-            f"{listed([images[k] for k in copied])} do not count for the threshold",
+            f"note: {len(images)} training images, of about {len(kept)} different parts: of copies "
+            f"like {listed(copies)} the first is used",
             file=sys.stderr,
         )
+    return kept
 
 
 class Prediction(NamedTuple):
@@ -950,7 +948,7 @@ class Calibration(NamedTuple):
         if given:
             return f"threshold {self.threshold:.4f}, as given"
         if self.tail is None:
-            return f"no threshold, no verdict: of {n} different good images; give {FEWEST} or more"
+            return f"no threshold, no verdict: of {n} good images; give {FEWEST} or more"
         if self.fpr == 0:
             return f"threshold {self.threshold:.4f}, the highest good training image"
         least = ""
@@ -1377,16 +1375,15 @@ def write_scores(folder: Path, category: Category, scored: Scored) -> None:
         write_csv(folder / "scores.csv", SCORES, rows)
 
 
-TRAIN_SCORES = ("image", "score", "p_value", "p_rank", "part", "leave_out")  # train-scores.csv
+TRAIN_SCORES = ("image", "score", "p_value", "p_rank", "leave_out")  # train-scores.csv
 SHOWN = 12  # suspects in a picture
 
 
 def write_suspects(
     folder: Path,
-    category: Category,
+    images: list[Path],
     maps: Tensor,
     scores: Tensor,
-    groups: Array,
     known: Calibration,
     white_level: float,
 ) -> None:
@@ -1400,25 +1397,25 @@ def write_suspects(
     suspects = known.tail.suspects if known.tail else 0
     least = known.good_scores[-suspects] if suspects else math.inf
     suspects = [j for j in falling if predictions[j].score >= least]
-    shared = Path(os.path.commonpath([path.parent for path in category.train]))
-    names = [path.relative_to(shared).as_posix() for path in category.train]
+    shared = Path(os.path.commonpath([path.parent for path in images]))
+    names = [path.relative_to(shared).as_posix() for path in images]
     rows = []
     for j in falling:
         row = score_row(names[j], "", predictions[j])
-        rows.append(row | {"part": groups[j], "leave_out": "x" * (j in suspects)})
+        rows.append(row | {"leave_out": "x" * (j in suspects)})
     write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
     picture = folder / "suspects.png"
     picture.unlink(missing_ok=True)
     if suspects:
         print(
-            f"{category.name}: {len(suspects)} of {len(names)} good training images stand out "
+            f"{folder.name}: {len(suspects)} of {len(names)} good training images stand out "
             f"({listed([names[j] for j in suspects])}): look at {one_line(picture)}; to train "
             f"without them: --leave-out {one_line(folder / 'train-scores.csv')}",
             file=sys.stderr,
         )
         failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in suspects[:SHOWN]]
         with drawing_may_fail(failed):
-            shown = [read_image(category.train[j], white_level) for j in suspects[:SHOWN]]
+            shown = [read_image(images[j], white_level) for j in suspects[:SHOWN]]
             draw_suspects(picture, shown, maps[suspects[:SHOWN]], known, titles)
         warn_of(failed)
 

@@ -133,27 +133,23 @@ def warm_up_cosine(done: float) -> float:
 
 
 def fit_detector(
-    detector: Detector, features: Tensor, seed=0, groups=None, report=None, save=None, state=None
+    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
 ) -> tuple[Tensor, Tensor]:
     """Fit whitening, field and Gaussians to good features (n, d, h, w); their maps and scores.
 
-    detector.normal_scores, which set the threshold, are scores of good images, so no image may be
-    scored by what has seen it, or a copy of it: groups (n,), of evaluate.groups_of, tells which are
-    copies. Where CROSS_FIT_BELOW images or more have none, only the Gaussians overfit to them, and
+    These scores of good images, detector.normal_scores (n,), set the threshold, so no image may be
+    scored by what has seen it. With CROSS_FIT_BELOW images or more only the Gaussians overfit, and
     leave_one_out corrects that. With fewer the field overfits as well: for each fold all is fitted
-    to the groups of the others (cross-conformal prediction, Vovk 2015), and the first of each group
-    sets the threshold. The detector that is kept is fitted to all images. Without Gaussians and
-    folds, as in PAPER, the scores are in-sample and the threshold is too low.
+    to the other images (cross-conformal prediction, Vovk 2015). The detector that is kept is fitted
+    to all images. Without Gaussians and folds, as in PAPER, the scores are in-sample and the
+    threshold is too low.
 
     report(k, fits, step, steps, loss) and save(k, held_out, field) for fit k of several; state has
     such k, held_out and field, by name.
     """
-    groups = np.arange(len(features)) if groups is None else groups
-    _, first, members = np.unique(groups, return_index=True, return_counts=True)
-    alone = np.flatnonzero(members[groups] == 1)
-    few = 1 < len(members) and len(alone) < CROSS_FIT_BELOW
-    folds = min(detector.recipe.folds, len(members)) if few else 0
-    fold = torch.from_numpy(groups % max(folds, 1))
+    n = len(features)
+    folds = min(detector.recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
+    fold = torch.arange(n) % max(folds, 1)
     begun = state or {"k": 0, "held_out": [], "field": None}
     held_out = list(begun["held_out"])  # (maps, scores) of each fold
     for k in range(begun["k"], folds + 1):
@@ -166,12 +162,11 @@ def fit_detector(
         if k < folds:
             held_out.append(detector.score(features[fold == k]))
     if folds:
-        place = torch.cat([torch.nonzero(fold == k)[:, 0] for k in range(folds)]).argsort()
+        place = fold.argsort(stable=True).argsort()
         found = tuple(torch.cat(part)[place] for part in zip(*held_out, strict=True))
-    maps, scores = (part.cpu() for part in found)
-    chosen = alone if len(alone) >= CROSS_FIT_BELOW else first
-    detector.normal_scores = scores[chosen].to(detector.device)
-    return maps, scores
+    maps, scores = found
+    detector.normal_scores = scores.to(detector.device)
+    return maps.cpu(), scores.cpu()
 
 
 def fit(
@@ -179,9 +174,9 @@ def fit(
 ) -> Detector:
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
-    detector.train_scores (n,) are the leave-one-out scores of the images, in their order. images: a
-    list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
-    in a package; device: as --device; settings: of wtflow.Recipe. Raises InputError.
+    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
+    in a package; device: as --device; settings: of wtflow.Recipe. detector.normal_scores (n,) are
+    leave-one-out scores of the images, in order, without copies. Raises InputError.
 
         detector = train.fit(images, steps=200)
         evaluate.save_model("model.pt", detector)
@@ -197,9 +192,8 @@ def fit(
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
     features, _, thumbnails = evaluate.extract(detector, images)
-    groups = evaluate.groups_of(thumbnails)
-    evaluate.say_copies("images", [f"images[{k}]" for k in range(len(images))], groups)
-    _, detector.train_scores = fit_detector(detector, features, seed, groups)
+    kept = evaluate.without_copies(thumbnails, [f"images[{k}]" for k in range(len(images))])
+    fit_detector(detector, features[kept], seed)
     return detector
 
 
@@ -236,8 +230,8 @@ def run_category(
     test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))
     good, _, thumbnails = evaluate.extract(detector, category.train, report)
-    groups = evaluate.groups_of(thumbnails)
-    evaluate.say_copies(category.name, category.train, groups)
+    kept = evaluate.without_copies(thumbnails, category.train)
+    kept_paths, good = [category.train[k] for k in kept], good[kept]
 
     # Training
     def report_step(k, fits, step, steps, loss):
@@ -247,9 +241,9 @@ def run_category(
         about = {"signature": begun, "seconds": time.monotonic() - began}
         evaluate.save_checkpoint(state_file, recipe, k=k, held_out=held_out, field=field, **about)
 
-    trained = fit_detector(detector, good, seed, groups, report_step, save, state)
+    trained = fit_detector(detector, good, seed, report_step, save, state)
     known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-    evaluate.write_suspects(folder, category, *trained, groups, known, white_level)
+    evaluate.write_suspects(folder, kept_paths, *trained, known, white_level)
 
     # Evaluation
     scored = evaluate.score_category(detector, category, test, known)

@@ -6,6 +6,7 @@
     python -m tests.benchmark rho --data D [D ..]      worst transport of any rho, rFM, OT-CFM
     python -m tests.benchmark ablation --data D [D ..] what each setting of the recipe is worth
     python -m tests.benchmark few --data D [D ..]      what fewer training images do
+    python -m tests.benchmark spoiled --data D [D ..]  what defects among the training images do
 
 Metrics are image AUROC / pixel AUROC / AUPRO in percent, mean +- standard deviation over --seeds;
 fpr and recall are those at the threshold for 1 % false positives. Features are extracted once;
@@ -87,7 +88,7 @@ def in_place_of(recipe, sample):
     return replace(recipe, **{name: getattr(sample.recipe, name) for name in FEATURES})
 
 
-def timed(sample, fit, seed, how="tail"):
+def timed(sample, fit, seed):
     """The row of a method: fit(sample, seed) -> (score, tensors[, scores of good images]).
 
     score: features -> maps (n, h, w) and image scores (n,). fpr and recall need scores of good
@@ -98,12 +99,18 @@ def timed(sample, fit, seed, how="tail"):
     fitted = time.perf_counter()
     maps, scores = (y.cpu() for y in score(sample.test))
     done = time.perf_counter()
-    known = evaluate.calibrate((good[0].cpu() if good else scores).numpy(), how=how)
+    row = measured(sample, maps, scores, good[0].cpu() if good else None)
+    row |= {"train_s": fitted - began, "mib": mib(kept)}
+    return row | {"ms_per_image": 1000 * (done - fitted) / len(sample.test)}
+
+
+def measured(sample, maps, scores, good, how="tail"):
+    """METRICS of the test images of a sample; fpr and recall too, if there are good scores."""
+    known = evaluate.calibrate(scores.numpy() if good is None else good.numpy(), how=how)
     scored = evaluate.Scored(maps, evaluate.classify(scores.numpy(), known), known)
     row, _ = evaluate.measure(sample.category, scored, sample.sizes)
-    names = (*METRICS, "fpr", "recall") if good else METRICS
-    row = {name: row[name] for name in names} | {"train_s": fitted - began, "mib": mib(kept)}
-    return row | {"ms_per_image": 1000 * (done - fitted) / len(sample.test)}
+    names = METRICS if good is None else (*METRICS, "fpr", "recall")
+    return {name: row[name] for name in names}
 
 
 def fit_flow(sample, seed, recipe=None):
@@ -450,6 +457,60 @@ def few(args):
         evaluate.print_table(COLUMNS, table_of(category, table))
 
 
+SPOILED = (0, 1, 5, 10)  # percent of the training images that are defective
+
+
+def spoiled(args):
+    """Print what defective images among the training images do: found by rank and by the tail, and
+    after those that stand out are left out; "marked" is the share of them that stands out.
+
+    They are moved there from the test images, drawn at random. Scores of the last row are those of
+    a detector that is trained anew.
+    """
+    columns = ("category", "method", *METRICS, "fpr", "recall", "marked", "good_marked")
+    for category in categories_in(args.data):
+        sample = read_sample(category, Recipe(), args.device)
+        named = {}
+        for share in SPOILED:
+            for seed in args.seeds:
+                for name, row in rows_of_spoiled(sample, share, seed).items():
+                    named.setdefault(f"{share} % spoiled, {name}", []).append(row)
+        rows = [
+            {**dict.fromkeys(columns), "category": category.name, "method": name}
+            | mean_and_spread(rows)
+            for name, rows in named.items()
+        ]
+        evaluate.print_table(columns, rows)
+
+
+def rows_of_spoiled(sample, share, seed):
+    """{"rank", "tail", "left out": metrics} of a Sample with `share` percent of defects added."""
+    generator = torch.Generator().manual_seed(seed)
+    items, n = sample.category.test, len(sample.train)
+    bad = torch.tensor([j for j, item in enumerate(items) if item.kind != "good"])
+    moved = bad[torch.randperm(len(bad), generator=generator)][: round(share / (100 - share) * n)]
+    kept = [j for j in range(len(items)) if j not in moved]
+    category = sample.category._replace(test=[items[j] for j in kept])
+    sizes = [sample.sizes[j] for j in kept]
+    good = torch.cat([sample.train, sample.test[moved]])
+    order = torch.randperm(len(good), generator=generator)  # folds take images in turn
+    own = sample._replace(category=category, train=good[order], test=sample.test[kept], sizes=sizes)
+    detector = Detector(own.recipe).to(good.device)
+    train.fit_detector(detector, own.train, seed)
+    scores = detector.normal_scores.cpu().numpy()
+    suspects = evaluate.fit_tail(scores).suspects
+    marked = np.isin(np.arange(len(scores)), np.argsort(scores)[len(scores) - suspects :])
+    is_bad = order.numpy() >= n
+    of_bad = {"marked": 100 * marked[is_bad].mean() if share else None}
+    found, good = detector.score(own.test), detector.normal_scores.cpu()
+    rows = {"rank": measured(own, *found, good, "rank"), "tail": measured(own, *found, good)}
+    rows["tail"] |= of_bad | {"good_marked": 100 * marked[~is_bad].mean()}
+    if suspects:
+        train.fit_detector(detector, own.train[~torch.from_numpy(marked)], seed)
+    found, good = detector.score(own.test), detector.normal_scores.cpu()
+    return rows | {"left out": measured(own, *found, good)}
+
+
 # ---- 4. Speed ------------------------------------------------------------------------------------
 def milliseconds(f, device, repeats=15):
     """Median and interquartile range of f() in ms, after three warm-up calls."""
@@ -672,7 +733,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     commands = {"speed": speed, "memory": memory, "compare": compare}
-    commands |= {"rho": rho, "ablation": ablation, "few": few}
+    commands |= {"rho": rho, "ablation": ablation, "few": few, "spoiled": spoiled}
     add("what", choices=commands)
     add("--data", nargs="+", default=[], metavar="DIR", help="data sets or categories")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")

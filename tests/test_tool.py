@@ -79,7 +79,7 @@ def test_defects_among_the_good_scores_stand_out_and_do_not_move_the_threshold()
 @pytest.mark.parametrize("n", [1, 2])
 def test_one_or_two_good_images_have_no_threshold(n):
     known = evaluate.calibrate(np.ones(n))
-    assert known.text().startswith(f"no threshold, no verdict: of {n} different good images")
+    assert known.text().startswith(f"no threshold, no verdict: of {n} good images")
     found = evaluate.classify([0.5, 9.0], known)
     assert {p.verdict for p in found} == {"none"} and np.isnan([p[1:3] for p in found]).all()
     row = evaluate.score_row("a", "b", found[0])
@@ -98,29 +98,34 @@ def thumbnails(n, seed=0):
     return 255 * torch.rand(n, 3, 32, 32, generator=generator)
 
 
-def test_copies_share_a_group():
+def test_copies_are_left_out(capsys):
     """Equal, noisy, brighter and mirrored ones, and no others; a second kind of part is no copy."""
     x = thumbnails(8)
     other = 0.1 * thumbnails(8, 1) + torch.linspace(0, 255, 32)
     noise = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(2))
     copies = [x[:1], x[1:2] + 2 * noise, x[2:3] + 9, x[3:4].flip(2), x[4:5].flip(2, 3)]
-    groups = evaluate.groups_of(torch.cat([x, other, *copies]))
-    assert groups.tolist() == [*range(16), 0, 1, 2, 3, 4]
-    assert evaluate.groups_of(x[:1].expand(5, -1, -1, -1)).tolist() == [0] * 5
-    assert evaluate.groups_of(x[:1]).tolist() == [0]
+    every = torch.cat([x, other, *copies])
+    names = [f"{k}.png" for k in range(len(every))]
+    assert evaluate.without_copies(every, names).tolist() == [*range(16)]
+    assert "21 training images, of about 16 different parts: of copies like 0.png, 16.png the" in (
+        capsys.readouterr().err
+    )
+    assert evaluate.without_copies(x[:1].expand(5, -1, -1, -1), names[:5]).tolist() == [0]
+    capsys.readouterr()
+    assert evaluate.without_copies(x[:1], names[:1]).tolist() == [0]
+    assert evaluate.without_copies(x, names[:8]).tolist() == [*range(8)]
+    assert not capsys.readouterr().err
 
 
-def test_copies_do_not_lower_the_threshold(tmp_path, capsys):
-    """Each of 12 images four times: the threshold is about that of the 12, and this is said."""
+def test_copies_do_not_lower_the_threshold(capsys):
+    """Each of 12 images four times: the detector is that of the 12, and this is said."""
     images = [picture(k)[0].astype(np.uint8) for k in range(12)]
     settings = dict(steps=30, image_size=64, width=16, batch=64)
     detector = train.fit(images, **settings)
     assert not capsys.readouterr().err
     copied = train.fit([image for image in images for _ in range(4)], **settings)
-    assert "images: 48 training images, of about 12 different parts" in capsys.readouterr().err
-    one, other = (d.normal_scores.numpy() for d in (detector, copied))
-    assert len(one) == len(other) == 12 and len(copied.train_scores) == 48
-    assert evaluate.threshold_of(other) > 0.9 * evaluate.threshold_of(one)
+    assert "48 training images, of about 12 different parts" in capsys.readouterr().err
+    assert torch.equal(copied.normal_scores, detector.normal_scores)
 
 
 def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_path):
@@ -195,6 +200,44 @@ def test_too_few_good_images_for_a_rate_say_which_is_attainable():
     assert "attainable" not in evaluate.calibrate(np.ones(49)).text()
     text = evaluate.calibrate(np.ones(49), how="rank").text()
     assert "(by rank among 49: the lowest attainable rate is 2 %)" in text
+
+
+def test_thresholds_are_chosen_and_tabled(data, model, tmp_path):
+    """By tail, rank or number; the table says what each rate flags."""
+    image = ("--image", data / "bolt/test/dent", "--out", tmp_path / "a.csv")
+    for how, words in (("tail", "of 1 %"), ("rank", "by rank among 6"), (0.01, "0.0100, as given")):
+        result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", how))
+        assert words in result.stdout.splitlines()[0]
+    assert {row["verdict"] for row in read_table(tmp_path / "a.csv")} == {"defect"}
+    lines = succeeds(run("evaluate.py", "--model", model)).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["0.1", "0.5", "1", "5"]
+    known = evaluate.calibration_of(evaluate.load_model(model), 1, "tail")
+    assert lines[4].split()[:3] == ["1", f"{known.threshold:.4f}", "10"]
+    detector = evaluate.load_model(model)
+    path = data / "bolt/test/dent/000.png"
+    assert evaluate.score(detector, path, threshold=1e-3).verdict == "defect"
+    with pytest.raises(InputError, match="--threshold best: give tail, rank or a score"):
+        evaluate.score(detector, path, threshold="best")
+
+
+def test_the_table_of_thresholds_counts_test_images(capsys):
+    known = evaluate.calibrate(gumbel_in_log(200))
+    scores = known.tail.threshold(0.01) + np.array([-0.01, 0.01, -0.01, 0.01, 0.01, 0.01])
+    evaluate.print_thresholds(known, scores, ["good"] * 2 + ["dent"] * 4)
+    row = capsys.readouterr().out.splitlines()[3].split()
+    assert row == ["1", f"{known.threshold:.4f}", "10", "50.00", "75.00"]
+
+
+def test_each_kind_of_defect_has_a_row(tmp_path):
+    """Kind a is found, kind b is missed and looks like a good image."""
+    items = [evaluate.Item(Path(f"{k}.png"), kind, ()) for k, kind in enumerate("ab")]
+    items += [evaluate.Item(Path(f"{k}.png"), "good", ()) for k in (2, 3)]
+    category = evaluate.Category("part", "MVTec AD", [Path("t.png")], items, None)
+    found = evaluate.classify([9.0, 1.3, 1.2, 1.4], evaluate.calibrate(gumbel_in_log(50)))
+    rows = evaluate.measure_kinds(category, found)
+    assert [row["category"] for row in rows] == ["part/a", "part/b"]
+    assert [row["image_auroc"] for row in rows] == [100, 50]
+    assert [row["recall"] for row in rows] == [100, 0] and rows[0]["test_images"] == 1
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -490,6 +533,9 @@ WIDE = "wide_resnet50_2"
         ("evaluate.py", ("--run", ".", "--model", "x.pt"), ("give --run and --data",)),
         ("train.py", ("--fpr", 100), ("--fpr 100",)),
         ("train.py", ("--fpr", "nan"), ("--fpr nan",)),
+        ("train.py", ("--threshold", "best"), ("--threshold best", "tail, rank")),
+        ("train.py", ("--threshold", "nan"), ("--threshold nan", "tail, rank")),
+        ("evaluate.py", ("--model", "x.pt", "--data", "."), ("--run and --data",)),
         ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "no such file")),
         ("evaluate.py", ("--model", ".", "--image", "."), ("a folder", "model.pt")),

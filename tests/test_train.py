@@ -1,6 +1,5 @@
 """train.py: the training loop, cross-fitting, resuming to the last bit, the Python API."""
 
-import numpy as np
 import pytest
 import torch
 from test_wtflow import RELEASED, Detector, gaussian, tiny
@@ -108,18 +107,9 @@ def test_no_image_is_scored_by_what_has_seen_it(monkeypatch):
     assert detector.normal_scores.tolist() == [3, 7, 5, 9, 7]  # 3 calls of fold 0, 6 of fold 1
     assert scores.tolist() == [3, 7, 5, 9, 7] and maps[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
     seen.clear()
-    _, scores = train.fit_detector(detector, few, groups=np.array([0, 0, 1, 2, 2]))
-    assert seen[:6] == [{2}] * 3 + [{0, 1, 3, 4}] * 3  # groups 0 and 2 in a fold, 1 in the other
-    assert scores.tolist() == [3, 4, 8, 6, 7] and detector.normal_scores.tolist() == [3, 8, 6]
-    seen.clear()
     many = torch.arange(100.0).view(100, 1, 1, 1).expand(100, 152, 2, 2)
     train.fit_detector(detector, many)
     assert len(seen) == 3 and detector.normal_scores.tolist() == [100.0 + k for k in range(100)]
-    seen.clear()
-    more = torch.arange(102.0).view(102, 1, 1, 1).expand(102, 152, 2, 2)
-    train.fit_detector(detector, more, groups=np.arange(102) - (np.arange(102) == 101))
-    assert len(seen) == 3  # leave-one-out scores of the 100 that have no copy
-    assert detector.normal_scores.tolist() == [100.0 + k for k in range(100)]
 
 
 def test_few_images_have_scores_no_lower_than_new_ones_have():
