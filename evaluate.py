@@ -909,9 +909,9 @@ def fit_tail(good_scores: Array) -> Tail:
     x = np.sort(log_of(np.asarray(good_scores, float)))
     n = len(x)
     first = Tail(*central_line(x), 0)
-    half = n // 2  # of a set with more defects nothing is known
-    expected = n * first.p_value(np.exp(x[::-1][:half]))
-    as_many = gammainc(np.arange(1, half + 1), expected)  # P(Poisson(expected) >= k)
+    most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
+    expected = n * first.p_value(np.exp(x[::-1][:most]))
+    as_many = gammainc(np.arange(1, most + 1), expected)  # P(Poisson(expected) >= k)
     rare = np.flatnonzero(as_many < STANDS_OUT)
     suspects = int(rare[-1]) + 1 if len(rare) else 0
     return Tail(*central_line(x[: n - suspects]), suspects)
@@ -948,7 +948,7 @@ class Calibration(NamedTuple):
         if given:
             return f"threshold {self.threshold:.4f}, as given"
         if self.tail is None:
-            return f"no threshold, no verdict: of {n} good images; give {FEWEST} or more"
+            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
         if self.fpr == 0:
             return f"threshold {self.threshold:.4f}, the highest good training image"
         least = ""
@@ -1094,7 +1094,9 @@ def auroc_ap(positive: Array, negative: Array) -> tuple:
 
 
 def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
-    """False positive rate and recall in percent, None where there is no image to count."""
+    """False positive rate and recall in percent, None without an image or without a verdict."""
+    if any(p.verdict == "none" for p in predictions):
+        return {"fpr": None, "recall": None}
     flagged = np.array([p.verdict == "defect" for p in predictions], bool)
     good = np.array([kind == "good" for kind in kinds], bool)
     parts = {"fpr": flagged[good], "recall": flagged[~good]}
@@ -1648,16 +1650,14 @@ def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibr
     if tail is not None:
         expected = -len(good) * np.diff(tail.p_value(edges))
         train.plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
+        rates = ", ".join(f"{rate:g}" for rate in RATES[::-1])
         for rate in RATES:
-            at = tail.threshold(rate / 100)
-            if edges[0] < at < end:
-                train.axvline(at, color="0.5", linewidth=0.8, linestyle=":")
-                train.annotate(f"{rate:g} %", (at, 1), xycoords=("data", "axes fraction"),
-                               fontsize=7, rotation=90, ha="right", va="top")  # fmt: skip
+            label = f"{rates} %" if rate == RATES[0] else None
+            train.axvline(tail.threshold(rate / 100), color="0.4", linestyle=":", label=label)
     for axis in filter(None, (test, train)):
         if not math.isnan(known.threshold):
             axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
-        axis.set(ylabel="images")
+        axis.set(ylabel="images", xlim=(edges[0], end))
         axis.legend(fontsize=8)
     above = ", the last bar: and above" if every.max() > end else ""
     train.set(xlabel=f"image score{above}")
@@ -1902,7 +1902,8 @@ def score_category(
     for item, prediction in zip(category.test, predictions, strict=True):
         kind = "good" if item.kind == "good" else "defective"
         counts[kind].append(prediction.verdict == "defect")
-    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v]
+    some = not math.isnan(known.threshold)
+    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v and some]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     print(f"{category.name}: {known.text()}{of_test}", flush=True)
     print_thresholds(known, scores.numpy(), [item.kind for item in category.test])

@@ -79,9 +79,10 @@ def test_defects_among_the_good_scores_stand_out_and_do_not_move_the_threshold()
 @pytest.mark.parametrize("n", [1, 2])
 def test_one_or_two_good_images_have_no_threshold(n):
     known = evaluate.calibrate(np.ones(n))
-    assert known.text().startswith(f"no threshold, no verdict: of {n} good images")
+    assert known.text() == f"no threshold and no verdict: good images: {n}, give 3 or more"
     found = evaluate.classify([0.5, 9.0], known)
     assert {p.verdict for p in found} == {"none"} and np.isnan([p[1:3] for p in found]).all()
+    assert evaluate.rates(["good", "dent"], found) == {"fpr": None, "recall": None}
     row = evaluate.score_row("a", "b", found[0])
     assert row["p_value"] == row["p_rank"] == "" and row["score"] == "0.5"
     given = evaluate.classify([0.5, 9.0], evaluate.calibrate(np.ones(n), how=2.0))
