@@ -10,6 +10,7 @@ from PIL import Image
 from theory import (
     concentration,
     draw,
+    extremes,
     learned_field,
     local_transport,
     singularity,
@@ -17,7 +18,14 @@ from theory import (
     worst_transport,
 )
 
-CLAIMS = (singularity, concentration, worst_transport, local_transport, unconditional_field)
+CLAIMS = (
+    singularity,
+    concentration,
+    worst_transport,
+    local_transport,
+    unconditional_field,
+    extremes,
+)
 
 
 def line(row):

@@ -20,6 +20,18 @@ from theory.concentration import (
     shell,
     turning,
 )
+from theory.extremes import (
+    at_infinity,
+    by_rank,
+    coverage,
+    frechet_in_score,
+    good_sets,
+    in_score,
+    one_line,
+    rank_rates,
+    tail_line,
+)
+from theory.extremes import variance as variance_of_line
 from theory.learned_field import EARLY, EDGES, MODES, RADIUS, D, exact_auroc, initial_radius
 from theory.local_transport import (
     early_field,
@@ -97,6 +109,7 @@ def figures(errors, results):
         "fields": fields_figure(),
         "local_transport": local_transport_figure(),
         "unconditional_field": unconditional_field_figure(),
+        "extremes": extremes_figure(),
         "learned_field": learned_field_figure(errors, results),
     }
 
@@ -590,6 +603,70 @@ def early_slope(x, t, s, rho):
     """The first component of (u_t(x) - u_0(x)) / t for N(0, s^2 I), x (d,)."""
     u = early_field(x, t, lambda y: -(y**2).sum(1) / (2 * s**2), rho)
     return (u - initial_field(x[None], rho)[0])[0] / t
+
+
+# ---- E: extremes.py ---------------------------------------------------------------------------
+def extremes_figure():
+    """Share of good images above the 1 % threshold: by their number, and by defects among them."""
+    generator = torch.Generator().manual_seed(0)
+    figure, (number, defects) = panels(1, 2, 5.2, 3.6)
+    share_by_number(number, generator)
+    share_by_defects(defects, generator)
+    for axis in figure.axes:
+        axis.axhline(1, color="0.5", ls=":")
+        axis.set(yscale="log", ylabel="good images above the threshold, %")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        legend(axis, loc="upper right")
+    return figure
+
+
+def share_by_number(axis, generator):
+    """E2, E3, E4: the line in log M and in M, and the rank, where no defect is among them."""
+    n = np.arange(25, 1001)
+    sizes = np.array([25, 50, 100, 200, 400, 1000])
+    error = 1 + variance_of_line() / (2 * n)
+    rank = np.array([rank_rates(k)[0] for k in n])
+    for nu, threshold, line, colour, name in (
+        (np.inf, one_line, at_infinity(one_line) * error, BLUE, "light tail, line in $\\log M$"),
+        (3, one_line, at_infinity(one_line, nu=3) * error, COLOURS[1], "$t_3$, line in $\\log M$"),
+        (np.inf, by_rank, rank, COLOURS[2], "rank"),
+    ):
+        axis.plot(n, 100 * line, color=colour)
+        dots(axis, sizes, measured_shares(threshold, sizes, generator, nu), colour, name)
+    shares = measured_shares(in_score, sizes, generator, 3)
+    axis.plot(sizes, shares, "s", ms=4, color=RED, label="$t_3$, line in $M$; dashed: limit")
+    axis.axhline(100 * frechet_in_score(3), color=RED, ls="--")
+    axis.set(
+        xscale="log",
+        ylim=(0.4, 12),
+        xlabel="good training images",
+        title="E2, E3, E4: dots: simulated; lines: to first order",
+    )
+
+
+def measured_shares(threshold, sizes, generator, nu):
+    """Percent of new good images above the threshold of each number of good images."""
+    return [100 * coverage(threshold, good_sets(400, n, generator, nu), nu)[0] for n in sizes]
+
+
+def share_by_defects(axis, generator):
+    """E3, E4: defects, of scores 1 + Exp(0.5) times as high, are taken for good images."""
+    shares = np.linspace(0, 0.2, 9)
+    for name, threshold, good, style, colour in (
+        ("without suspects, 100 images", tail_line, 100, "o-", BLUE),
+        ("without suspects, 1000 images", tail_line, 1000, "o--", BLUE),
+        ("one line, 100 images", one_line, 100, "o-", COLOURS[1]),
+        ("rank, 1000 images", by_rank, 1000, "o--", COLOURS[2]),
+    ):
+        sets = [good_sets(100, good, generator, share=share) for share in shares]
+        above = [100 * coverage(threshold, scores)[0] for scores in sets]
+        axis.plot(100 * shares, above, style, ms=4, color=colour, label=name)
+    axis.set(
+        ylim=(0.01, 30),
+        xlabel="defects among the training images, %",
+        title="E3, E4: light tail; lines join estimates",
+    )
 
 
 # ---- learned_field.py -------------------------------------------------------------------------
