@@ -44,6 +44,8 @@ import wtflow
 from wtflow import InputError
 
 Array = np.ndarray
+if hasattr(os, "register_at_fork"):  # a forked child has none of the threads that torch counts on
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads, writes nothing -----------------
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".split())
@@ -259,11 +261,17 @@ def say_unread(name: str, files: list[Path]) -> None:
 
 # Layouts
 def read_mvtec(root: Path, train: Path, test: Path) -> Category:
-    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png."""
-    truth = next(filter(None, (child(root, name) for name in TRUTH)), None)
+    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
+
+    MVTec AD 2: test_public/<defect>, and the folder of masks in test_public.
+    """
+    places = (child(place, name) for place in (root, test) for name in TRUTH)
+    truth = next(filter(None, places), None)
     good = [path for folder in folders_in(train) if is_good(folder) for path in good_images(folder)]
     items = []
     for folder in folders_in(test):
+        if folder == truth:
+            continue
         if is_good(folder):
             items += [Item(path, "good", ()) for path in good_images(folder)]
         else:
@@ -367,6 +375,7 @@ def read_category(root: Path) -> Category | None:
     if (root / "train/good/rgb").is_dir():
         return read_mvtec_3d(root)
     train, test = (child(root, name) or root / name for name in ("train", "test"))
+    test = child(root, "test_public") or test  # of MVTec AD 2
     if not any(is_good(folder) for folder in folders_in(train)):
         if images_in(train):
             return read_kolektor(root, train, test)
@@ -474,7 +483,8 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
         raise InputError(f"--leave-out {file}: cannot be read ({e.strerror})") from None
     if lines and lines[0].startswith("image,"):
         rows = list(csv.DictReader(lines))
-        lines = [row["image"] for row in rows if (row.get("leave_out") or "").strip()]
+        marked = [row for row in rows if (row.get("leave_out") or "").strip()]
+        lines = [unquoted(row["image"]) for row in marked]
     names = [line for line in lines if line]
     every, dropped = [path for category in categories for path in category.train], set()
     for name in names:
@@ -860,6 +870,7 @@ class Prediction(NamedTuple):
     p_value: float  # how rarely a good image scores as high, by the fitted tail
     p_rank: float  # the same by rank among the good training images
     verdict: str  # "defect", "good" or "none"
+    threshold: float = math.nan  # map > threshold is where the image is called defective
     map: Array | None = None  # (H, W) at the image's own size, in the units of the score
 
 
@@ -1008,17 +1019,48 @@ def classify(scores: Array, known: Calibration) -> list[Prediction]:
     verdicts = np.where(scores > known.threshold, "defect", "good")
     if math.isnan(known.threshold):
         verdicts = np.full(len(scores), "none")
-    return [
-        Prediction(*of_one)
-        for of_one in zip(
-            scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist(), strict=True
-        )
-    ]
+    columns = (scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist())
+    return [Prediction(*row, known.threshold) for row in zip(*columns, strict=True)]
 
 
 def at_size(y: Tensor, size: tuple) -> Array:
     """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
     return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
+
+
+def make_of(images: list, sizes: list[tuple], thumbnails: Tensor) -> dict:
+    """What training images have in common: range of sides and aspects; grey, JPEG: all, none, None.
+
+    images, sizes (H, W) and thumbnails are those of extract.
+    """
+    sides = [math.sqrt(h * w) for h, w in sizes]
+    aspects = [h / w for h, w in sizes]
+    grey = (thumbnails.amax(1) - thumbnails.amin(1)).flatten(1).amax(1) < 1
+    paths = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
+    jpeg = [path.suffix.lower() in (".jpg", ".jpeg", ".jfif") for path in paths]
+    make = {"side": (min(sides), max(sides)), "aspect": (min(aspects), max(aspects))}
+    for name, values in (("grey", grey.tolist()), ("JPEG", jpeg)):
+        make[name] = values[0] if len({*values}) == 1 else None
+    return make
+
+
+def say_another_make(make: dict, images: list, sizes: list[tuple], thumbnails: Tensor) -> None:
+    """Name the first image that is not like those of training: its score may not compare."""
+    slack = {"side": 1.5, "aspect": 1.1}
+    for k, image in enumerate(images):
+        own = make_of([image], sizes[k : k + 1], thumbnails[k : k + 1])
+        for name, had in make.items():
+            what = name
+            if name in slack and had[0] / slack[name] <= own[name][0] <= had[1] * slack[name]:
+                continue
+            if name in slack:
+                what = f"{name} {own[name][0]:.3g}, there {had[0]:.3g} to {had[1]:.3g}"
+            elif None in (had, own[name]) or own[name] == had:
+                continue
+            label = image if isinstance(image, (str, os.PathLike)) else "an image"
+            which = what if name in slack or own[name] else f"not {name}"
+            say_once(f"{label}: unlike the training images ({which}): its score may not compare",
+                     about=("make", name))  # fmt: skip
 
 
 def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
@@ -1027,7 +1069,8 @@ def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> C
 
 def predict(detector: wtflow.Detector, images: list, known: Calibration) -> list[tuple]:
     """[(Prediction, map (h, w), size (H, W))] of a list of images, all in memory together."""
-    features, sizes, _ = extract(detector, images)
+    features, sizes, thumbnails = extract(detector, images)
+    say_another_make(detector.make, images, sizes, thumbnails)
     maps, scores = detector.score(features)
     return list(zip(classify(scores.numpy(), known), maps, sizes, strict=True))
 
@@ -1043,7 +1086,7 @@ def score(
 
         detector = evaluate.load_model("runs/parts/screw/model.pt")
         result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
-        result.score, result.p_value, result.verdict, result.map
+        result.score, result.p_value, result.verdict, result.map > result.threshold
     """
     if not isinstance(detector, wtflow.Detector):
         kind = type(detector).__name__
@@ -1302,15 +1345,18 @@ def write_whole(path: Path, write: Callable) -> None:
         raise InputError(f"{path}: cannot be written ({e}): {remedy}") from None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
+def hold(file: Any) -> None:
+    """Lock an open file until it is closed. Raises OSError if another process holds it."""
     try:
         import fcntl
     except ImportError:  # not on this platform: two runs are told apart by the user
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
         return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
@@ -1320,7 +1366,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except OSError as e:  # held by another, or of a file system without locks
             lock.seek(0)
             raise InputError(
@@ -1334,15 +1380,30 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 # Tables
-def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
-    def write(temporary):
-        # surrogateescape: a name that is not UTF-8 is written as it is on the disk
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-            table = csv.writer(f)
-            table.writerow(columns)
-            table.writerows([cell_text(row[c]) for c in columns] for row in rows)
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a cell that begins so
 
-    write_whole(path, write)
+
+def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
+    """A table for any spreadsheet: see csv_text; a byte order mark where a name is not ASCII."""
+    text = csv_text(columns, rows)
+    encoding = "utf-8" if text.isascii() else "utf-8-sig"
+    # surrogateescape: a name that is not UTF-8 is written as it is on the disk
+    data = text.encode(encoding, errors="surrogateescape")
+    write_whole(path, lambda to: to.write_bytes(data))
+
+
+def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
+    """Lines of a CSV file. Text that a spreadsheet would run as a formula begins with '."""
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    if head:
+        table.writerow(columns)
+    for row in rows:
+        cells = [cell_text(row[c]) for c in columns]
+        text = [isinstance(row[c], str) and cell.startswith(FORMULA)
+                for c, cell in zip(columns, cells, strict=True)]  # fmt: skip
+        table.writerow(["'" * t + cell for t, cell in zip(text, cells, strict=True)])
+    return file.getvalue()
 
 
 SCORES = (
@@ -1364,6 +1425,47 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
     numbers = {name: getattr(found, name) for name in ("score", "p_value", "p_rank")}
     texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
     return row | texts | {"verdict": found.verdict}
+
+
+def unquoted(name: str) -> str:
+    """A name as it was before csv_text."""
+    return name[1:] if name.startswith("'") and name[1:].startswith(FORMULA) else name
+
+
+@contextlib.contextmanager
+def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterator[tuple]:
+    """({name: row} that a table of scores had, add(row)): each row is on disk as it is added.
+
+    Without resume it starts anew; with it, rows of images that had an error are left out. names:
+    of all images to come. Raises InputError if another process writes to it.
+    """
+    if table is None:
+        yield {}, lambda row: None
+        return
+    try:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with open(table, "a+b") as f:
+            hold(f)
+            f.seek(0)
+            text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()  # a last one may be half written
+            had = {unquoted(row["image"]): row for row in csv.DictReader(lines) if row["score"]}
+            f.truncate(0)
+
+            def add(row, head=False):
+                rows = [] if head else [row]
+                f.write(csv_text(SCORES, rows, head).encode("utf-8", "surrogateescape"))
+                f.flush()
+
+            f.write(b"" if "".join(names).isascii() else b"\xef\xbb\xbf")
+            add(None, head=True)
+            for name, row in had.items():
+                add(row | {"image": name})
+            yield had, add
+    except BlockingIOError:
+        raise InputError(f"{table}: another process writes to it: give another --out") from None
+    except OSError as e:
+        raise InputError(f"{table}: cannot be written ({e}): give another --out") from None
 
 
 def write_scores(folder: Path, category: Category, scored: Scored) -> None:
@@ -1428,11 +1530,22 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
     """
     kinds = [kind for row in rows for kind in row["kinds"]]
+    part = of_a_part(folder / "results.csv", [row["category"] for row in rows])
     rows = rows + [mean_row(rows)]
-    write_csv(folder / "results.csv", COLUMNS, rows)
-    write_csv(folder / "metrics.csv", COLUMNS + MORE, rows + kinds)
+    write_csv(folder / f"results{part}.csv", COLUMNS, rows)
+    write_csv(folder / f"metrics{part}.csv", COLUMNS + MORE, rows + kinds)
     defined = tuple(c for c in MORE if any(row[c] is not None for row in rows))
     print_table(COLUMNS + defined, rows)
+
+
+def of_a_part(table: Path, names: list[str]) -> str:
+    """What is added to the name of a table of some of the categories that it has: "-a-b", or ""."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+            had = {row["category"] for row in csv.DictReader(f)} - {"mean"}
+    except (OSError, KeyError):
+        return ""
+    return "" if had <= {*names} else "-" + "-".join(names)[:50]
 
 
 def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
@@ -1458,6 +1571,12 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
     print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
     print_table(COLUMNS, printed)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Plain values, a line each."""
+    text = json.dumps(values, indent=4, ensure_ascii=False)
+    write_whole(path, lambda to: to.write_text(text, "utf-8", errors="surrogateescape"))
 
 
 # Checkpoints
@@ -1498,7 +1617,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    content = {"weights": detector.extractor.digest, **content}
+    content = {"weights": detector.extractor.digest, "make": detector.make, **content}
     save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
 
 
@@ -1508,6 +1627,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
     try:
         detector = wtflow.Detector(state["recipe"], weights=weights)
         detector.load_state_dict(state["model"])
+        detector.make = state["make"]
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
         if state["weights"] != detector.extractor.digest:
@@ -1873,7 +1993,7 @@ def exit_cleanly(main: Callable) -> None:
     except InputError as e:
         message = str(e)
     except KeyboardInterrupt:
-        print("interrupted: train.py goes on with --resume", file=sys.stderr)
+        print("interrupted: --resume goes on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1973,7 +2093,7 @@ def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | 
         table = out if out and out.suffix.lower() == ".csv" else (out or Path(".")) / "scores.csv"
         if table.exists():
             with open(table, "rb") as f:
-                if f.readline().strip() != ",".join(SCORES).encode():
+                if f.readline().strip().decode("utf-8-sig", "replace") != ",".join(SCORES):
                     raise InputError(f"{table}: is no table of scores: give another --out")
         if out is None or table == out:
             return table, [None] * len(paths)
@@ -2008,28 +2128,69 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
     table, places = places_of(image, out, paths)
     known = calibration_of(detector, args.fpr, args.threshold)
     print(known.text(), flush=True)
-    rows, failed, not_drawn = [], 0, []
-    for start in range(0, len(paths), BATCH):
-        part = predict_or_error(detector, paths[start : start + BATCH], known)
-        for path, place, (found, y, _) in zip(paths[start:], places[start:], part, strict=False):
-            name = path.relative_to(root).as_posix()
-            rows.append(score_row(name, name.rpartition("/")[0], found))
-            if isinstance(found, InputError):
-                failed += 1
-                print(f"error: {one_line(found)}", file=sys.stderr)
-                continue
-            print(one_line(f"{name}  {in_words(found)}"), flush=True)
-            if place is not None and args.maps != "none":
-                with drawing_may_fail(not_drawn):
-                    picture = read_image(path, detector.white_level)
-                    draw_map(place, picture, None, y, known, f"{in_words(found)}:  {name}")
+    names = {path: path.relative_to(root).as_posix() for path in paths}
+    failed, flagged, not_drawn = 0, 0, []
+    with growing_table(table, list(names.values()), args.resume) as (had, add):
+        todo = [pair for pair in zip(paths, places, strict=True) if names[pair[0]] not in had]
+        known_paths = [path for path in paths if names[path] in had]
+        if known_paths:
+            refuse_another_model(table, detector, known, known_paths[0], had)
+        for start in range(0, len(todo), BATCH):
+            part = todo[start : start + BATCH]
+            found = predict_or_error(detector, [path for path, _ in part], known)
+            for (path, place), (prediction, y, _) in zip(part, found, strict=True):
+                name = names[path]
+                add(score_row(name, name.rpartition("/")[0], prediction))
+                if isinstance(prediction, InputError):
+                    failed += 1
+                    print(f"error: {one_line(prediction)}", file=sys.stderr)
+                    continue
+                flagged += prediction.verdict == "defect"
+                print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
+                if place is not None and args.maps != "none":
+                    title = f"{in_words(prediction)}:  {name}"
+                    draw_file(place, path, detector.white_level, y, known, title, not_drawn)
     warn_of(not_drawn)
+    if flagged > max(len(todo) / 2, MANY):
+        print(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
+              "compression not those of training?", file=sys.stderr)  # fmt: skip
     if table is not None:  # on stderr: stdout has one line an image
-        write_csv(table, SCORES, rows)
         without = f", {failed} of {len(paths)} images have none" if failed else ""
         print(f"scores: {one_line(table)}{without}", file=sys.stderr)
     if failed:
         sys.exit(2)
+
+
+MANY = 5  # images: fewer may well all be defective
+
+
+def draw_file(
+    place: Path, path: Path, white_level: float, y: Tensor, known: Calibration, title: str, failed
+) -> None:
+    """Draw an image file and its map; add to failed if it cannot be drawn, or is gone by now."""
+    try:
+        image = read_image(path, white_level)
+    except InputError as e:
+        failed.append(str(e))
+        return
+    with drawing_may_fail(failed):
+        draw_map(place, image, None, y, known, title)
+
+
+def refuse_another_model(
+    table: Path, detector: wtflow.Detector, known: Calibration, path: Path, had: dict
+) -> None:
+    """Raises InputError if rows of a table are not of this threshold, or path's of this model."""
+    again, _, _ = predict(detector, [path], known)[0]
+    row = next(row for name, row in had.items() if path.as_posix().endswith(name))
+    same = math.isclose(float(row["score"]), again.score, rel_tol=1e-3)
+    verdicts = classify([float(row["score"]) for row in had.values()], known)
+    pairs = zip(verdicts, had.values(), strict=True)
+    if not same or any(found.verdict != row["verdict"] for found, row in pairs):
+        raise InputError(
+            f"{table}: scores or verdicts are of another model or threshold: give another --out, "
+            "or no --resume"
+        )
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -2074,6 +2235,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
     text = "of an image, its picture FILE.png; of a folder, a table FILE.csv, or a folder for "
     add("--out", metavar="PATH", help=text + "scores.csv and pictures (default: here, no pictures)")
+    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
     add("--export", metavar="FILE.pt2", help="the model as a torch.export program (default: none)")
     args = parser.parse_args(argv)
     check_options(args)

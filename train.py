@@ -191,8 +191,9 @@ def fit(
     images = [evaluate.as_image(image, white_level) for image in images]
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
-    features, _, thumbnails = evaluate.extract(detector, images)
+    features, sizes, thumbnails = evaluate.extract(detector, images)
     kept = evaluate.without_copies(thumbnails, [f"images[{k}]" for k in range(len(images))])
+    detector.make = evaluate.make_of(images, sizes, thumbnails)
     fit_detector(detector, features[kept], seed)
     return detector
 
@@ -229,7 +230,8 @@ def run_category(
     paths = [item.path for item in category.test]
     test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))
-    good, _, thumbnails = evaluate.extract(detector, category.train, report)
+    good, good_sizes, thumbnails = evaluate.extract(detector, category.train, report)
+    detector.make = evaluate.make_of(category.train, good_sizes, thumbnails)
     kept = evaluate.without_copies(thumbnails, category.train)
     kept_paths, good = [category.train[k] for k in kept], good[kept]
 
@@ -256,6 +258,7 @@ def run_category(
     for old in evaluate.maps_of(folder):
         old.unlink()
     about = {"signature": finished, "row": row, "source": source, "left_out": args.left_out}
+    evaluate.write_json(folder / "recipe.json", {**mine, "left_out": args.left_out})
     evaluate.save_model(model_file, detector, **about)
     state_file.unlink(missing_ok=True)
     which = args.maps, args.save_maps

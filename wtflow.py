@@ -124,9 +124,7 @@ PAPER = {
 # Constants: the same in every recipe.
 TOP = 0.03  # [released] share of the pixels whose mean is the released image score
 SHRINKAGE = 0.01  # [ours] of the feature covariance: keeps it invertible
-BLOCK = (
-    2  # [ours] positions on a side that share a covariance: as good as one each, a quarter of it
-)
+BLOCK = 2  # [ours] positions on a side that share a covariance: as good as one each
 PSEUDO_COUNT = 0.75  # [ours] in units of d: isotropic images that a covariance is shrunk by
 PADDING = 0.1  # [ours] standard deviation of log c_l that zero padding of the extractor causes
 
@@ -505,6 +503,7 @@ class Detector(nn.Module):
             h, w = (side // recipe.spacing for side in image_shape(recipe))
             self.gaussian = PositionGaussian(d, h, w)
         self.register_buffer("normal_scores", torch.zeros(0))
+        self.make = {}  # what the training images have in common, for evaluate.say_another_make
         self.register_buffer("_white_level", torch.tensor(float(white_level), dtype=torch.float64))
         self.eval()
 

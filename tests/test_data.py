@@ -632,6 +632,23 @@ def test_damaged_exif_is_named(tmp_path):
     assert refused > 1
 
 
+def test_mvtec_ad_2_is_read(tmp_path):
+    """test_public, with its masks in it; the private parts are said not to be read."""
+    for name in (
+        "train/good/000_regular",
+        "test_public/good/000_regular",
+        "test_private/000_regular",
+    ):
+        save(tmp_path / f"can/{name}.png", picture(0)[0])
+    save(tmp_path / "can/test_public/bad/000_regular.png", picture(1)[0])
+    mask = np.zeros((40, 48), np.uint8)
+    save(tmp_path / "can/test_public/ground_truth/bad/000_regular_mask.png", mask)
+    _, [category] = evaluate.read_dataset(tmp_path)
+    kinds = {item.kind: item.masks for item in category.test}
+    assert kinds["good"] == () and kinds["bad"][0].name == "000_regular_mask.png"
+    assert len(category.test) == 2 and len(category.train) == 1
+
+
 def test_reasons_for_missing_metrics_are_kept_apart():
     items = [evaluate.Item(Path("a.png"), "dent", None), evaluate.Item(Path("b.png"), "hole", ())]
     category = evaluate.Category("c", "MVTec AD", [], items, None)
