@@ -604,17 +604,31 @@ def fault_of(array: Array) -> str:
     return ""
 
 
-def read_resized(value: Any, shape: tuple, white_level: float | None = None) -> tuple:
+def name_of(image: Any) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
+
+
+def read_resized(
+    value: Any, shape: tuple, white_level: float | None = None, ignore: Array | None = None
+) -> tuple:
     """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
 
     Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
     image without contrast: blank, or of a range that is not that of the training images.
+    ignore (H, W): pixels of the original that are painted over with grey.
     """
-    image = as_image(value, white_level, enough=2 * max(shape))
+    image = as_image(value, white_level, enough=2 * max(shape) if ignore is None else 0)
+    if ignore is not None:
+        if image.size != ignore.shape[::-1]:
+            raise InputError(
+                f"{name_of(value)}: is {image.width} x {image.height}, the mask of --ignore "
+                f"{ignore.shape[1]} x {ignore.shape[0]}: give images of its size"
+            )
+        image.paste((127, 127, 127), mask=Image.fromarray(ignore))
     pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
     low, high = pixels.min(), pixels.max()
     if high - low <= FEW_LEVELS:
-        name = value if isinstance(value, (str, os.PathLike)) else "an image"
+        name = name_of(value)
         say_once(
             f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
             f"{white_level or 255:g}; of 16 bits a colour the upper 8): if that is too few, mend "
@@ -624,12 +638,14 @@ def read_resized(value: Any, shape: tuple, white_level: float | None = None) -> 
     return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
 
 
-def batches_of(images: list, shape: tuple, white_level: float | None = None) -> Iterator:
+def batches_of(
+    images: list, shape: tuple, white_level: float | None = None, ignore: Array | None = None
+) -> Iterator:
     """uint8 (B, 3, *shape) and the original sizes [(H, W)] of each BATCH of images, in turn.
 
     The next batch is read while the caller works on one. images: a list of what as_image takes.
     """
-    read = partial(read_resized, shape=shape, white_level=white_level)
+    read = partial(read_resized, shape=shape, white_level=white_level, ignore=ignore)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = pool.map(read, images[:BATCH])
         for start in range(BATCH, len(images) + BATCH, BATCH):
@@ -732,6 +748,16 @@ def mask_values(path: Path) -> Array:
     return values
 
 
+def read_ignored(path: str | None) -> Array | None:
+    """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
+    if path is None:
+        return None
+    ignore = mask_values(Path(path)) != 0
+    if ignore.all() or not ignore.any():
+        raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
+    return ignore
+
+
 def read_mask(path: Path, size: tuple) -> Array:
     """mask_values of a defect's mask. Raises InputError if its image has another size, (H, W).
 
@@ -752,7 +778,9 @@ def read_mask(path: Path, size: tuple) -> Array:
     return values
 
 
-def masks_of(item: Item, size: tuple, saturation: dict | None = None) -> tuple[list, Array]:
+def masks_of(
+    item: Item, size: tuple, saturation: dict | None = None, ignore: Array | None = None
+) -> tuple[list, Array]:
     """Regions [(box, bool (h, w) in it, pixels that saturate it)] and union (H, W) of the masks.
 
     box: the slices of a region's bounding box, so that many small regions take little memory.
@@ -764,7 +792,7 @@ def masks_of(item: Item, size: tuple, saturation: dict | None = None) -> tuple[l
     union, regions = np.zeros(size, bool), []
     for path in item.masks or ():
         values = read_mask(path, size)
-        mask = values != 0
+        mask = values != 0 if ignore is None else (values != 0) & ~ignore
         union |= mask
         if saturation is None:
             labels, _ = ndimage.label(mask, np.ones((3, 3)))
@@ -810,7 +838,7 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     """
     out, sizes, thumbnails = None, [], []
     shape = wtflow.image_shape(detector.recipe)
-    for batch, batch_sizes in batches_of(images, shape, detector.white_level):
+    for batch, batch_sizes in batches_of(images, shape, detector.white_level, detector.ignore):
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
         if bad.any():
@@ -1057,10 +1085,9 @@ def say_another_make(make: dict, images: list, sizes: list[tuple], thumbnails: T
                 what = f"{name} {own[name][0]:.3g}, there {had[0]:.3g} to {had[1]:.3g}"
             elif None in (had, own[name]) or own[name] == had:
                 continue
-            label = image if isinstance(image, (str, os.PathLike)) else "an image"
             which = what if name in slack or own[name] else f"not {name}"
-            say_once(f"{label}: unlike the training images ({which}): its score may not compare",
-                     about=("make", name))  # fmt: skip
+            text = f"unlike the training images ({which}): its score may not compare"
+            say_once(f"{name_of(image)}: {text}", about=("make", name))
 
 
 def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
@@ -1120,6 +1147,7 @@ class Scored(NamedTuple):
     maps: Tensor  # (n, h, w), of any resolution
     predictions: list[Prediction]
     known: Calibration
+    ignore: Array | None = None  # pixels (H, W) without a metric
 
 
 def auroc_ap(positive: Array, negative: Array) -> tuple:
@@ -1169,7 +1197,12 @@ def area_to(x: Array, y: Array, limit: float) -> float:
 
 
 def pixel_metrics(
-    maps: Tensor, items: list, sizes: list, saturation: dict | None = None, limit: float = PRO_LIMIT
+    maps: Tensor,
+    items: list,
+    sizes: list,
+    saturation: dict | None = None,
+    limit: float = PRO_LIMIT,
+    ignore: Array | None = None,
 ) -> tuple:
     """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, h, w), each at its mask's size.
 
@@ -1188,13 +1221,14 @@ def pixel_metrics(
     def counts(scored):
         """Of one image: in each bin, pixels in its mask, others, overlap (3, bins); regions."""
         y, item, size = scored
-        regions, union = masks_of(item, size, saturation)
+        regions, union = masks_of(item, size, saturation, ignore)
         index = np.searchsorted(edges, at_size(y, size), side="right")
         inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
         for box, region, saturates_at in regions:
             hits = np.cumsum(np.bincount(index[box][region], minlength=bins)[::-1])
             overlap += np.minimum(hits / saturates_at, 1)
-        outside = np.bincount(index.ravel(), minlength=bins) - inside
+        rest = ~union if ignore is None else ~(union | ignore)
+        outside = np.bincount(index[rest], minlength=bins)
         return np.stack([inside, outside, overlap]), len(regions)
 
     totals, n_regions = np.zeros((3, bins)), 0
@@ -1230,7 +1264,7 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> tuple[dic
     if 0 < without < bad.sum():
         why.append(f"{without} defective images have no folder of masks: no pixel metrics")
     if len(kinds) and not without:
-        metrics = pixel_metrics(maps, category.test, sizes)
+        metrics = pixel_metrics(maps, category.test, sizes, ignore=scored.ignore)
         row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
         row |= measure_loco(category, maps, scores, sizes)
@@ -1320,7 +1354,7 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 5  # of checkpoints; another one is refused
+FORMAT = 6  # of checkpoints; another one is refused
 
 
 def no_memory(e: Exception) -> bool:
@@ -1617,8 +1651,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    content = {"weights": detector.extractor.digest, "make": detector.make, **content}
-    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **content)
+    ignore = None if detector.ignore is None else torch.from_numpy(detector.ignore)
+    about = {"weights": detector.extractor.digest, "make": detector.make, "ignore": ignore}
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
 
 
 def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
@@ -1628,6 +1663,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
         detector = wtflow.Detector(state["recipe"], weights=weights)
         detector.load_state_dict(state["model"])
         detector.make = state["make"]
+        detector.ignore = None if state["ignore"] is None else state["ignore"].numpy()
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
         if state["weights"] != detector.extractor.digest:
@@ -2027,7 +2063,7 @@ def score_category(
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     print(f"{category.name}: {known.text()}{of_test}", flush=True)
     print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
-    return Scored(maps, predictions, known)
+    return Scored(maps, predictions, known, detector.ignore)
 
 
 def measure_category(category: Category, scored: Scored, sizes: list[tuple]) -> dict:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
@@ -210,7 +211,9 @@ def run_category(
 
     # A finished category is read, one that was begun goes on from its state.
     model_file, state_file, state = folder / "model.pt", folder / "state.pt", None
+    ignore = evaluate.read_ignored(args.ignore)
     mine = signature(category, recipe, seed, args.weights_digest)
+    mine["ignored_pixels"] = 0 if ignore is None else zlib.crc32(ignore.tobytes())
     begun = {**mine, "device": device.type}  # generators of two devices differ
     finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
@@ -227,6 +230,7 @@ def run_category(
     # Features. The test images come first: a broken one stops the run before training.
     white_level = evaluate.white_level_of(category.train)
     detector = Detector(recipe, white_level, args.weights).to(device)
+    detector.ignore = ignore
     paths = [item.path for item in category.test]
     test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))
@@ -459,6 +463,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
     text = "names of training images, one a line, or a train-scores.csv (default: none)"
     add("--leave-out", metavar="FILE", help=text)
+    text = "mask of the images' size; what is white in it is painted over (default: none)"
+    add("--ignore", metavar="FILE", help=text)
     text = "go on from the last whole state in --out (default: anew)"
     add("--resume", action="store_true", help=text)
     args = parser.parse_args(argv)

@@ -504,6 +504,7 @@ class Detector(nn.Module):
             self.gaussian = PositionGaussian(d, h, w)
         self.register_buffer("normal_scores", torch.zeros(0))
         self.make = {}  # what the training images have in common, for evaluate.say_another_make
+        self.ignore = None  # pixels that evaluate.read_resized paints over, bool (H, W)
         self.register_buffer("_white_level", torch.tensor(float(white_level), dtype=torch.float64))
         self.eval()
 

@@ -407,6 +407,46 @@ def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
         assert "unlike the training images" in line and words in line
 
 
+def test_ignored_pixels_count_nowhere(tmp_path):
+    """A clock in a corner: painted over in training and scoring, in no metric; kept in the model."""
+    rng = np.random.default_rng(0)
+
+    def part(k, defect=False):
+        image = np.full((64, 64), 120.0) + rng.normal(0, 2, (64, 64))
+        image[:16, :24] = rng.choice([0, 255], (16, 24))
+        image[40:56, 40:56] += 80 * defect
+        return image
+
+    for k in range(12):
+        save(tmp_path / f"d/part/train/good/{k}.png", part(k))
+    for k in range(4):
+        save(tmp_path / f"d/part/test/good/{k}.png", part(k))
+        save(tmp_path / f"d/part/test/hole/{k}.png", part(k, True))
+        mask = np.zeros((64, 64))
+        mask[40:56, 40:56] = mask[:8, :8] = 255
+        save(tmp_path / f"d/part/ground_truth/hole/{k}_mask.png", mask)
+    ignore = np.zeros((64, 64))
+    ignore[:16, :24] = 255
+    save(tmp_path / "ignore.png", ignore)
+    command = ("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o")
+    command += ("--image-size", 64, "--steps", 30)
+    succeeds(run(*command, "--ignore", tmp_path / "ignore.png"))
+    row = read_table(tmp_path / "o/d/metrics.csv")[0]
+    assert float(row["image_auroc"]) == 100 and float(row["pixel_auroc"]) > 95
+    model = tmp_path / "o/d/part/model.pt"
+    detector = evaluate.load_model(model)
+    assert detector.ignore.sum() == 16 * 24
+    image = part(9).clip(0, 255).astype(np.uint8)
+    other = image.copy()
+    other[:16, :24] = 255 - other[:16, :24]
+    assert evaluate.score(detector, image).score == evaluate.score(detector, other).score
+    with pytest.raises(InputError, match="is 32 x 32, the mask of --ignore 64 x 64"):
+        evaluate.score(detector, image[:32, :32])
+    fails(run(*command, "--resume"), "ignored_pixels")
+    save(tmp_path / "white.png", np.full((64, 64), 255))
+    fails(run(*command, "--ignore", tmp_path / "white.png"), "white.png", "all of one value")
+
+
 def test_a_forked_process_scores_the_same(model, tmp_path):
     """As gunicorn and multiprocessing do: the child has none of the parent's threads."""
     script = (
