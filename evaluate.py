@@ -13,6 +13,7 @@ import csv
 import ctypes
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1952,45 +1954,129 @@ def draw_contact_sheet(folder: Path, names: list[str]) -> None:
     write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
 
 
-CONSTANTS = "wtflow.json"  # file of an exported program: its threshold and size
-AGREES = 1e-3  # of the highest good score: how far an exported program may be from its model
+CONSTANTS = "wtflow.json"  # file in an exported .pt2: its threshold and size
+AGREES = 1e-3  # of the largest value: how far an exported program may be from its model
+READER = '''"""How {name} wants its images. It needs numpy and Pillow alone.
+
+    import onnxruntime
+    from {stem}_read import read
+    session = onnxruntime.InferenceSession("{name}")
+    maps, scores, p_values, defect = session.run(None, {{"images": read("image.png")}})
+"""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def read(path):
+    """Pixels uint8 (1, 3, {height}, {width}) of an image file; several: np.concatenate."""
+    image = Image.open(path)
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"{{path}}: more than 8 bits a colour: this model has seen 8")
+    if image.format == "JPEG":
+        image.draft(None, ({enough}, {enough}))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = image.resize(({width}, {height}), Image.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)[None].copy()
+'''
+
+
+class Program(torch.nn.Module):
+    """Images uint8 (B, 3, H, W) -> maps (B, h, w), scores, p-values (B,), defect (B,) bool."""
+
+    def __init__(self, detector: wtflow.Detector, known: Calibration):
+        super().__init__()
+        self.detector, self.known = detector, known
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        detector, tail = self.detector, self.known.tail
+        x = wtflow.extract_features(detector.extractor, images, detector.recipe)
+        maps, scores = detector._score(x)
+        z = (scores.log() - tail.location) / tail.scale
+        return maps, scores, -torch.expm1(-torch.exp(-z)), scores > self.known.threshold
 
 
 def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
-    """Write a detector as a program of torch.export, if it gives what the detector does on noise.
+    """Write a detector as .pt2 or .onnx, if it gives what the detector does on noise.
 
-    Read without this repository, which the program does not need:
+    Read without this repository, which the program does not need: .onnx as the file says that is
+    written beside it, .pt2 for one image at a time by
 
         files = {"wtflow.json": ""}
         program = torch.export.load("screw.pt2", extra_files=files).module()
         y, score = program(image)                   # uint8 (1, 3, H, W)
         defect = score > json.loads(files["wtflow.json"])["threshold"]
+
+    Raises InputError for another suffix, without a threshold, or if packages for .onnx are missing.
     """
-    if path.suffix != ".pt2":
-        raise InputError(f"--export {path}: give a file that ends in .pt2")
+    if path.suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--export {path}: give a file that ends in .pt2 or .onnx")
+    if known.tail is None or detector.ignore is not None:
+        raise InputError(f"--export {path}: a model without a threshold, or one with --ignore, "
+                         "works here alone: train it otherwise")  # fmt: skip
     height, width = wtflow.image_shape(detector.recipe)
-    constants = {"height": height, "width": width, "white_level": detector.white_level}
-    threshold = None if math.isnan(known.threshold) else known.threshold
-    constants |= {"threshold": threshold, "fpr": known.fpr}
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
-    file = io.BytesIO()
+    size = (2, 3, height, width)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
-        program = torch.export.export(detector, (image,))
-        torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
-        file.seek(0)
-        again = torch.export.load(file).module()
-    pairs = zip(again(image), detector(image), strict=True)
-    difference = max(float((there - here).abs().max()) for there, here in pairs)
-    if not difference <= AGREES * known.good_scores[-1]:  # nor where it is NaN
+        save = export_onnx if path.suffix == ".onnx" else export_pt2
+        data, found = save(path, detector, known, images)
+    pairs = list(zip(found, detector(images), strict=False))
+    difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
+    if not difference <= AGREES:  # nor where it is NaN
         raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
-    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
-    print(
-        f"{one_line(path)}: (1, 3, {height}, {width}) uint8 RGB, resized by the caller (bilinear, "
-        f"antialiased) -> map, score; {known.text()}, in "
-        f"{CONSTANTS}\nlargest difference from the model on noise: {difference:.1e}"
-    )
+    write_whole(path, lambda to: to.write_bytes(data))
+    print(f"{one_line(path)}: uint8 RGB of {width} x {height}, {known.text()}\n"
+          f"largest difference from the model on noise: {difference:.1e}")  # fmt: skip
+
+
+def export_pt2(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
+    """The bytes of a torch.export program of one image, and what it gives for images."""
+    height, width = images.shape[2:]
+    constants = {"height": height, "width": width, "white_level": detector.white_level}
+    constants |= {"threshold": known.threshold, "fpr": known.fpr}
+    file = io.BytesIO()
+    program = torch.export.export(detector, (images[:1],))
+    torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
+    file.seek(0)
+    program = torch.export.load(file).module()
+    found = [program(image) for image in images.split(1)]
+    return file.getvalue(), [torch.cat(part) for part in zip(*found, strict=True)]
+
+
+def export_onnx(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
+    """The bytes of a Program in ONNX, for any number of images, and what it gives for images.
+
+    Writes the file that reads an image for it. White levels other than 255 are refused.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
+    if detector.white_level != 255:
+        raise InputError(f"--export {path}: of images of more than 8 bits: export it as .pt2")
+    file, names = io.BytesIO(), ["maps", "scores", "p_values", "defect"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            Program(detector, known).eval(),
+            (images,),
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes={"images": {0: "batch"}},
+            dynamo=True,
+            verbose=False,
+        )
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    found = [torch.from_numpy(v) for v in session.run(None, {"images": images.numpy()})]
+    height, width = images.shape[2:]
+    sizes = {"height": height, "width": width, "enough": 2 * max(height, width)}
+    text = READER.format(name=path.name, stem=path.stem, **sizes)
+    write_whole(path.with_name(f"{path.stem}_read.py"), lambda to: to.write_text(text))
+    return file.getvalue(), found
 
 
 # ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
@@ -2272,7 +2358,8 @@ def main(argv: list[str] | None = None) -> None:
     text = "of an image, its picture FILE.png; of a folder, a table FILE.csv, or a folder for "
     add("--out", metavar="PATH", help=text + "scores.csv and pictures (default: here, no pictures)")
     add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
-    add("--export", metavar="FILE.pt2", help="the model as a torch.export program (default: none)")
+    text = "the model as a program: FILE.onnx, FILE.pt2 (default: none)"
+    add("--export", metavar="FILE", help=text)
     args = parser.parse_args(argv)
     check_options(args)
     device = pick_device(args.device)

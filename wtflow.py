@@ -232,7 +232,7 @@ def euler(v_theta: Callable, x_0: Tensor, steps: int = 1) -> Tensor:
     """x1_hat: Euler steps of dx/dt = v_theta(x, t), t from 0 to 1; one [paper], more in theory/."""
     x = x_0
     for k in range(steps):
-        t = torch.full((len(x),), k / steps, dtype=x.dtype, device=x.device)
+        t = torch.full(x.shape[:1], k / steps, dtype=x.dtype, device=x.device)
         x = x + v_theta(x, t) / steps
     return x
 
@@ -335,10 +335,8 @@ def fit_zca(x: Tensor) -> tuple[Tensor, Tensor]:
     s = S.diagonal().mean().clamp_min(1e-12)
     S = (1 - SHRINKAGE) * S + SHRINKAGE * s * torch.eye(len(S), dtype=S.dtype, device=S.device)
     values, Q = torch.linalg.eigh(S)
-    W = (
-        Q * values.clamp_min(1e-9 * s).rsqrt()
-    ) @ Q.T  # rounding can make those of constant features negative
-    return mean.float(), W.float()
+    values = values.clamp_min(1e-9 * s)  # rounding can make those of constant features negative
+    return mean.float(), ((Q * values.rsqrt()) @ Q.T).float()
 
 
 def whiten(x: Tensor, mean: Tensor, W: Tensor) -> Tensor:
@@ -874,11 +872,13 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     """Mixed precision where the hardware is fast at it, else no change.
 
-    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, which is enough for the field.
+    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, which is enough for the field;
+    not in an exported program.
     The extractor needs float16 or float32: whitening enlarges the rounding of small variances.
     """
     bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" or bfloat16)
+    fast = (device.type == "cuda" or bfloat16) and not torch.compiler.is_exporting()
+    return torch.autocast(device.type, dtype, enabled=fast)
 
 
 def parallel_map(f: Callable, items: Iterable, device: torch.device) -> list:

@@ -1,6 +1,7 @@
 """What a user of a trained model sees: threshold, verdicts, tables, pictures; from Python too."""
 
 import csv
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -408,7 +409,7 @@ def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
 
 
 def test_ignored_pixels_count_nowhere(tmp_path):
-    """A clock in a corner: painted over in training and scoring, in no metric; kept in the model."""
+    """A clock in a corner: painted over in training and scoring, in no metric; in the model."""
     rng = np.random.default_rng(0)
 
     def part(k, defect=False):
@@ -618,9 +619,36 @@ def test_an_exported_program_predicts_as_score_does(data, model, tmp_path):
     assert {*verdicts} == {"good", "defect"}
 
 
+def test_without_its_packages_onnx_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    result = run("evaluate.py", "--model", model, "--export", tmp_path / "m.onnx")
+    fails(result, "m.onnx", "pip install onnx onnxscript onnxruntime")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_onnx_program_gives_every_verdict(data, model, tmp_path):
+    """Of image files, by the reader that is written beside it; of several at once too."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    succeeds(run("evaluate.py", "--model", model, "--export", tmp_path / "bolt.onnx"))
+    spec = importlib.util.spec_from_file_location("reader", tmp_path / "bolt_read.py")
+    spec.loader.exec_module(reader := importlib.util.module_from_spec(spec))
+    Image.open(data / "bolt/test/dent/000.png").save(tmp_path / "large.jpg")
+    paths = [*sorted((data / "bolt/test").rglob("*.png")), tmp_path / "large.jpg"]
+    images = np.concatenate([reader.read(path) for path in paths])
+    session = runtime.InferenceSession(tmp_path / "bolt.onnx")
+    maps, scores, p_values, defect = session.run(None, {"images": images})
+    expected = evaluate.score(evaluate.load_model(model, "cpu"), paths)
+    assert [*defect] == [result.verdict == "defect" for result in expected]
+    assert len({*defect}) == 2 and maps.shape[0] == len(paths)
+    assert scores == pytest.approx([result.score for result in expected], rel=1e-3)
+    # p is exp(-z) and z = log(score) / scale + ..., so an error of the score grows by 1 / scale
+    assert p_values == pytest.approx([result.p_value for result in expected], rel=0.05)
+
+
 def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, monkeypatch):
-    fails(run("evaluate.py", "--model", model, "--export", tmp_path / "m.onnx"), ".pt2")
-    off = torch.full((1,), float("nan"))
+    fails(run("evaluate.py", "--model", model, "--export", tmp_path / "m.pt"), ".pt2")
+    off = torch.full((1, 1, 1), float("nan"))
     saved = SimpleNamespace(module=lambda: lambda image: (off, off))
     for name, result in (("export", None), ("save", None), ("load", saved)):
         monkeypatch.setattr(torch.export, name, lambda *a, result=result, **k: result)
