@@ -13,6 +13,7 @@ from theory import (
     extremes,
     learned_field,
     local_transport,
+    one_step,
     singularity,
     unconditional_field,
     worst_transport,
@@ -24,6 +25,7 @@ CLAIMS = (
     worst_transport,
     local_transport,
     unconditional_field,
+    one_step,
     extremes,
 )
 

@@ -40,6 +40,19 @@ from theory.local_transport import (
     gain,
     initial_field,
 )
+from theory.one_step import (
+    auroc_by_quadrature,
+    distance_after,
+    flow_map,
+    log_density,
+    measured_auroc,
+    measured_factor,
+    modes,
+    proxy_auroc,
+    rarity,
+    step_error,
+    unconditional,
+)
 from theory.singularity import (
     ATOM_AXIS,
     ATOM_RADIUS,
@@ -71,6 +84,7 @@ from theory.worst_transport import (
     along_direction,
     gaussian_coupling,
     kernel_field,
+    largest_assignment,
     minibatch_worst,
     minimum_pdf,
     worst_candidate,
@@ -109,6 +123,7 @@ def figures(errors, results):
         "fields": fields_figure(),
         "local_transport": local_transport_figure(),
         "unconditional_field": unconditional_field_figure(),
+        "one_step": one_step_figure(),
         "extremes": extremes_figure(),
         "learned_field": learned_field_figure(errors, results),
     }
@@ -295,12 +310,12 @@ def dip_below_straight_line(axis, generator):
 
 # ---- W: worst_transport.py --------------------------------------------------------------------
 def worst_transport_figure():
-    """W2: the slope moves and its peak grows; W3: the worst candidate, a_n, the potential."""
+    """W2: the slope moves and its peak grows; W3, W7: the worst candidate, a_n, b_k, potential."""
     generator = torch.Generator().manual_seed(0)
     figure, (slope_axis, minimum_axis, pull_axis, potential_axis) = panels(2, 2, 5.2, 3.6)
     slope_by_correlation(slope_axis, generator)
     minimum_density(minimum_axis, (1, 4, 64, 1024), generator)
-    pull_by_candidates(pull_axis)
+    pull_by_candidates(pull_axis, generator)
     potential_by_candidates(potential_axis, (1, 4, 64, 1024))
     for axis in figure.axes:
         legend(axis)
@@ -339,21 +354,24 @@ def minimum_density(axis, candidates, generator):
     )
 
 
-def pull_by_candidates(axis):
-    """W3: a_n, its bound, and sqrt(d), which the antipode would need."""
+def pull_by_candidates(axis, generator):
+    """W3: a_n, its bound, and sqrt(d), which the antipode would need; W7: b_k, below a_k."""
     n = np.unique(np.geomspace(1, 1e6, 25).astype(int))
     axis.plot(n, [a_n(k) for k in n], color=COLOURS[0], label="$a_n$")
     bound = np.sqrt(2 * np.log(n[1:]))
     axis.plot(n[1:], bound, "--", color=COLOURS[1], label="$\\sqrt{2\\ln n}$")
+    k = 2 ** np.arange(1, 9)
+    b_k = [largest_assignment(j, max(20, 8000 // j**2), generator)[0] for j in k]
+    dots(axis, k, b_k, COLOURS[2], "$b_k$, worst plan of $k=n$", 3)
     for d in (16, 152):
         axis.axhline(d**0.5, color="0.5", ls=":")
         axis.annotate(f"antipode, $\\sqrt{{d}}$, $d={d}$", (1.2, d**0.5 + 0.2), color="0.3")
     axis.set(
         xscale="log",
         ylim=(0, 14),
-        xlabel="candidates $n$",
+        xlabel="candidates $n$, or vectors of a batch",
         ylabel="pull towards the origin",
-        title="W3: moderate $n$ stays far from the antipode",
+        title="W3, W7: moderate $n$ stays far from the antipode",
     )
 
 
@@ -603,6 +621,68 @@ def early_slope(x, t, s, rho):
     """The first component of (u_t(x) - u_0(x)) / t for N(0, s^2 I), x (d,)."""
     u = early_field(x, t, lambda y: -(y**2).sum(1) / (2 * s**2), rho)
     return (u - initial_field(x[None], rho)[0])[0] / t
+
+
+# ---- O: one_step.py ---------------------------------------------------------------------------
+def one_step_figure():
+    """O1: relative error by steps; O2: three scores between two modes, their AUROC."""
+    figure, (steps, scores, areas) = panels(1, 3, 4.6)
+    error_by_steps(steps)
+    scores_of_two_modes(scores)
+    auroc_by_separation(areas, torch.Generator().manual_seed(0))
+    for axis in figure.axes:
+        legend(axis)
+    return figure
+
+
+def error_by_steps(axis):
+    """O1: Euler's steps; the first order, C / K, from 16 steps on."""
+    steps = 2 ** np.arange(11)
+    for (s, rho), colour in coloured(((1.0, 0.0), (0.1, 0.0), (0.1, 0.6), (0.1, -0.9))):
+        error = [abs(1 - s * measured_factor(int(k), s, rho)) for k in steps]
+        dots(axis, steps, error, colour, f"$s={s:g}$, $\\rho={rho:g}$")
+        axis.plot(steps[4:], step_error(s, rho) / steps[4:], color=colour)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="steps $K$",
+        ylabel="|relative error of the end|",
+        title="O1: $q=N(0,s^2I)$; one step: $1+\\rho$; lines: $C/K$",
+    )
+
+
+def scores_of_two_modes(axis):
+    """O2 at m = 3 s: the scores over x, and where the data are."""
+    m, s = modes(3.0)
+    x = np.linspace(-2, 2, 401)
+    axis.fill_between(x, np.exp(log_density(x, m, s)), color="0.85", label="$q$, $m=3s$")
+    axis.plot(x, rarity(x, m, s), color=COLOURS[2], label="$-\\log q$")
+    axis.plot(x, np.abs(flow_map(x, m, s)), color=BLUE, label="$|T|$")
+    axis.plot(x, unconditional(x, m, s), color=RED, label="$|\\hat x_1|$, time-unconditional")
+    axis.set(ylim=(0, 6), xlabel="$x$", ylabel="score", title="O2: $|T|$ is 0 between the modes")
+
+
+def auroc_by_separation(axis, generator):
+    """O2: AUROC of the scores against a third mode between the two."""
+    separation = np.linspace(0, 4, 81)
+    few = separation[::10]
+    for name, line, score, colour in (
+        ("likelihood", None, rarity, COLOURS[2]),
+        ("$|T|$", proxy_auroc(separation), partial(distance_after, steps=50), BLUE),
+        ("$|\\hat x_1|$, time-unconditional", None, unconditional, RED),
+    ):
+        if line is None:
+            line = [auroc_by_quadrature(score, k) for k in separation]
+        axis.plot(separation, line, color=colour)
+        measured = [measured_auroc(score, k, generator, repeats=5)[0] for k in few]
+        dots(axis, few, measured, colour, name)
+    axis.axhline(0.5, color="k", ls=":", label="$|\\hat x_1|$, time-conditioned")
+    axis.set(
+        ylim=(0, 1.02),
+        xlabel="$m/s$",
+        ylabel="AUROC",
+        title="O2: modes $\\pm m$, anomalies $N(0,s^2)$; dots: simulated",
+    )
 
 
 # ---- E: extremes.py ---------------------------------------------------------------------------

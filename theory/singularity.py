@@ -1,4 +1,4 @@
-"""S1-S3: the singularity of the reversed field at t = 0. Time runs from data (0) to noise (1).
+"""S1-S4: the singularity of the reversed field at t = 0. Time runs from data (0) to noise (1).
 
 [paper] "the reversed vector field exhibits a non-Lipschitz singularity at the initial temporal
 boundary, precipitating explosive estimation errors". Every formula below is [derived]; proofs in
@@ -7,6 +7,8 @@ README.md.
 Data: q = (1/K) sum_k N(mu_k, s^2 I), which holds the Gaussian (K = 1), a training set (s = 0) and
 their mixtures. Figure: draw.singularity_figure.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -102,6 +104,32 @@ def amplification(t_0, s):
     return variance(t_0, s) ** -0.5
 
 
+def estimation_variance(t, n, s, rho=0.0, d=1):
+    """Variance of each entry of a least-squares A in u = A x_t, from n pairs in R^d (S4).
+
+    s^2 (1-rho^2) / ((n - d - 1) (Var x_t)^2), n > d + 1; Gaussian coupling of correlation -rho.
+    """
+    return s**2 * (1 - rho**2) / ((n - d - 1) * variance(t, s, rho) ** 2)
+
+
+def collapse_time(n, d, s):
+    """Before this t one of n points of N(0, s^2 I_d) has all the weight, as d grows (S4).
+
+    s / (s + sqrt(n^(2/d) - 1)), where ln n is I(x_0; x_t) = (d/2) ln(Var x_t / t^2).
+    """
+    return s / (s + (n ** (2 / d) - 1) ** 0.5)
+
+
+def effective_number(t, n, d, s):
+    """Of the same n points, the geometric mean of 1 / sum w^2 while it is large (S4).
+
+    w is the softmax of the n points at a new x_t, r = Var x_t / t^2:
+    n (exp(r/(2r-1) - 1) sqrt(2r-1) / r)^d.
+    """
+    r = variance(t, s) / t**2
+    return n * (np.exp(r / (2 * r - 1) - 1) * (2 * r - 1) ** 0.5 / r) ** d
+
+
 # ---- Estimators -------------------------------------------------------------------------------
 def pairs(x_0, couple, t, generator=None):
     """(x_t, u), each (N, d), as the training code makes them: wtflow's coupling and path.
@@ -110,6 +138,11 @@ def pairs(x_0, couple, t, generator=None):
     """
     x_1 = couple(x_0, generator)
     return wtflow.path(x_0, x_1, torch.full((len(x_0),), t, dtype=x_0.dtype)), x_1 - x_0
+
+
+def gaussian_coupling(x_0, generator, s, rho):
+    """x_1 ~ N(0, I) at correlation -rho with x_0 ~ N(0, s^2 I), of its shape (W2)."""
+    return -rho * x_0 / s + (1 - rho**2) ** 0.5 * wtflow.independent(x_0, generator)
 
 
 def fitted_slope(x_t, u):
@@ -177,14 +210,44 @@ def grown(delta, t_0, mu, s=0.0):
     return np.linalg.norm(other_end - end) / np.linalg.norm(delta)
 
 
+def spread_of_fits(t, n, s, rho, d, repeats, generator):
+    """Mean (A - a I)^2 per entry over `repeats` fits A of u = A x_t to n pairs, with its error."""
+    x_0 = s * normal(generator, repeats * n, d)
+    x_t, u = pairs(x_0, partial(gaussian_coupling, s=s, rho=rho), t, generator)
+    fits = torch.linalg.lstsq(x_t.view(repeats, n, d), u.view(repeats, n, d)).solution
+    errors = fits - slope(t, s, rho) * torch.eye(d, dtype=fits.dtype)
+    return mean_se(errors.square().mean((1, 2)))
+
+
+def training_set_weights(x_0, atoms, t, generator):
+    """x_t (N, d) of wtflow's path from x_0 (N, d), its softmax weights (N, n) over atoms (n, d).
+
+    Tensors in, arrays out.
+    """
+    x_t = pairs(x_0, wtflow.independent, t, generator)[0].numpy()
+    return x_t, component_weights(x_t, t, atoms.numpy(), 0.0)
+
+
+def measured_collapse(n, d, s, points, generator):
+    """The t where the mean weight of x_0 itself, one of `points` atoms of n, is one half (S4)."""
+    atoms = s * normal(generator, n, d)
+    times = collapse_time(n, d, s) * np.linspace(0.8, 1.2, 9)
+    own = []
+    for t in times:
+        _, weights = training_set_weights(atoms[:points], atoms, t, generator)
+        own.append(weights.diagonal().mean())
+    return np.interp(-0.5, -np.array(own), times)
+
+
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for S1-S3."""
+    """Rows for S1-S4."""
     generator = torch.Generator().manual_seed(seed)
     x_0 = normal(generator, 20_000, 8)
     yield from rows_S1(x_0[:64], generator)
     yield from rows_S2(x_0, generator)
     yield from rows_S3(x_0, generator)
+    yield from rows_S4(generator)
 
 
 def rows_S1(x_0, generator):
@@ -229,8 +292,36 @@ def rows_S3(x_0, generator):
     yield Row("S3", what, 100, grown(delta, 0.01, ATOMS[:1]))
     what = "growth from t=0, N(0, s^2 I), s=0.1"
     yield Row("S3", what, 10, grown(delta, 0.0, np.zeros((1, 2)), 0.1))
-    at_0 = torch.zeros(len(x_0), dtype=x_0.dtype)
-    loss = wtflow.flow_matching_loss(
-        lambda x, t: -x, 0.3 * x_0, wtflow.independent, generator, at_0
-    )
-    yield Row("S3", "irreducible loss at t=0, per dimension", 1, *mean_se(loss))
+    s = 0.3
+    for t in (0.0, 0.1):
+        a, times = slope(t, s), torch.full((len(x_0),), t, dtype=x_0.dtype)
+        loss = wtflow.flow_matching_loss(
+            lambda x, t, a=a: a * x, s * x_0, wtflow.independent, generator, times
+        )
+        predicted = s**2 / variance(t, s)
+        yield Row(
+            "S3", f"irreducible loss at t={t:g}, s=0.3, per dimension", predicted, *mean_se(loss)
+        )
+
+
+def rows_S4(generator):
+    """Rows for S4."""
+    n, s = 200, 0.3
+    for rho in (0.0, 0.6):
+        A = 1 + s**2 + 2 * rho * s
+        for t, name in ((0.0, "t=0"), ((s**2 + rho * s) / A, "tc"), (1.0, "t=1")):
+            what = f"n Var of the fitted slope at {name}, s=0.3, rho={rho:g}"
+            spread = spread_of_fits(t, n, s, rho, 1, 4000, generator)
+            yield Row("S4", what, n * estimation_variance(t, n, s, rho), *(n * np.array(spread)))
+    time = collapse_time(1000, 64, 1.0)
+    measured = measured_collapse(1000, 64, 1.0, 400, generator)
+    yield Row("S4", "limit of large d: collapse of 1000 points, s=1, d=64", time, measured)
+    atoms = s * normal(generator, 1000, 64)
+    _, weights = training_set_weights(s * normal(generator, 200, 64), atoms, 0.8, generator)
+    log_number, se = mean_se(-np.log((weights**2).sum(1)))
+    what = "log of the effective number of 1000 points, s=0.3, d=64, t=0.8"
+    yield Row("S4", what, np.log(effective_number(0.8, 1000, 64, s)), log_number, se)
+    x_t, _ = training_set_weights(atoms[:200], atoms, 0.1, generator)
+    error = marginal_field(x_t, 0.1, atoms.numpy()) - slope(0.1, s) * x_t
+    what = "error of the field of 1000 points at t=0.1, per dimension"
+    yield Row("S4", what, s**2 / variance(0.1, s), *mean_se((error**2).mean(1)))

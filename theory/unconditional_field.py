@@ -1,4 +1,4 @@
-"""B1-B4: the time-unconditional field. Time runs from data (t = 0) to noise (t = 1).
+"""B1-B5: the time-unconditional field. Time runs from data (t = 0) to noise (t = 1).
 
 Trained on t ~ U(0, T), T = t_max, it learns v(x) = E[u_t(x) | x], the average over p(t | x),
 proportional to p_t(x). By the continuity equation div (v int_0^T p_t dt) = q - p_T: data are
@@ -9,12 +9,12 @@ Proofs: README.md. Figure: draw.unconditional_field_figure.
 
 import numpy as np
 import torch
-from scipy.special import gamma, gammaln
+from scipy.special import gamma, gammaln, logsumexp, softmax
 from scipy.stats import chi
 
 import wtflow
 from theory import Row, mean_se, normal
-from theory.singularity import variance
+from theory.singularity import marginal_field, variance
 from theory.worst_transport import gaussian_coupling, minibatch_worst
 
 SAMPLES = 40_000  # points behind each row of the table
@@ -74,6 +74,15 @@ def edge(delta, s, m):
     return (m * np.maximum(1 - m * s**2 / np.asarray(delta, float) ** 2, 0)) ** 0.5
 
 
+def edge_next(delta, s, m):
+    """The next order in 1/m of edge, beyond s sqrt(m): edge (1 - (3 k^2 - 2 k + 3) / (4 m)) (B1).
+
+    k = 1 / (delta^2 / (m s^2) - 1).
+    """
+    k = 1 / (np.asarray(delta, float) ** 2 / (m * s**2) - 1)
+    return edge(delta, s, m) * (1 - (3 * k**2 - 2 * k + 3) / (4 * m))
+
+
 def edge_slope(s, m):
     """Slope of v at delta = s sqrt(m) in the same limit, where edge has a kink (B1).
 
@@ -82,6 +91,39 @@ def edge_slope(s, m):
     """
     moments = gamma(1) - gamma(0.5) * gamma(0.75) / gamma(0.25)
     return 8**0.5 * moments / gamma(0.25) * m**0.25 / s
+
+
+def step_from_atom(delta, c, d, t_max=1.0):
+    """|v(x)| at distance delta from a single atom a, and log Z (B5); delta, c of one shape, d >= 2.
+
+    The mean, and the logarithm of the integral, of the density r^(d-2) exp(-(r+c)^2 / 2) of
+    r = delta / t > delta / T; c = <a, x-a> / delta. c = 0 gives displacement. By Gauss-Legendre on
+    12 around the mode: log-concave, it falls at least as fast as exp(-r^2 / 2) from there.
+    """
+    start = np.asarray(delta / t_max)[..., None]
+    c = np.asarray(c)[..., None]
+    mode = np.maximum(start, ((c**2 + 4 * (d - 2)) ** 0.5 - c) / 2)
+    nodes, weights = np.polynomial.legendre.leggauss(100)
+    half = (mode + 12 - np.maximum(start, mode - 12)) / 2
+    r = mode + 12 - half * (1 - nodes)
+    log_f = (d - 2) * np.log(r) - (r + c) ** 2 / 2 + np.log(half * weights)
+    log_Z = logsumexp(log_f, axis=-1)
+    return (softmax(log_f, axis=-1) * r).sum(-1), log_Z
+
+
+def training_set_field(x, atoms, t_max=1.0):
+    """v(x) (N, d) for a training set, and the weight P(atom | x) of each atom (N, K) (B5).
+
+    x (N, d), none of them an atom; atoms (K, d), d >= 2. The weight is proportional to
+    delta^-(d-1) exp(-h^2 / 2) Z, h the distance of the origin from the line through atom and x.
+    """
+    y = x[:, None] - atoms
+    delta = np.linalg.norm(y, axis=-1)
+    c = (y * atoms).sum(-1) / delta
+    step, log_Z = step_from_atom(delta, c, x.shape[1], t_max)
+    h_squared = (atoms**2).sum(-1) - c**2
+    weights = softmax(-(x.shape[1] - 1) * np.log(delta) - h_squared / 2 + log_Z, axis=1)
+    return ((weights * step / delta)[..., None] * y).sum(1), weights
 
 
 # ---- Estimators -------------------------------------------------------------------------------
@@ -124,14 +166,30 @@ def scales_mixture(n, d, scales, generator):
     return torch.tensor(scales, dtype=torch.float64)[chosen] * normal(generator, n, d)
 
 
+def field_by_times(x, atoms, t_max=1.0):
+    """v(x) (N, d) as the mean of S2's u_t(x) over p(t | x), by quadrature over t (B5).
+
+    Gauss-Legendre on panels as in time_at_radius; x (N, d), atoms (K, d).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    ends = t_max * np.geomspace(1e-4, 1, 200)
+    half = np.diff(ends)[:, None] / 2
+    t = (ends[:-1, None] + half * (1 + nodes)).ravel()
+    squares = [((x[:, None] - (1 - k) * atoms) ** 2).sum(-1) / k**2 for k in t]
+    log_p = logsumexp(np.multiply(-0.5, squares), axis=-1) - x.shape[1] * np.log(t)[:, None]
+    p = softmax(log_p + np.log(half * weights).reshape(-1, 1), axis=0)
+    return sum(p_t[:, None] * marginal_field(x, k, atoms) for p_t, k in zip(p, t, strict=True))
+
+
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for B1-B4."""
+    """Rows for B1-B5."""
     generator = torch.Generator().manual_seed(seed)
     yield from rows_B1(generator)
     yield from rows_B2(generator)
     yield from rows_B3(generator)
     yield from rows_B4(generator)
+    yield from rows_B5(generator)
 
 
 def rows_B1(generator):
@@ -215,3 +273,27 @@ def rows_B4(generator):
         what = f"v_r from |x| = s sqrt(d), s={s:g}, T={t_max:g}"
         predicted = np.interp(radii, *on_grid(radii, d, (s,), t_max)).mean()
         yield Row("B4", what, predicted, *mean_se(velocity))
+
+
+def rows_B5(generator):
+    """Rows for B5: 8 atoms in 20 dimensions, the others far from the nearest."""
+    d = 20
+    atoms = 2 * normal(generator, 8, d)
+    e = torch.nn.functional.normalize(normal(generator, 1, d), dim=1)
+    x = atoms[:1] + 0.7 * e
+    near = x - atoms[:1]
+    x1_hat = wtflow.euler(lambda x, t: torch.as_tensor(field_by_times(x.numpy(), atoms.numpy())), x)
+    step, _ = step_from_atom(0.7, (near @ atoms[0]).item() / 0.7, d)
+    what = f"|x1_hat - atom| from 0.7 off it, d={d}, quadrature"
+    yield Row("B5", what, 0.7 + step, (x1_hat - atoms[:1]).norm().item())
+    atoms *= 0.25
+    x_0 = atoms[torch.randint(8, (SAMPLES // 10,), generator=generator)]
+    x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
+    v, _ = training_set_field(x_t.numpy(), atoms.numpy())
+    fit = slope_on(u, torch.as_tensor(v))
+    yield Row("B5", "factor of the exact field of 8 atoms in u, wtflow pairs", 1, *fit)
+    a = np.zeros((2, d))
+    a[:, 0] = -0.0010, 0.0011
+    _, weights = training_set_field(np.zeros((1, d)), a)
+    what = "weight of the nearer of two atoms, 0.0010 to 0.0011 (limit)"
+    yield Row("B5", what, 1 / (1 + 1.1 ** (1 - d)), weights[0, 0])

@@ -1,4 +1,4 @@
-"""W1-W4: worst transport, global and local. Time runs from data (t = 0) to noise (t = 1).
+"""W1-W4, W7: worst transport, global and local. Time runs from data (t = 0) to noise (t = 1).
 
 [paper] WT-Flow "amplifies the observed CPF of rFM to mitigate the initial singularity". W1, W2 and
 the distributions in W3 and W4 are [derived]; "local" read as the worst of n noise candidates is
@@ -12,11 +12,12 @@ from functools import partial
 import numpy as np
 import torch
 from scipy.integrate import quad
+from scipy.optimize import linear_sum_assignment
 from scipy.special import log_ndtr, logsumexp, softmax
 
 import wtflow
 from theory import Row, mean_se, normal
-from theory.singularity import fitted_slope, pairs, peak, slope
+from theory.singularity import fitted_slope, gaussian_coupling, pairs, peak, slope
 
 
 # ---- Closed forms -----------------------------------------------------------------------------
@@ -40,6 +41,14 @@ def minimum_expectation(g, n):
 def a_n(n):
     """a_n = -E min of n standard normals, W3: 0, 1/sqrt(pi), 3/(2 sqrt(pi)), ... ~ sqrt(2 ln n)."""
     return minimum_expectation(np.negative, n) if n > 1 else 0.0
+
+
+def assignment_bounds(k):
+    """Bounds of b_k, the mean entry of the largest assignment of a k x k normal matrix (W7).
+
+    Above a_k, the mean of each row's largest; below (a_1 + ... + a_k) / k, that of a greedy plan.
+    """
+    return sum(a_n(j) for j in range(1, k + 1)) / k, a_n(k)
 
 
 def minimum_variance(n):
@@ -81,11 +90,6 @@ def gain(n, d, m2):
 minibatch_worst = partial(wtflow.optimal, sign=-1.0)
 
 
-def gaussian_coupling(x_0, generator, s, rho):
-    """x_1 ~ N(0, I) at correlation -rho with x_0 ~ N(0, s^2 I), of its shape (W2)."""
-    return -rho * x_0 / s + (1 - rho**2) ** 0.5 * wtflow.independent(x_0, generator)
-
-
 def worst_candidate(x_0, generator=None, n=64):
     """x_1 of local worst transport for x_0 (N, d) or (B, d, h, w), at each position alone (W3).
 
@@ -119,6 +123,23 @@ def largest_cost(x_0, x_1):
     return max(cost[rows, list(plan)].sum() for plan in itertools.permutations(rows))
 
 
+def largest_assignment(k, matrices, generator):
+    """b_k by the Hungarian algorithm on k x k normal matrices, and its standard error (W7)."""
+    entries = normal(generator, matrices, k, k).numpy()
+    means = [z[linear_sum_assignment(z, maximize=True)].mean() for z in entries]
+    return mean_se(means)
+
+
+def strength_of_minibatch(x_0, generator, k):
+    """rho of the worst plan of batches of k, and its standard error over them; x_0 (N, d) (W7).
+
+    rho = -E<x_1, x_0/|x_0|> / sqrt(d), as in wtflow.worst, W5.
+    """
+    x_1 = minibatch_worst(x_0, generator, block=k)
+    pull = -along_direction(x_1, x_0) / x_0.shape[1] ** 0.5
+    return mean_se(pull.view(-1, k).mean(1))
+
+
 def along_direction(x_1, x_0):
     """Component (N,) of x_1 along x_0 / |x_0|, both (N, d)."""
     return (x_1 * x_0).sum(1) / x_0.norm(dim=1)
@@ -146,13 +167,14 @@ def kernel_field(x, x_t, u, h):
 
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for W1-W4."""
+    """Rows for W1-W4 and W7."""
     generator = torch.Generator().manual_seed(seed)
     yield from rows_W1(generator)
     z = normal(generator, 20_000, 16)
     yield from rows_W2(z, generator)
     yield from rows_W3(z, generator)
     yield from rows_W4(z[:200])
+    yield from rows_W7(generator)
 
 
 def rows_W1(generator):
@@ -209,3 +231,15 @@ def rows_W4(x_0):
     yield Row("W4", "|x1_hat| of one step under u_0, n=64", a_n(64), radius)
     log_p = wtflow.log_density(x1_hat).mean().item()
     yield Row("W4", "log p = -a_n^2 / 2d, d=16", -(a_n(64) ** 2) / (2 * 16), log_p)
+
+
+def rows_W7(generator):
+    """Rows for W7: the worst plan of k vectors, beside that of k x k normal numbers."""
+    b_2 = largest_assignment(2, 10_000, generator)
+    yield Row("W7", "b_2, simulated", (2 * np.pi) ** -0.5, *b_2)
+    for k, d, batches in ((8, 120, 1000), (8, 4096, 200), (256, 4096, 4)):
+        b_k, b_error = largest_assignment(k, max(40, 16_000 // k**2), generator)
+        x_0 = normal(generator, batches * k, d)
+        rho, error = strength_of_minibatch(x_0, generator, k)
+        what = f"rho of the worst plan of {k}, d={d}: b_{k} / sqrt(d)"
+        yield Row("W7", what, b_k / d**0.5, rho, float(np.hypot(error, b_error / d**0.5)))

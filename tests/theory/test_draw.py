@@ -12,7 +12,7 @@ from theory.learned_field import EARLY
 
 ERRORS = {"circle": np.arange(1.0, 15).reshape(7, 2)}
 NAMES = ["singularity", "concentration", "worst_transport", "fields", "local_transport"]
-NAMES += ["unconditional_field", "extremes", "learned_field"]
+NAMES += ["unconditional_field", "one_step", "extremes", "learned_field"]
 
 
 @cache
@@ -68,6 +68,7 @@ def check_on_line(axis, estimates, closed_form, tolerance):
         ("unconditional_field", 0, 3, 0.1),
         ("unconditional_field", 1, 2, 0.1),
         ("unconditional_field", 2, 3, 0.05),
+        ("one_step", 2, 3, 0.05),
         ("extremes", 0, 3, 0.3),
     ],
 )

@@ -1,4 +1,4 @@
-"""S1-S3: theory/singularity.py, and wtflow's path, loss and Euler steps. How to read: claims.py."""
+"""S1-S4: theory/singularity.py, and wtflow's path, loss and Euler steps. How to read: claims.py."""
 
 from functools import partial
 
@@ -289,6 +289,24 @@ def test_S3_growth(amplification, t_0, s, seed):
     assert abs(measured / amplification(t_0, s) - 1) < 1e-5
 
 
+@claim(singularity.grown, examples=4, t_0=st.floats(0.05, 0.9), seed=seeds)
+def test_S3_growth_does_not_depend_on_the_origin(grown, t_0, seed):
+    """The solutions start at the mean of the data wherever that is: atoms about 0, about (2, 2)."""
+    delta = 1e-3 * np.random.default_rng(seed).normal(size=2)
+    about_0, about_2 = (grown(delta, t_0, centre + singularity.ATOMS, 0.5) for centre in (0, 2))
+    assert abs(about_2 / about_0 - 1) < 1e-5
+
+
+def grown_off_the_mean(delta, t_0, mu, s):
+    """Data whose mean is 0 whatever mu is."""
+    return singularity.grown(delta, t_0, np.concatenate([mu, -mu]), s)
+
+
+test_S3_growth_does_not_depend_on_the_origin_rejects = rejects(
+    test_S3_growth_does_not_depend_on_the_origin, grown={"mirrored data": grown_off_the_mean}
+)
+
+
 test_S3_growth_rejects = rejects(
     test_S3_growth,
     amplification={
@@ -396,12 +414,131 @@ test_S3_euler_rejects = rejects(
 )
 
 
+# ---- S4 ---------------------------------------------------------------------------------------
+@claim(
+    singularity.estimation_variance,
+    examples=8,
+    t=st.just(0.0) | st.floats(0, 1),
+    extra=st.integers(16, 40),
+    d=st.integers(1, 3),
+    s=st.floats(0.1, 2),
+    rho=rhos,
+    seed=seeds,
+)
+def test_S4_variance_of_a_fit(variance, t, extra, d, s, rho, seed):
+    """The spread of fits to n pairs, n = d + extra."""
+    n = d + extra
+    spread = singularity.spread_of_fits(t, n, s, rho, d, 10_000, rng(seed))
+    within(spread, variance(t, n, s, rho, d))
+
+
+def first_order_variance(t, n, s, rho, d):
+    return singularity.estimation_variance(t, n + d + 1, s, rho, d)
+
+
+def variance_over_variance(t, n, s, rho, d):
+    return singularity.estimation_variance(t, n, s, rho, d) * singularity.variance(t, s, rho)
+
+
+def variance_without_coupling(t, n, s, rho, d):
+    return singularity.estimation_variance(t, n, s, rho, d) / (1 - rho**2)
+
+
+def variance_at_optimal(t, n, s, rho, d):
+    return singularity.estimation_variance(t, n, s, -rho, d)
+
+
+test_S4_variance_of_a_fit_rejects = rejects(
+    test_S4_variance_of_a_fit,
+    variance={
+        "n for n-d-1": first_order_variance,
+        "Var x_t not squared": variance_over_variance,
+        "no 1-rho^2": variance_without_coupling,
+        "OT for WT": variance_at_optimal,
+    },
+)
+
+
+@claim(-4, lambda rho: 1 - rho**2, 2, examples=30, s=scales, rho=rhos)
+def test_S4_ends_and_middle(power, mitigation, power_of_A, s, rho):
+    """s^-4 from end to end; 1-rho^2 of rFM's at 0; A^2/(n s^2 (1-rho^2)) at tc, n large."""
+    n = 10**15
+    start, end = (singularity.estimation_variance(t, n, s, rho) for t in (0.0, 1.0))
+    close(start / end * s**4, s ** (power + 4), 16)
+    close(start / singularity.estimation_variance(0.0, n, s), mitigation(rho), 16)
+    A, tc = completed_square(s, rho)
+    middle = n * singularity.estimation_variance(tc, n, s, rho) * s**2 * (1 - rho**2)
+    close(middle / A**2, A ** (power_of_A - 2), (1 + 1 / s) ** 4 / (1 - rho**2) ** 4)
+
+
+test_S4_ends_and_middle_rejects = rejects(
+    test_S4_ends_and_middle,
+    power={"s^-2": -2},
+    mitigation={"worst transport removes it": lambda rho: 0, "of the slope": lambda rho: 1 + rho},
+    power_of_A={"A for A^2": 1},
+)
+
+
+@claim(
+    singularity.collapse_time,
+    examples=5,
+    n=st.integers(200, 1000),
+    d=st.integers(40, 80),
+    s=st.floats(0.5, 1.5),
+    seed=seeds,
+)
+def test_S4_collapse(collapse, n, d, s, seed):
+    """Where an atom's own weight is one half, to 10 % (limit of large d); ln n = I(x_0; x_t)."""
+    t = collapse(n, d, s)
+    information = d / 2 * np.log(singularity.variance(t, s) / t**2)
+    close(information, np.log(n), 1e4)
+    measured = singularity.measured_collapse(n, d, s, 200, rng(seed))
+    assert abs(measured / t - 1) < 0.1
+
+
+test_S4_collapse_rejects = rejects(
+    test_S4_collapse,
+    collapse={
+        "small s, large d": lambda n, d, s: s * (d / (2 * np.log(n))) ** 0.5,
+        "distance to the nearest": lambda n, d, s: s * n ** (-1 / d),
+        "1/d for 2/d": lambda n, d, s: singularity.collapse_time(n, 2 * d, s),
+    },
+)
+
+
+@claim(singularity.effective_number, examples=15, t=times, d=st.integers(1, 9), s=st.floats(0.2, 2))
+def test_S4_effective_number(number, t, d, s):
+    """n (E w)^2 / E w^2 at |x|^2 = d Var x_t, one coordinate by Gauss-Hermite quadrature."""
+    x = singularity.variance(t, s) ** 0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(150)
+    assume(t > 0.3 * s)
+    w = np.exp(-((x - (1 - t) * s * nodes) ** 2) / (2 * t**2))
+    weights /= weights.sum()
+    per_coordinate = (weights @ w) ** 2 / (weights @ w**2)
+    assert abs(number(t, 50, d, s) / (50 * per_coordinate**d) - 1) < 1e-6
+
+
+def number_without_exponential(t, n, d, s):
+    r = singularity.variance(t, s) / t**2
+    return n * ((2 * r - 1) ** 0.5 / r) ** d
+
+
+test_S4_effective_number_rejects = rejects(
+    test_S4_effective_number,
+    number={
+        "all n": lambda t, n, d, s: n,
+        "x at the origin": number_without_exponential,
+        "1/d": lambda t, n, d, s: singularity.effective_number(t, n, d / 2, s),
+    },
+)
+
+
 # ---- The printed table ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows():
     return list(singularity.table(seed=1))
 
 
-@pytest.mark.parametrize("name", ["S1", "S2", "S3"])
+@pytest.mark.parametrize("name", ["S1", "S2", "S3", "S4"])
 def test_table(rows, name):
     check_rows(rows, name)

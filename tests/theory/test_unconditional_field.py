@@ -1,4 +1,4 @@
-"""B1-B4: theory/unconditional_field.py, on pairs of wtflow's loss. How to read: claims.py."""
+"""B1-B5: theory/unconditional_field.py, on pairs of wtflow's loss. How to read: claims.py."""
 
 from functools import partial
 
@@ -21,11 +21,22 @@ from claims import (
 )
 from hypothesis import strategies as st
 from scipy.integrate import trapezoid
-from scipy.stats import chi, kstest
+from scipy.special import softmax
+from scipy.stats import chi, kstest, spearmanr
 
 import wtflow
 from theory import local_transport, mean_se, normal, unconditional_field, worst_transport
-from theory.unconditional_field import displacement, in_shell, pairs_at_any_time, radial_field
+from theory.unconditional_field import (
+    displacement,
+    edge,
+    edge_slope,
+    field_by_times,
+    in_shell,
+    pairs_at_any_time,
+    radial_field,
+    step_from_atom,
+    training_set_field,
+)
 
 ranges = st.floats(0.05, 1.0)  # of t
 scales_of_two = st.tuples(st.floats(0.2, 1.0), st.floats(1.0, 1.5))
@@ -217,9 +228,7 @@ test_B1_thickness_rejects = rejects(
 )
 
 
-@claim(
-    unconditional_field.edge, unconditional_field.edge_slope, examples=4, s=st.floats(1e-3, 2e-3)
-)
+@claim(edge, edge_slope, examples=4, s=st.floats(1e-3, 2e-3))
 def test_B1_edge(edge, slope, s):
     """What is left of the jump at m = 3000: 0 before s sqrt(m), a slope there, the jump after."""
     m = 3000
@@ -238,13 +247,60 @@ test_B1_edge_rejects = rejects(
     edge={
         "no root": lambda delta, s, m: m**0.5 * np.maximum(1 - m * s**2 / delta**2, 0),
         "no edge": lambda delta, s, m: m**0.5,
-        "edge at s": lambda delta, s, m: unconditional_field.edge(delta, s / m**0.5, m),
+        "edge at s": lambda delta, s, m: edge(delta, s / m**0.5, m),
     },
     slope={
         "sqrt(m) over s sqrt(m)": lambda s, m: 1 / s,
-        "exponent": lambda s, m: unconditional_field.edge_slope(s, m) * m**0.25,
+        "exponent": lambda s, m: edge_slope(s, m) * m**0.25,
     },
 )
+
+
+@claim(
+    unconditional_field.edge_next,
+    examples=10,
+    m=st.integers(100, 1000),
+    y=st.floats(1.25, 3),
+    s=st.floats(1e-5, 1e-4),
+)
+def test_B1_edge_next(formula, m, y, s):
+    """Its error is of second order: at most 20 times the square of the first."""
+    delta = y * s * m**0.5
+    exact = radial_field(delta, m, (s,))[0]
+    first = 1 - unconditional_field.edge_next(delta, s, m) / edge(delta, s, m)
+    assert abs(formula(delta, s, m) / exact - 1) < 20 * first**2 + 1e-4
+
+
+test_B1_edge_next_rejects = rejects(
+    test_B1_edge_next,
+    formula={
+        "the limit": edge,
+        "that of a point mass": lambda delta, s, m: edge(delta, s, m) * (1 - 3 / (4 * m)),
+        "sign": lambda delta, s, m: (
+            2 * edge(delta, s, m) - unconditional_field.edge_next(delta, s, m)
+        ),
+    },
+)
+
+
+def test_B1_size_of_the_errors():
+    """The percentages of README.md."""
+
+    def errors_of_edge(y, m):
+        return 100 * (
+            edge(y * 1e-3 * m**0.5, 1e-3, m) / radial_field(y * 1e-3 * m**0.5, m, (1e-3,)) - 1
+        )
+
+    def error_of_slope(s, m):
+        below, above = radial_field(s * m**0.5 * np.array([0.999, 1.001]), m, (s,))
+        return 100 * ((above - below) / (0.002 * s * m**0.5) / edge_slope(s, m) - 1)
+
+    assert errors_of_edge(np.array([1.1, 1.2, 1.5]), 400) == pytest.approx(
+        [6.0, 0.9, 0.2], abs=0.06
+    )
+    assert error_of_slope(0.001, 400) == pytest.approx(2.5, abs=0.06)
+    for s, m in ((0.001, 100), (0.001, 1600), (0.01, 100), (0.02, 1600), (0.05, 400)):
+        assert error_of_slope(s, m) == pytest.approx(45 / m**0.5 + 33 * s * m**0.25, abs=1.5)
 
 
 def test_B1_position_field():
@@ -386,12 +442,121 @@ test_B4_first_order_rejects = rejects(
 )
 
 
+# ---- B5 ---------------------------------------------------------------------------------------
+@claim(
+    step_from_atom,
+    examples=15,
+    d=dims_from_2,
+    b=st.floats(0.01, 15),
+    c=st.floats(-6, 6),
+    t_max=ranges,
+)
+def test_B5_step_from_one_atom(step, d, b, c, t_max):
+    """The mean of its density by the trapezoid rule; B1's where c = 0; it grows with delta."""
+    r = np.linspace(b, max(b, d**0.5 + abs(c)) + 12, 40_001)
+    log_f = (d - 2) * np.log(r) - (r + c) ** 2 / 2
+    f = np.exp(log_f - log_f.max())
+    mean, log_Z = step(b * t_max, c, d, t_max)
+    assert mean == pytest.approx(trapezoid(r * f, r) / trapezoid(f, r), rel=1e-4)
+    assert log_Z == pytest.approx(np.log(trapezoid(f, r)) + log_f.max(), abs=1e-3)
+    assert step(b * t_max, 0.0, d, t_max)[0] == pytest.approx(displacement(b * t_max, d, t_max))
+    further, _ = step(b * np.linspace(1, 2, 9) * t_max, np.full(9, c), d, t_max)
+    assert (np.diff(further) > -1e-12).all()
+
+
+def step_with(of_c=lambda c: c, of_d=lambda d: d):
+    return lambda delta, c, d, t_max=1.0: step_from_atom(delta, of_c(c), of_d(d), t_max)
+
+
+test_B5_step_from_one_atom_rejects = rejects(
+    test_B5_step_from_one_atom,
+    step={
+        "a function of delta alone": step_with(of_c=lambda c: 0 * c),
+        "sign of c": step_with(of_c=lambda c: -c),
+        "chi_d": step_with(of_d=lambda d: d + 1),
+    },
+)
+
+
+def atoms_and_points(d, scale, t_max, seed):
+    """4 atoms (4, d), and 6 points at distances of the order of T from them."""
+    atoms = scale * normal(rng(seed), 4, d)
+    x = atoms[torch.arange(6) % 4] + t_max * normal(rng(seed + 1), 6, d)
+    return atoms.numpy(), x.numpy()
+
+
+@claim(
+    training_set_field, examples=10, d=st.integers(2, 20), scale=scales, t_max=ranges, seed=seeds
+)
+def test_B5_field(field, d, scale, t_max, seed):
+    """One Euler step under S2's field, averaged over t; the weights by the trapezoid rule in t."""
+    atoms, x = atoms_and_points(d, scale, t_max, seed)
+    v, weights = field(x, atoms, t_max)
+
+    def exact(x, t):
+        return torch.as_tensor(field_by_times(x.numpy(), atoms, t_max))
+
+    x1_hat = wtflow.euler(exact, torch.as_tensor(x)).numpy()
+    assert np.allclose(x + v, x1_hat, rtol=1e-7, atol=1e-7)
+    t = t_max * np.geomspace(1e-3, 1, 4001)[:, None, None]
+    squares = [((x[:, None] - (1 - k) * atoms) ** 2).sum(-1) / k**2 for k in t]
+    log_p = -0.5 * np.array(squares) - d * np.log(t)
+    mass = trapezoid(t * np.exp(log_p - log_p.max((0, 2), keepdims=True)), np.log(t), axis=0)
+    assert np.allclose(weights, mass / mass.sum(1, keepdims=True), atol=1e-3)
+
+
+def field_of_the_nearest(x, atoms, t_max):
+    nearest = ((x[:, None] - atoms) ** 2).sum(-1).argmin(1)
+    fields = [training_set_field(x[[k]], atoms[[a]], t_max)[0] for k, a in enumerate(nearest)]
+    return np.concatenate(fields), np.eye(len(atoms))[nearest]
+
+
+def field_weighted_by_distance(x, atoms, t_max):
+    delta = np.linalg.norm(x[:, None] - atoms, axis=-1)
+    weights = softmax((1 - x.shape[1]) * np.log(delta), axis=1)
+    fields = [training_set_field(x, atoms[[a]], t_max)[0] for a in range(len(atoms))]
+    return np.einsum("nk,kni->ni", weights, fields), weights
+
+
+test_B5_field_rejects = rejects(
+    test_B5_field,
+    field={
+        "the nearest atom alone": field_of_the_nearest,
+        "delta^-(d-1) alone": field_weighted_by_distance,
+        "all times": lambda x, atoms, t_max: training_set_field(x, atoms),
+    },
+)
+
+
+def test_B5_lone_atom_ranks_by_distance_and_new_points_do_not():
+    """The numbers of README.md: 300 atoms and 100 new points of N(0, I), d = 20."""
+    d = 20
+    x, atoms = normal(rng(0), 100, d).numpy(), normal(rng(1), 300, d).numpy()
+    v, weights = training_set_field(x, atoms)
+    distance = np.linalg.norm(x[:, None] - atoms, axis=-1)
+    nearest = weights[np.arange(100), distance.argmin(1)]
+    x1_hat, delta = np.linalg.norm(x + v, axis=1), distance.min(1)
+    size = np.linalg.norm(x, axis=1)
+    ranks = spearmanr(x1_hat, size)[0], spearmanr(x1_hat, delta)[0]
+    assert [np.median(nearest), *ranks] == pytest.approx([0.02, 0.99, 0.81], abs=0.006)
+    away = normal(rng(2), 100, d).numpy()
+    away *= np.linspace(0.02, 0.2, 100)[:, None] * d**0.5 / np.linalg.norm(away, axis=1)[:, None]
+    v, weights = training_set_field(atoms[:100] + away, atoms)
+    assert weights[np.arange(100), np.arange(100)].min() > 0.99999
+    half = (5**0.5 - 1) / 2
+    a = np.zeros((1, 40_000))
+    a[0, 0] = 200.0  # of norm sqrt(d)
+    for side, step in ((1, half), (-1, 1 + half)):
+        v, _ = training_set_field(a * (1 + side * 1e-3), a)
+        assert np.linalg.norm(v) / 200 == pytest.approx(step, rel=1e-3)
+
+
 # ---- The printed table ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows():
     return list(unconditional_field.table(seed=1))
 
 
-@pytest.mark.parametrize("name", ["B1", "B2", "B3", "B4"])
+@pytest.mark.parametrize("name", ["B1", "B2", "B3", "B4", "B5"])
 def test_table(rows, name):
     check_rows(rows, name)

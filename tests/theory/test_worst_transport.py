@@ -1,4 +1,4 @@
-"""W1-W4: theory/worst_transport.py, and the couplings of wtflow. How to read: claims.py."""
+"""W1-W4, W7: theory/worst_transport.py, and the couplings of wtflow. How to read: claims.py."""
 
 import itertools
 from functools import partial
@@ -8,6 +8,7 @@ import pytest
 import torch
 from claims import (
     P,
+    Z,
     candidates,
     check_rows,
     claim,
@@ -464,12 +465,97 @@ test_W4_one_step_rejects = rejects(
 )
 
 
+# ---- W7 ---------------------------------------------------------------------------------------
+@claim(
+    worst_transport.largest_assignment,
+    worst_transport.assignment_bounds,
+    examples=10,
+    k=st.integers(1, 24),
+    seed=seeds,
+)
+def test_W7_bounds(assignment, bounds, k, seed):
+    """Between a greedy plan, simulated too, and each row's largest; 1/sqrt(2 pi) for k = 2."""
+    mean, se = assignment(k, 400, rng(seed))
+    below, above = bounds(k)
+    assert below - Z * se <= mean <= above + Z * se
+    entries = normal(rng(seed), 400, k, k)
+    within(mean_se(entries.amax(2).mean(1)), above)
+    greedy = [sum(rows[j, : k - j].max().item() for j in range(k)) / k for rows in entries]
+    within(mean_se(greedy), below)
+    within(assignment(2, 2000, rng(seed)), (2 * np.pi) ** -0.5)
+    within(assignment(1, 2000, rng(seed)), 0)
+
+
+def smallest_assignment(k, matrices, generator):
+    mean, se = worst_transport.largest_assignment(k, matrices, generator)
+    return -mean, se
+
+
+test_W7_bounds_rejects = rejects(
+    test_W7_bounds,
+    assignment={
+        "OT for WT": smallest_assignment,
+        "one row more": lambda k, matrices, generator: worst_transport.largest_assignment(
+            k + 1, matrices, generator
+        ),
+        "the upper bound": lambda k, matrices, generator: (a_n(k), 1e-3),
+    },
+    bounds={
+        "a_(k+1) above": lambda k: (worst_transport.assignment_bounds(k)[0], a_n(k + 1)),
+        "a_k below": lambda k: (a_n(k), a_n(k)),
+    },
+)
+
+
+def rho_of_matrices(k, d, generator):
+    """The prediction b_k / sqrt(d), and its standard error."""
+    return np.divide(worst_transport.largest_assignment(k, 600, generator), d**0.5)
+
+
+@claim(
+    rho_of_matrices,
+    worst_transport.strength_of_minibatch,
+    examples=8,
+    k=st.integers(2, 12),
+    d=st.integers(500, 2000),
+    scale=st.floats(0.1, 10),
+    seed=seeds,
+)
+def test_W7_strength(rho, strength, k, d, scale, seed):
+    """wtflow's worst plan, whatever the scale of x_0."""
+    x_0 = scale * normal(rng(seed), 60 * k, d)
+    measured, error = strength(x_0, rng(seed + 1), k)
+    predicted, error_of_prediction = rho(k, d, rng(seed + 2))
+    within((measured, np.hypot(error, error_of_prediction)), predicted)
+
+
+test_W7_strength_rejects = rejects(
+    test_W7_strength,
+    rho={
+        "b_k": lambda k, d, generator: worst_transport.largest_assignment(k, 600, generator),
+        "a_k of W3": lambda k, d, generator: (a_n(k) / d**0.5, 0.0),
+        "rFM": lambda k, d, generator: (0.0, 0.0),
+        "the antipode": lambda k, d, generator: (1.0, 0.0),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    "k, d, rho, error",
+    [(8, 120, 0.110, 0.004), (256, 120, 0.240, 0.002), (256, 4096, 0.0418, 3e-4)],
+)
+def test_W7_numbers_of_the_readme(k, d, rho, error):
+    x_0 = normal(rng(0), 2048, d)
+    measured, _ = worst_transport.strength_of_minibatch(x_0, rng(1), k)
+    assert measured == pytest.approx(rho, abs=error)
+
+
 # ---- The printed table ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows():
     return list(worst_transport.table(seed=1))
 
 
-@pytest.mark.parametrize("name", ["W1", "W2", "W3", "W4"])
+@pytest.mark.parametrize("name", ["W1", "W2", "W3", "W4", "W7"])
 def test_table(rows, name):
     check_rows(rows, name)
