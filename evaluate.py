@@ -473,22 +473,24 @@ def check_category(category: Category, folder: Path) -> None:
 def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
     """Categories without the training images that a file names, and these names.
 
-    The file has one name a line, or it is a train-scores.csv with a mark in the column leave_out.
-    Raises InputError for a name that is not that of exactly one training image.
+    The file has one name a line, with its suffix and as much of its path as is needed; or it is a
+    train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
+    InputError for a name that is not that of exactly one training image.
     """
     if file is None:
         return categories, []
     try:
         with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            lines = [line.strip() for line in f]
+            lines, own = [line.strip() for line in f], []
     except OSError as e:
         raise InputError(f"--leave-out {file}: cannot be read ({e.strerror})") from None
     if lines and lines[0].startswith("image,"):
         rows = list(csv.DictReader(lines))
         marked = [row for row in rows if (row.get("leave_out") or "").strip()]
         lines = [unquoted(row["image"]) for row in marked]
-    names = [line for line in lines if line]
-    every, dropped = [path for category in categories for path in category.train], set()
+        own = [c for c in categories if c.name == Path(file).resolve().parent.name]
+    names, dropped = [line for line in lines if line], set()
+    every = [path for category in own or categories for path in category.train]
     for name in names:
         parts = Path(name).parts
         found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
@@ -887,7 +889,7 @@ def without_copies(thumbnails: Tensor, images: list) -> Array:
         copies = [images[k] for k in np.flatnonzero(part == np.bincount(part).argmax())]
         print(
             f"note: {len(images)} training images, of about {len(kept)} different parts: of copies "
-            f"like {listed(copies)} the first is used",
+            f"like {listed(copies)} the first is used (shots that moved are not found)",
             file=sys.stderr,
         )
     return kept
@@ -906,6 +908,7 @@ class Prediction(NamedTuple):
 
 CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
 STANDS_OUT = 0.01  # [ours] suspects: as many scores as high are rarer than this
+FEW = 25  # good images: of fewer a threshold is said to be rough
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
@@ -992,10 +995,14 @@ class Calibration(NamedTuple):
             return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
         if self.fpr == 0:
             return f"threshold {self.threshold:.4f}, the highest good training image"
-        least = ""
         if self.how == "rank" and self.fpr * (n + 1) < 100:
-            least = f" (by rank among {n}: the lowest attainable rate is {100 / (n + 1):.2g} %)"
-        return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{least}"
+            need = math.ceil(100 / self.fpr) - 1
+            return (
+                f"threshold {self.threshold:.4f}, the highest of {n} good images: a false positive "
+                f"rate of {100 / (n + 1):.2g} %, for {self.fpr:g} % give {need}"
+            )
+        few = f" (roughly: of {n} images)" if self.how == "tail" and n < FEW else ""
+        return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{few}"
 
 
 def check_threshold(percent: float, how: str | float) -> None:
@@ -1347,7 +1354,7 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
     rows, bad = [], np.array([kind != "good" for kind in kinds], bool)
     for rate in RATES:
         threshold = known.tail.threshold(rate / 100)
-        row = {"expected_fpr": f"{rate:g}", "threshold": f"{threshold:.4f}"}
+        row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{threshold:.4f}"}
         row["good_flagged_per_1000"] = f"{10 * rate:g}"
         for name, part in (("test_fpr", ~bad), ("test_recall", bad)):
             row[name] = 100 * float((scores[part] > threshold).mean()) if part.any() else None
@@ -1486,6 +1493,11 @@ def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterato
             text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
             lines = text[: text.rfind("\n") + 1].splitlines()  # a last one may be half written
             had = {unquoted(row["image"]): row for row in csv.DictReader(lines) if row["score"]}
+            if others := [name for name in had if name not in {*names}]:
+                raise InputError(
+                    f"{table}: has images that are not in this folder ({listed(others)}): give "
+                    "another --out, or no --resume"
+                )
             f.truncate(0)
 
             def add(row, head=False):
@@ -1794,8 +1806,8 @@ def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibr
     good, tail = known.good_scores, known.tail
     every = np.r_[scores, good]
     middle = good[-1] if math.isnan(known.threshold) else known.threshold
-    end = min(max(every.max(), 1.1 * middle), 3 * middle)
-    edges = np.linspace(min(every.min(), middle), end, 41)
+    end = min(max(every.max(), 1.1 * middle), 2 * middle)
+    edges = np.linspace(min(every.min(), middle), end, 61)
 
     def histogram(axis, values, colour, name):
         label = f"{name} ({len(values)})"
@@ -2324,7 +2336,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FILE", help="of the backbone (default: those of its package)")
     text = "auto: a GPU if there is one (default: auto)"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
-    text = "false positive rate that the threshold is set for (default: 1)"
+    text = "false positive rate of the threshold; 0: the highest good training score (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
     text = "tail or rank of the good scores, or a score (default: tail)"
     add("--threshold", type=number_or_text, default="tail", metavar="HOW", help=text)

@@ -183,7 +183,7 @@ def fit(
         evaluate.save_model("model.pt", detector)
     """
     if not isinstance(images, (list, tuple)):
-        raise InputError(f"images of type {type(images).__name__}: give a list of at least one")
+        raise InputError(f"images of type {type(images).__name__}: give a list of paths or arrays")
     if not images:
         raise InputError("no images: give at least one")
     recipe = Recipe(**settings)

@@ -161,6 +161,8 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     (tmp_path / "names.txt").write_text("99.png\n")
     fails(run(*command, "--leave-out", tmp_path / "names.txt"), "99.png is of none")
     twins = [category, category._replace(name="other")]
+    [kept, _], _ = evaluate.leave_out(twins, folder / "train-scores.csv")  # in a folder "part"
+    assert len(kept.train) == 18
     (tmp_path / "names.txt").write_text("04.png\n")
     with pytest.raises(InputError, match="is that of 2: write more"):
         evaluate.leave_out(twins, tmp_path / "names.txt")
@@ -201,13 +203,20 @@ def test_too_few_good_images_for_a_rate_say_which_is_attainable():
         assert "attainable" not in evaluate.calibrate(np.ones(n), fpr, "rank").text()
     assert "attainable" not in evaluate.calibrate(np.ones(49)).text()
     text = evaluate.calibrate(np.ones(49), how="rank").text()
-    assert "(by rank among 49: the lowest attainable rate is 2 %)" in text
+    assert text.endswith(
+        "the highest of 49 good images: a false positive rate of 2 %, for 1 % give 99"
+    )
+    assert evaluate.calibrate(np.arange(1, 25)).text().endswith("of 1 % (roughly: of 24 images)")
 
 
 def test_thresholds_are_chosen_and_tabled(data, model, tmp_path):
     """By tail, rank or number; the table says what each rate flags."""
     image = ("--image", data / "bolt/test/dent", "--out", tmp_path / "a.csv")
-    for how, words in (("tail", "of 1 %"), ("rank", "by rank among 6"), (0.01, "0.0100, as given")):
+    for how, words in (
+        ("tail", "of 1 %"),
+        ("rank", "the highest of 6 good images"),
+        (0.01, "0.0100, as given"),
+    ):
         result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", how))
         assert words in result.stdout.splitlines()[0]
     assert {row["verdict"] for row in read_table(tmp_path / "a.csv")} == {"defect"}
@@ -384,8 +393,10 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
     with open(table, "a") as held:
         evaluate.hold(held)
         fails(run(*command), "s.csv", "another process writes to it")
-    names = evaluate.images_under(folder)
-    with evaluate.growing_table(table, [p.name for p in names], False) as (had, add):
+    with pytest.raises(InputError, match="images that are not in this folder"):
+        with evaluate.growing_table(table, ["a"], True):
+            pass
+    with evaluate.growing_table(table, ["a"], False) as (had, add):
         add(evaluate.score_row("a", "b", InputError("broken")))
         assert not had and table.read_text().splitlines()[1] == "a,b,,,,,broken"
     with evaluate.growing_table(table, [], True) as (had, _):
