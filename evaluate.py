@@ -837,7 +837,7 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     """Features (n, d, h, w) float16 of images, original sizes, thumbnails; None of no images.
 
     images: a list of what as_image takes. The features are on the detector's device; thumbnails
-    (n, 3, THUMBNAIL, THUMBNAIL), for without_copies, on the CPU. One pass; report(done) after each
+    (n, 3, THUMBNAIL, THUMBNAIL), for copies_of, on the CPU. One pass; report(done) after each
     batch. Raises InputError naming the image that cannot be read or whose features are not finite.
     """
     out, sizes, thumbnails = None, [], []
@@ -864,35 +864,42 @@ THUMBNAIL = 32  # pixels a side
 COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
 
 
-def without_copies(thumbnails: Tensor, images: list) -> Array:
-    """Indices of images, one of each part: copies say nothing new, and spoil the good scores.
+def copies_of(thumbnails: Tensor, images: list) -> Array:
+    """For each of n images the first that it is a copy of, or itself: (n,) indices.
 
-    Two images are copies if the squared distance of their thumbnails, without their means, one of
-    them mirrored or not, is at most COPY of the lower quartile of the distances from one of them:
-    files that are there twice, shots of one part, originals and their mirror images. The first of
-    them is kept; images, paths or names, are for a note on stderr.
+    Copies say nothing new and spoil the good scores. An image is a copy if the squared distance of
+    its thumbnail, without its mean, to that of an earlier one, mirrored or not, is at most COPY of
+    the upper quartile of its distances: files that are there twice, mirror images, and shots of a
+    part that does not move, unless it makes three quarters of the set. images, paths or names, are
+    for a note on stderr.
     """
-    from scipy.sparse import csgraph
-
     x = thumbnails - thumbnails.mean((2, 3), keepdim=True)
-    rows = x.flatten(1)
-    squares = rows.square().sum(1)
-    near = torch.zeros(len(x), len(x), dtype=torch.bool)
-    for dims in ((), (2,), (3,), (2, 3)):
-        distance = squares[:, None] + squares - 2 * rows @ x.flip(dims).flatten(1).T
-        if not dims:
-            limit = COPY * distance.quantile(0.25, 1) + 1e-6 * squares  # rounding of equal ones
-        near |= distance <= limit[:, None]
-    _, part = csgraph.connected_components(near.numpy(), directed=False)
-    kept = np.sort(np.unique(part, return_index=True)[1])
+    squares = x.flatten(1).square().sum(1)
+    mirrored = [x.flip(dims).flatten(1) for dims in ((), (2,), (3,), (2, 3))]
+
+    def near(rows, own):
+        """Which of all images rows (k, d) of squares own (k,) are near to: (k, n)."""
+        products = torch.stack([rows @ m.T for m in mirrored])
+        distances = own[:, None] + squares - 2 * products
+        limit = COPY * distances[0].quantile(0.75, 1) + 1e-6 * own  # rounding of equal ones
+        return distances.amin(0) <= limit[:, None]
+
+    parts = zip(x.flatten(1).split(256), squares.split(256), strict=True)
+    is_near = torch.cat([near(*part) for part in parts]).numpy()
+    first = np.arange(len(x))
+    for k in range(len(x)):
+        earlier = np.flatnonzero(is_near[k, :k] & (first[:k] == np.arange(k)))
+        first[k] = earlier[0] if len(earlier) else k
+    kept = np.unique(first)
     if len(kept) < len(images):
-        copies = [images[k] for k in np.flatnonzero(part == np.bincount(part).argmax())]
+        example = np.flatnonzero(first == np.bincount(first).argmax())
         print(
             f"note: {len(images)} training images, of about {len(kept)} different parts: of copies "
-            f"like {listed(copies)} the first is used (shots that moved are not found)",
+            f"like {listed([images[k] for k in example])} the first is used (shots of a part that "
+            "moved are not found)",
             file=sys.stderr,
         )
-    return kept
+    return first
 
 
 class Prediction(NamedTuple):
@@ -907,8 +914,9 @@ class Prediction(NamedTuple):
 
 
 CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
-STANDS_OUT = 0.01  # [ours] suspects: as many scores as high are rarer than this
-FEW = 25  # good images: of fewer a threshold is said to be rough
+STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high are rarer than this
+FEW = 50  # good images: of fewer the mean rate is said
+EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
@@ -916,9 +924,9 @@ RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of 
 class Tail(NamedTuple):
     """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2).
 
-    A score is the largest of many distances. The largest of many numbers has a Gumbel
-    distribution if their tail is light, and its logarithm has one if it is heavy (Frechet). The
-    logarithm has one in both cases: where scale is small it is linear over the tail.
+    A score is the largest of many distances. The largest of many numbers is close to Gumbel
+    distributed if their tail is light, and its logarithm is if it is heavy (Frechet). The logarithm
+    is in both cases: where scale is small it is linear over the tail.
     """
 
     location: float
@@ -927,17 +935,12 @@ class Tail(NamedTuple):
 
     def p_value(self, scores: Array) -> Array:
         """P(a good image scores higher) of scores of any shape."""
-        with np.errstate(over="ignore"):  # exp(-inf) is 0
-            return -np.expm1(-np.exp((self.location - log_of(scores)) / self.scale))
+        with np.errstate(over="ignore", divide="ignore"):  # of 0, and of scores near it, p is 1
+            return -np.expm1(-np.exp((self.location - np.log(scores)) / self.scale))
 
     def threshold(self, rate: float) -> float:
         """The score that a share `rate` of good images exceeds, 0 < rate < 1."""
         return math.exp(self.location - self.scale * math.log(-math.log1p(-rate)))
-
-
-def log_of(scores: Array) -> Array:
-    """Logarithms of scores; of 0, that of the smallest normal number."""
-    return np.log(np.maximum(scores, np.finfo(float).tiny))
 
 
 def fit_tail(good_scores: Array) -> Tail:
@@ -946,11 +949,13 @@ def fit_tail(good_scores: Array) -> Tail:
     Least squares of log s on the Gumbel quantiles of (i - 1/2) / n (E3). What the highest tenth is
     does not move the fit, how many they are does. So scores that stand out are left out, and the
     line is fitted again: the k highest, for the largest k such that k or more good images score as
-    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)).
+    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)). In 5 to 8 % of good
+    sets of 100 to 1,000 images something stands out, as every k is tried.
     """
     from scipy.special import gammainc  # here: an image alone need not wait for it
 
-    x = np.sort(log_of(np.asarray(good_scores, float)))
+    scores = np.sort(np.asarray(good_scores, float))
+    x = np.log(np.maximum(scores, 1e-3 * max(np.median(scores), 1e-30)))  # 0 has no logarithm
     n = len(x)
     first = Tail(*central_line(x), 0)
     most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
@@ -976,8 +981,8 @@ class Calibration(NamedTuple):
 
     Rank and tail both hold for new good images that are like the training images. The rank
     (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
-    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form, and
-    neither of these spoils it.
+    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
+    extrapolates, and up to a tenth of defects do not spoil it.
     """
 
     good_scores: Array
@@ -1001,7 +1006,9 @@ class Calibration(NamedTuple):
                 f"threshold {self.threshold:.4f}, the highest of {n} good images: a false positive "
                 f"rate of {100 / (n + 1):.2g} %, for {self.fpr:g} % give {need}"
             )
-        few = f" (roughly: of {n} images)" if self.how == "tail" and n < FEW else ""
+        few = ""
+        if self.how == "tail" and n < FEW:
+            few = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
         return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{few}"
 
 
@@ -1014,8 +1021,8 @@ def check_threshold(percent: float, how: str | float) -> None:
         raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
 
 
-def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
-    """Score that `fpr` percent of new good images exceed, nan of fewer than FEWEST scores (n,).
+def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
+    """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
 
     how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
     smallest: a new score that is exchangeable with them exceeds it with a probability of
@@ -1023,23 +1030,24 @@ def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail"
     """
     known = np.sort(np.asarray(good_scores, float))
     n = len(known)
-    if not isinstance(how, str):
-        return float(how)
-    if n < FEWEST:
-        return math.nan
-    if how == "tail" and fpr > 0:
-        return fit_tail(known).threshold(fpr / 100)
-    rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
-    return float(known[min(max(rank, 1), n) - 1])
-
-
-def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
-    """All that turns a score into a verdict, from the good scores (n,); see threshold_of."""
-    known = np.sort(np.asarray(good_scores, float))
-    if not len(known):
+    if not n:
         raise RuntimeError("this detector is not fitted: train it, or load a trained one")
-    tail = fit_tail(known) if len(known) >= FEWEST else None
-    return Calibration(known, tail, fpr, how, threshold_of(known, fpr, how))
+    tail = fit_tail(known) if n >= FEWEST else None
+    if not isinstance(how, str):
+        threshold = float(how)
+    elif tail is None:
+        threshold = math.nan
+    elif how == "tail" and fpr > 0:
+        threshold = tail.threshold(fpr / 100)
+    else:
+        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
+        threshold = float(known[min(max(rank, 1), n) - 1])
+    return Calibration(known, tail, fpr, how, threshold)
+
+
+def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
+    """The threshold of calibrate, nan of fewer than FEWEST scores."""
+    return calibrate(good_scores, fpr, how).threshold
 
 
 def classify(scores: Array, known: Calibration) -> list[Prediction]:
@@ -1053,7 +1061,7 @@ def classify(scores: Array, known: Calibration) -> list[Prediction]:
     p_value = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
     if known.tail is None:
         p_rank = p_value
-    verdicts = np.where(scores > known.threshold, "defect", "good")
+    verdicts = np.where(scores <= known.threshold, "good", "defect")  # nan is no good image
     if math.isnan(known.threshold):
         verdicts = np.full(len(scores), "none")
     columns = (scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist())
@@ -1083,20 +1091,18 @@ def make_of(images: list, sizes: list[tuple], thumbnails: Tensor) -> dict:
 
 def say_another_make(make: dict, images: list, sizes: list[tuple], thumbnails: Tensor) -> None:
     """Name the first image that is not like those of training: its score may not compare."""
-    slack = {"side": 1.5, "aspect": 1.1}
-    for k, image in enumerate(images):
-        own = make_of([image], sizes[k : k + 1], thumbnails[k : k + 1])
-        for name, had in make.items():
-            what = name
-            if name in slack and had[0] / slack[name] <= own[name][0] <= had[1] * slack[name]:
-                continue
-            if name in slack:
-                what = f"{name} {own[name][0]:.3g}, there {had[0]:.3g} to {had[1]:.3g}"
-            elif None in (had, own[name]) or own[name] == had:
-                continue
-            which = what if name in slack or own[name] else f"not {name}"
-            text = f"unlike the training images ({which}): its score may not compare"
-            say_once(f"{name_of(image)}: {text}", about=("make", name))
+    for k, image in enumerate(images if make else []):
+        own, unlike = make_of([image], sizes[k : k + 1], thumbnails[k : k + 1]), {}
+        for name, slack in (("side", 1.5), ("aspect", 1.1)):
+            (low, high), value = make[name], own[name][0]
+            if not low / slack <= value <= high * slack:
+                unlike[name] = f"{name} {value:.3g}, there {low:.3g} to {high:.3g}"
+        for name in ("grey", "JPEG"):
+            if None not in (make[name], own[name]) and make[name] != own[name]:
+                unlike[name] = name if own[name] else f"not {name}"
+        for name, what in unlike.items():
+            text = f"unlike the training images ({what}): its score, and those of others like it"
+            say_once(f"{name_of(image)}: {text}, may not compare", about=(id(make), name))
 
 
 def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
@@ -1477,43 +1483,46 @@ def unquoted(name: str) -> str:
 
 @contextlib.contextmanager
 def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterator[tuple]:
-    """({name: row} that a table of scores had, add(row)): each row is on disk as it is added.
+    """({name: row} that a table of scores had, add(row)): each row is written as it is added.
 
-    Without resume it starts anew; with it, rows of images that had an error are left out. names:
-    of all images to come. Raises InputError if another process writes to it.
+    Without resume it starts anew; with it, rows of images that had an error are left out. names: of
+    all images to come. Raises InputError if another process writes to it (not on Windows).
     """
     if table is None:
         yield {}, lambda row: None
         return
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        with open(table, "a+b") as f:
-            hold(f)
-            f.seek(0)
-            text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
-            lines = text[: text.rfind("\n") + 1].splitlines()  # a last one may be half written
-            had = {unquoted(row["image"]): row for row in csv.DictReader(lines) if row["score"]}
-            if others := [name for name in had if name not in {*names}]:
-                raise InputError(
-                    f"{table}: has images that are not in this folder ({listed(others)}): give "
-                    "another --out, or no --resume"
-                )
-            f.truncate(0)
-
-            def add(row, head=False):
-                rows = [] if head else [row]
-                f.write(csv_text(SCORES, rows, head).encode("utf-8", "surrogateescape"))
-                f.flush()
-
-            f.write(b"" if "".join(names).isascii() else b"\xef\xbb\xbf")
-            add(None, head=True)
-            for name, row in had.items():
-                add(row | {"image": name})
-            yield had, add
-    except BlockingIOError:
-        raise InputError(f"{table}: another process writes to it: give another --out") from None
+        f = open(table, "a+b")
     except OSError as e:
         raise InputError(f"{table}: cannot be written ({e}): give another --out") from None
+
+    def write(text, encoding="utf-8"):
+        try:
+            f.write(text.encode(encoding, "surrogateescape"))
+            f.flush()
+        except OSError as e:
+            raise InputError(f"{table}: cannot be written ({e}): give another --out") from None
+
+    with f:
+        try:
+            hold(f)
+        except OSError:
+            raise InputError(f"{table}: another process writes to it: give another --out") from None
+        f.seek(0)
+        text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
+        text = text[: text.rfind("\n") + 1]  # a last row may be half written
+        whole = io.StringIO(text, newline="")
+        had = {unquoted(row["image"]): row for row in csv.DictReader(whole) if row["score"]}
+        if others := [name for name in had if name not in {*names}]:
+            raise InputError(
+                f"{table}: has images that are not in this folder ({listed(others)}): give another "
+                "--out, or no --resume"
+            )
+        rows = [row | {"image": name} for name, row in had.items()]
+        f.truncate(0)
+        write(csv_text(SCORES, rows), "utf-8" if "".join(names).isascii() else "utf-8-sig")
+        yield had, lambda row: write(csv_text(SCORES, [row], head=False))
 
 
 def write_scores(folder: Path, category: Category, scored: Scored) -> None:
@@ -1527,13 +1536,15 @@ def write_scores(folder: Path, category: Category, scored: Scored) -> None:
         write_csv(folder / "scores.csv", SCORES, rows)
 
 
-TRAIN_SCORES = ("image", "score", "p_value", "p_rank", "leave_out")  # train-scores.csv
+# Columns of train-scores.csv
+TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")
 SHOWN = 12  # suspects in a picture
 
 
 def write_suspects(
     folder: Path,
     images: list[Path],
+    first: Array,
     maps: Tensor,
     scores: Tensor,
     known: Calibration,
@@ -1541,34 +1552,39 @@ def write_suspects(
 ) -> None:
     """train-scores.csv of the training images, the highest first, and what stands out among them.
 
-    maps (n, h, w) and scores (n,) are leave-one-out. Images that stand out are marked in the table,
-    so that --leave-out takes it, named on stderr and drawn in suspects.png.
+    first: of copies_of; maps (k, h, w) and scores (k,) are held-out ones of the k images that are
+    no copies. Images that stand out are marked in the table, so that --leave-out takes it, and so
+    are their copies; they are named on stderr and drawn in suspects.png.
     """
-    predictions = classify(scores.numpy(), known)
-    falling = np.argsort(-scores.numpy(), kind="stable")
-    suspects = known.tail.suspects if known.tail else 0
-    least = known.good_scores[-suspects] if suspects else math.inf
-    suspects = [j for j in falling if predictions[j].score >= least]
     shared = Path(os.path.commonpath([path.parent for path in images]))
     names = [path.relative_to(shared).as_posix() for path in images]
+    kept = np.unique(first)
+    predictions = classify(scores.numpy(), known)
+    falling = np.argsort(-scores.numpy(), kind="stable")
+    shown = falling[: known.tail.suspects if known.tail else 0]
+    mark = {j: "x" for j in kept[shown]}
     rows = []
     for j in falling:
-        row = score_row(names[j], "", predictions[j])
-        rows.append(row | {"leave_out": "x" * (j in suspects)})
+        row = score_row(names[kept[j]], "", predictions[j])
+        rows.append(row | {"copy_of": "", "leave_out": mark.get(kept[j], "")})
+    for j in np.setdiff1d(np.arange(len(images)), kept):
+        row = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
+        rows.append(row | {"leave_out": mark.get(first[j], "")})
     write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
+    images, names = [images[j] for j in kept], [names[j] for j in kept]
     picture = folder / "suspects.png"
     picture.unlink(missing_ok=True)
-    if suspects:
+    if len(shown):
         print(
-            f"{folder.name}: {len(suspects)} of {len(names)} good training images stand out "
-            f"({listed([names[j] for j in suspects])}): look at {one_line(picture)}; to train "
+            f"{folder.name}: {len(shown)} of {len(names)} good training images stand out "
+            f"({listed([names[j] for j in shown])}): look at {one_line(picture)}; to train "
             f"without them: --leave-out {one_line(folder / 'train-scores.csv')}",
             file=sys.stderr,
         )
-        failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in suspects[:SHOWN]]
+        failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in shown[:SHOWN]]
         with drawing_may_fail(failed):
-            shown = [read_image(images[j], white_level) for j in suspects[:SHOWN]]
-            draw_suspects(picture, shown, maps[suspects[:SHOWN]], known, titles)
+            pictures = [read_image(images[j], white_level) for j in shown[:SHOWN]]
+            draw_suspects(picture, pictures, maps[shown[:SHOWN]], known, titles)
         warn_of(failed)
 
 
@@ -1722,7 +1738,8 @@ def one_line(text: Any) -> str:
 
 
 def in_words(prediction: Prediction) -> str:
-    return f"score {prediction.score:.4f}, p {prediction.p_value:.2g}, {prediction.verdict}"
+    p = f"p {prediction.p_value:.2g}, by rank {prediction.p_rank:.2g}"
+    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
 
 
 def draw_map(
@@ -1760,9 +1777,9 @@ def add_map(fig: Any, axis: Any, y: Tensor, size: tuple, aspect: str, known: Cal
     over the threshold, which is the middle, to as far above it. Without a threshold the middle is
     the highest good score.
     """
-    low = float(np.median(known.good_scores)) * BACKGROUND
     middle = known.good_scores[-1] if math.isnan(known.threshold) else known.threshold
-    middle = max(middle, low + 1e-6)
+    middle = max(middle, 1e-6)
+    low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
     high = 2 * middle - low
     # viridis reads the same to a colour-blind person
     colours = {"cmap": "viridis", "vmin": low, "vmax": high}
@@ -2268,7 +2285,8 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
         todo = [pair for pair in zip(paths, places, strict=True) if names[pair[0]] not in had]
         known_paths = [path for path in paths if names[path] in had]
         if known_paths:
-            refuse_another_model(table, detector, known, known_paths[0], had)
+            again = had[names[known_paths[0]]]
+            refuse_another_model(table, detector, known, known_paths[0], again, had)
         for start in range(0, len(todo), BATCH):
             part = todo[start : start + BATCH]
             found = predict_or_error(detector, [path for path, _ in part], known)
@@ -2312,15 +2330,16 @@ def draw_file(
 
 
 def refuse_another_model(
-    table: Path, detector: wtflow.Detector, known: Calibration, path: Path, had: dict
+    table: Path, detector: wtflow.Detector, known: Calibration, path: Path, row: dict, had: dict
 ) -> None:
-    """Raises InputError if rows of a table are not of this threshold, or path's of this model."""
+    """Raises InputError unless a table's row of path is of this model, all of this threshold."""
     again, _, _ = predict(detector, [path], known)[0]
-    row = next(row for name, row in had.items() if path.as_posix().endswith(name))
     same = math.isclose(float(row["score"]), again.score, rel_tol=1e-3)
-    verdicts = classify([float(row["score"]) for row in had.values()], known)
-    pairs = zip(verdicts, had.values(), strict=True)
-    if not same or any(found.verdict != row["verdict"] for found, row in pairs):
+    scores = [float(row["score"]) for row in had.values()]
+    for score, found, row in zip(scores, classify(scores, known), had.values(), strict=True):
+        rounded = math.isclose(score, known.threshold, rel_tol=1e-5)  # six digits are written
+        same = same and (rounded or found.verdict == row["verdict"])
+    if not same:
         raise InputError(
             f"{table}: scores or verdicts are of another model or threshold: give another --out, "
             "or no --resume"

@@ -177,7 +177,7 @@ def fit(
 
     images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
     in a package; device: as --device; settings: of wtflow.Recipe. detector.normal_scores (n,) are
-    leave-one-out scores of the images, in order, without copies. Raises InputError.
+    held-out scores of the images, in order, without copies. Raises InputError.
 
         detector = train.fit(images, steps=200)
         evaluate.save_model("model.pt", detector)
@@ -193,7 +193,8 @@ def fit(
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
     features, sizes, thumbnails = evaluate.extract(detector, images)
-    kept = evaluate.without_copies(thumbnails, [f"images[{k}]" for k in range(len(images))])
+    names = [f"images[{k}]" for k in range(len(images))]
+    kept = np.unique(evaluate.copies_of(thumbnails, names))
     detector.make = evaluate.make_of(images, sizes, thumbnails)
     fit_detector(detector, features[kept], seed)
     return detector
@@ -236,8 +237,8 @@ def run_category(
     report = partial(progress, "training image", len(category.train))
     good, good_sizes, thumbnails = evaluate.extract(detector, category.train, report)
     detector.make = evaluate.make_of(category.train, good_sizes, thumbnails)
-    kept = evaluate.without_copies(thumbnails, category.train)
-    kept_paths, good = [category.train[k] for k in kept], good[kept]
+    first = evaluate.copies_of(thumbnails, category.train)
+    good = good[np.unique(first)]
 
     # Training
     def report_step(k, fits, step, steps, loss):
@@ -249,7 +250,7 @@ def run_category(
 
     trained = fit_detector(detector, good, seed, report_step, save, state)
     known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-    evaluate.write_suspects(folder, kept_paths, *trained, known, white_level)
+    evaluate.write_suspects(folder, category.train, first, *trained, known, white_level)
 
     # Evaluation
     scored = evaluate.score_category(detector, category, test, known)
