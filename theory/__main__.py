@@ -1,4 +1,7 @@
-"""python -m theory [--out DIR]: a table of all claims, predicted beside measured; the figures."""
+"""python -m theory [--out DIR] [--data D ..]: all claims, predicted beside measured; the figures.
+
+With --data: the claims' assumptions beside the features of data sets instead.
+"""
 
 import argparse
 import math
@@ -7,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import evaluate
 from theory import (
     concentration,
     draw,
@@ -14,6 +18,7 @@ from theory import (
     learned_field,
     local_transport,
     one_step,
+    real_features,
     singularity,
     unconditional_field,
     worst_transport,
@@ -38,10 +43,15 @@ def line(row):
     return f"{row.claim:5} {row.what:70} {numbers} {relative} {row.se:10.1e}"
 
 
-def print_table(errors, results):
-    """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
+def print_head():
+    """The head of a table, on stdout."""
     head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
     print(f"{'claim':5} {'what':70} {head}")
+
+
+def print_table(errors, results):
+    """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
+    print_head()
     for module in CLAIMS:
         for row in module.table():
             print(line(row))
@@ -49,10 +59,10 @@ def print_table(errors, results):
         print(line(row))
 
 
-def save_figures(out, errors, results):
-    """Draw every figure into the folder `out`; their paths, in the order of the claims."""
+def save_figures(out, figures):
+    """Save {name: figure} in the folder `out`; their paths, in that order."""
     paths = []
-    for name, figure in draw.figures(errors, results).items():
+    for name, figure in figures.items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=80)
         with Image.open(path) as image:  # 64 colours are enough for lines, at a third of the bytes
@@ -64,20 +74,29 @@ def save_figures(out, errors, results):
 
 def main(arguments=None):
     """The command line; arguments: a list of words, by default those of the process."""
-    parser = argparse.ArgumentParser(prog="python -m theory", description=__doc__.split(": ", 1)[1])
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("theory-figures"),
-        help="folder for the PNG files [%(default)s]",
-    )
-    out = parser.parse_args(arguments).out
-    out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # matrices this small run slower on more
-    errors, results = learned_field.run()
-    print_table(errors, results)
-    paths = save_figures(out, errors, results)
-    print(f"figures: {', '.join(map(str, paths))}")
+    what = "a table of all claims, predicted beside measured, and the figures"
+    parser = argparse.ArgumentParser(prog="python -m theory", description=what)
+    add = parser.add_argument
+    out = Path("theory-figures")
+    add("--out", type=Path, default=out, help="folder for the PNG files [%(default)s]")
+    text = "data sets: the assumptions beside their features instead [none]"
+    add("--data", type=Path, nargs="+", default=[], metavar="D", help=text)
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.data:
+        categories = [c for root in args.data for c in evaluate.read_dataset(root)[1]]
+        measured = [real_features.measure(category) for category in categories]
+        print_head()
+        for one in measured:
+            for row in real_features.table(one):
+                print(line(row))
+        figures = {"real_features": draw.real_features_figure(measured)}
+    else:
+        torch.set_num_threads(1)  # matrices this small run slower on more
+        errors, results = learned_field.run()
+        print_table(errors, results)
+        figures = draw.figures(errors, results)
+    print(f"figures: {', '.join(map(str, save_figures(args.out, figures)))}")
 
 
 if __name__ == "__main__":
