@@ -239,6 +239,9 @@ def test_thresholds_are_chosen_and_tabled(data, model, tmp_path):
         result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", how))
         assert words in result.stdout.splitlines()[0]
     assert {row["verdict"] for row in read_table(tmp_path / "a.csv")} == {"defect"}
+    image = ("--image", data / "bolt/test", "--out", tmp_path / "all.csv")
+    result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", 0.01))
+    assert "6 of 6 images are defective: or are light, camera or compression" in result.stderr
     lines = succeeds(run("evaluate.py", "--model", model)).stdout.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["0.1", "0.5", "1", "5"]
     known = evaluate.calibration_of(evaluate.load_model(model), 1, "tail")
