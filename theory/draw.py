@@ -681,7 +681,7 @@ def auroc_by_separation(axis, generator):
         ylim=(0, 1.02),
         xlabel="$m/s$",
         ylabel="AUROC",
-        title="O2: modes $\\pm m$, anomalies $N(0,s^2)$; dots: simulated",
+        title="O2: anomalies between; dots: simulated",
     )
 
 
