@@ -1738,8 +1738,9 @@ def one_line(text: Any) -> str:
 
 
 def in_words(prediction: Prediction) -> str:
-    p = f"p {prediction.p_value:.2g}, by rank {prediction.p_rank:.2g}"
-    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
+    tail, rank = prediction.p_value, prediction.p_rank
+    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
+    return f"score {prediction.score:.4f}, {p}, by rank {rank:.2g}, {prediction.verdict}"
 
 
 def draw_map(
