@@ -860,6 +860,20 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     return out, sizes, torch.cat(thumbnails) if thumbnails else None
 
 
+def extract_good(
+    detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
+) -> tuple[Tensor, Array]:
+    """Features of good images without copies, and what copies_of says of all; sets detector.make.
+
+    names: paths or names of the images, for a note on stderr; the rest is as in extract.
+    """
+    features, sizes, thumbnails = extract(detector, images, report)
+    detector.make = make_of(images, sizes, thumbnails)
+    first = copies_of(thumbnails, names)
+    kept = np.unique(first)
+    return features if len(kept) == len(images) else features[kept], first  # indexing copies
+
+
 THUMBNAIL = 32  # pixels a side
 COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
 
@@ -990,6 +1004,10 @@ class Calibration(NamedTuple):
     fpr: float  # percent
     how: str | float  # "tail", "rank" or a threshold
     threshold: float
+
+    def middle(self) -> float:
+        """The threshold, or where there is none the highest good score: the middle of pictures."""
+        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
 
     def text(self) -> str:
         """The threshold in words, and whether there are too few good images for it."""
@@ -1357,14 +1375,13 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
     """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
     if known.tail is None:
         return
-    rows, bad = [], np.array([kind != "good" for kind in kinds], bool)
+    rows = []
     for rate in RATES:
-        threshold = known.tail.threshold(rate / 100)
-        row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{threshold:.4f}"}
+        at_rate = known._replace(threshold=known.tail.threshold(rate / 100))
+        row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{at_rate.threshold:.4f}"}
         row["good_flagged_per_1000"] = f"{10 * rate:g}"
-        for name, part in (("test_fpr", ~bad), ("test_recall", bad)):
-            row[name] = 100 * float((scores[part] > threshold).mean()) if part.any() else None
-        rows.append(row)
+        found = rates(kinds, classify(scores, at_rate))
+        rows.append(row | {f"test_{name}": value for name, value in found.items()})
     print_table(tuple(rows[0]), rows)
 
 
@@ -1404,15 +1421,21 @@ def hold(file: Any) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an InputError that names the path."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or e
+        raise InputError(f"{path}: cannot be written ({reason}): give another --out") from None
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
-    except OSError as e:
-        raise InputError(
-            f"{folder}: cannot be written ({e.strerror}): give another --out"
-        ) from None
     with lock:
         try:
             hold(lock)
@@ -1435,10 +1458,13 @@ FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a cell that begins so
 def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
     """A table for any spreadsheet: see csv_text; a byte order mark where a name is not ASCII."""
     text = csv_text(columns, rows)
-    encoding = "utf-8" if text.isascii() else "utf-8-sig"
-    # surrogateescape: a name that is not UTF-8 is written as it is on the disk
-    data = text.encode(encoding, errors="surrogateescape")
+    data = encoded(text, mark=not text.isascii())
     write_whole(path, lambda to: to.write_bytes(data))
+
+
+def encoded(text: str, mark: bool = False) -> bytes:
+    """UTF-8, with a byte order mark or not; a name that is not UTF-8 as it is on the disk."""
+    return text.encode("utf-8-sig" if mark else "utf-8", "surrogateescape")
 
 
 def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
@@ -1455,15 +1481,8 @@ def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
     return file.getvalue()
 
 
-SCORES = (
-    "image",
-    "kind",
-    "score",
-    "p_value",
-    "p_rank",
-    "verdict",
-    "error",
-)  # columns of scores.csv
+# Columns of scores.csv
+SCORES = ("image", "kind", "score", "p_value", "p_rank", "verdict", "error")
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
@@ -1491,18 +1510,14 @@ def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterato
     if table is None:
         yield {}, lambda row: None
         return
-    try:
+    with writing(table):
         table.parent.mkdir(parents=True, exist_ok=True)
         f = open(table, "a+b")
-    except OSError as e:
-        raise InputError(f"{table}: cannot be written ({e}): give another --out") from None
 
-    def write(text, encoding="utf-8"):
-        try:
-            f.write(text.encode(encoding, "surrogateescape"))
+    def write(text, mark=False):
+        with writing(table):
+            f.write(encoded(text, mark))
             f.flush()
-        except OSError as e:
-            raise InputError(f"{table}: cannot be written ({e}): give another --out") from None
 
     with f:
         try:
@@ -1521,7 +1536,7 @@ def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterato
             )
         rows = [row | {"image": name} for name, row in had.items()]
         f.truncate(0)
-        write(csv_text(SCORES, rows), "utf-8" if "".join(names).isascii() else "utf-8-sig")
+        write(csv_text(SCORES, rows), mark=not "".join(names).isascii())
         yield had, lambda row: write(csv_text(SCORES, [row], head=False))
 
 
@@ -1778,8 +1793,7 @@ def add_map(fig: Any, axis: Any, y: Tensor, size: tuple, aspect: str, known: Cal
     over the threshold, which is the middle, to as far above it. Without a threshold the middle is
     the highest good score.
     """
-    middle = known.good_scores[-1] if math.isnan(known.threshold) else known.threshold
-    middle = max(middle, 1e-6)
+    middle = max(known.middle(), 1e-6)
     low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
     high = 2 * middle - low
     # viridis reads the same to a colour-blind person
@@ -1823,7 +1837,7 @@ def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibr
     test, train = (axes[0], axes[1]) if len(scores) else (None, axes)
     good, tail = known.good_scores, known.tail
     every = np.r_[scores, good]
-    middle = good[-1] if math.isnan(known.threshold) else known.threshold
+    middle = known.middle()
     end = min(max(every.max(), 1.1 * middle), 2 * middle)
     edges = np.linspace(min(every.min(), middle), end, 61)
 
@@ -2236,6 +2250,16 @@ def predict_or_error(
     return [found for path in paths for found in predict_or_error(detector, [path], known)]
 
 
+def predictions_of(
+    detector: wtflow.Detector, paths: list[Path], known: Calibration
+) -> Iterator[tuple]:
+    """(path, Prediction or InputError, map) of image files, BATCH of them in memory at a time."""
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        for path, (found, y, _) in zip(part, predict_or_error(detector, part, known), strict=True):
+            yield path, found, y
+
+
 def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
     """(table of scores or None, picture or None of each path) of --image and --out.
 
@@ -2278,31 +2302,28 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
         if not paths:
             raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
     table, places = places_of(image, out, paths)
+    places = dict(zip(paths, places, strict=True))
     known = calibration_of(detector, args.fpr, args.threshold)
     print(known.text(), flush=True)
     names = {path: path.relative_to(root).as_posix() for path in paths}
     failed, flagged, not_drawn = 0, 0, []
     with growing_table(table, list(names.values()), args.resume) as (had, add):
-        todo = [pair for pair in zip(paths, places, strict=True) if names[pair[0]] not in had]
-        known_paths = [path for path in paths if names[path] in had]
-        if known_paths:
-            again = had[names[known_paths[0]]]
-            refuse_another_model(table, detector, known, known_paths[0], again, had)
-        for start in range(0, len(todo), BATCH):
-            part = todo[start : start + BATCH]
-            found = predict_or_error(detector, [path for path, _ in part], known)
-            for (path, place), (prediction, y, _) in zip(part, found, strict=True):
-                name = names[path]
-                add(score_row(name, name.rpartition("/")[0], prediction))
-                if isinstance(prediction, InputError):
-                    failed += 1
-                    print(f"error: {one_line(prediction)}", file=sys.stderr)
-                    continue
-                flagged += prediction.verdict == "defect"
-                print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
-                if place is not None and args.maps != "none":
-                    title = f"{in_words(prediction)}:  {name}"
-                    draw_file(place, path, detector.white_level, y, known, title, not_drawn)
+        if had:
+            name = next(iter(had))
+            refuse_another_model(table, predict(detector, [root / name], known)[0][0], known, had)
+        todo = {path: place for path, place in places.items() if names[path] not in had}
+        for path, prediction, y in predictions_of(detector, list(todo), known):
+            name = names[path]
+            add(score_row(name, name.rpartition("/")[0], prediction))
+            if isinstance(prediction, InputError):
+                failed += 1
+                print(f"error: {one_line(prediction)}", file=sys.stderr)
+                continue
+            flagged += prediction.verdict == "defect"
+            print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
+            if todo[path] is not None and args.maps != "none":
+                title = f"{in_words(prediction)}:  {name}"
+                draw_file(todo[path], path, detector.white_level, y, known, title, not_drawn)
     warn_of(not_drawn)
     if flagged > max(len(todo) / 2, MANY):
         print(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
@@ -2330,13 +2351,13 @@ def draw_file(
         draw_map(place, image, None, y, known, title)
 
 
-def refuse_another_model(
-    table: Path, detector: wtflow.Detector, known: Calibration, path: Path, row: dict, had: dict
-) -> None:
-    """Raises InputError unless a table's row of path is of this model, all of this threshold."""
-    again, _, _ = predict(detector, [path], known)[0]
-    same = math.isclose(float(row["score"]), again.score, rel_tol=1e-3)
+def refuse_another_model(table: Path, again: Prediction, known: Calibration, had: dict) -> None:
+    """Raises InputError unless the rows had of a table are of this model and this threshold.
+
+    again: the prediction of the first of them, made anew.
+    """
     scores = [float(row["score"]) for row in had.values()]
+    same = math.isclose(scores[0], again.score, rel_tol=1e-3)
     for score, found, row in zip(scores, classify(scores, known), had.values(), strict=True):
         rounded = math.isclose(score, known.threshold, rel_tol=1e-5)  # six digits are written
         same = same and (rounded or found.verdict == row["verdict"])

@@ -192,11 +192,8 @@ def fit(
     images = [evaluate.as_image(image, white_level) for image in images]
     recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
-    features, sizes, thumbnails = evaluate.extract(detector, images)
     names = [f"images[{k}]" for k in range(len(images))]
-    kept = np.unique(evaluate.copies_of(thumbnails, names))
-    detector.make = evaluate.make_of(images, sizes, thumbnails)
-    fit_detector(detector, features[kept], seed)
+    fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)
     return detector
 
 
@@ -212,9 +209,8 @@ def run_category(
 
     # A finished category is read, one that was begun goes on from its state.
     model_file, state_file, state = folder / "model.pt", folder / "state.pt", None
-    ignore = evaluate.read_ignored(args.ignore)
     mine = signature(category, recipe, seed, args.weights_digest)
-    mine["ignored_pixels"] = 0 if ignore is None else zlib.crc32(ignore.tobytes())
+    mine["ignored_pixels"] = 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes())
     begun = {**mine, "device": device.type}  # generators of two devices differ
     finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
@@ -231,14 +227,11 @@ def run_category(
     # Features. The test images come first: a broken one stops the run before training.
     white_level = evaluate.white_level_of(category.train)
     detector = Detector(recipe, white_level, args.weights).to(device)
-    detector.ignore = ignore
+    detector.ignore = args.ignored
     paths = [item.path for item in category.test]
     test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))
-    good, good_sizes, thumbnails = evaluate.extract(detector, category.train, report)
-    detector.make = evaluate.make_of(category.train, good_sizes, thumbnails)
-    first = evaluate.copies_of(thumbnails, category.train)
-    good = good[np.unique(first)]
+    good, first = evaluate.extract_good(detector, category.train, category.train, report)
 
     # Training
     def report_step(k, fits, step, steps, loss):
@@ -499,8 +492,9 @@ def literal(text: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     recipe, device = recipe_of(args), evaluate.pick_device(args.device)
-    # First, so that missing weights stop the run at once
+    # First, so that a missing file stops the run at once
     args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
+    args.ignored = evaluate.read_ignored(args.ignore)
     out = Path(args.out)
     data = args.data or out / "demo-data/demo"
     if not args.data and RANK == 0:

@@ -68,7 +68,7 @@ def read_sample(category, recipe, device="cpu"):
         raise InputError(f"{category.name}: no test images: nothing to measure")
     own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = Detector(own, evaluate.white_level_of(category.train)).to(device)
-    good, _, _ = evaluate.extract(detector, category.train)
+    good, _ = evaluate.extract_good(detector, category.train, category.train)
     test, sizes, _ = evaluate.extract(detector, [item.path for item in category.test])
     return Sample(category, own, good, test, sizes)
 

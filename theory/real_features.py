@@ -35,7 +35,7 @@ def measure(category, seed=0, **settings):
     recipe = wtflow.Recipe(coupling="independent", **settings)
     recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = wtflow.Detector(recipe, evaluate.white_level_of(category.train))
-    features, _, _ = evaluate.extract(detector, category.train)
+    features, _ = evaluate.extract_good(detector, category.train, category.train)
     train.fit_detector(detector, features, seed)
     rows = features.movedim(1, -1).reshape(-1, features.shape[1])
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
