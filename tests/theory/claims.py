@@ -124,6 +124,17 @@ def check_rows(rows, name):
         assert row.se < 0.05 * abs(row.predicted), row
 
 
+def table_test(table, *names):
+    """A test of the rows of each claim in names, of the printed table(seed), made once."""
+    rows = cache(lambda: list(table(seed=1)))
+
+    @pytest.mark.parametrize("name", names)
+    def test_table(name):
+        check_rows(rows(), name)
+
+    return test_table
+
+
 # ---- Points and results -----------------------------------------------------------------------
 def rng(seed):
     return torch.Generator().manual_seed(seed)

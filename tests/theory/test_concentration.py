@@ -3,11 +3,9 @@
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
 from claims import (
     P,
-    check_rows,
     claim,
     close,
     dims,
@@ -21,6 +19,7 @@ from claims import (
     scales,
     scales_or_0,
     seeds,
+    table_test,
     times,
     within,
 )
@@ -227,11 +226,4 @@ test_C5_final_rejects = rejects(
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(concentration.table(seed=1))
-
-
-@pytest.mark.parametrize("name", ["C1", "C2", "C3", "C4", "C5"])
-def test_table(rows, name):
-    check_rows(rows, name)
+test_table = table_test(concentration.table, "C1", "C2", "C3", "C4", "C5")

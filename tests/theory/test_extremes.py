@@ -1,8 +1,7 @@
 """E1-E4: theory/extremes.py, wtflow's smoothing, evaluate's thresholds. How to read: claims.py."""
 
 import numpy as np
-import pytest
-from claims import P, check_rows, claim, close, rejects, rng, seeds, within
+from claims import P, claim, close, rejects, rng, seeds, table_test, within
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
@@ -308,11 +307,9 @@ test_E4_p_rank_rejects = rejects(
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(extremes.table(seed=1))
+def known_rows(seed):
+    """Rows with a prediction."""
+    return [row for row in extremes.table(seed) if not np.isnan(row.predicted)]
 
 
-@pytest.mark.parametrize("name", ["E1", "E2", "E3", "E4"])
-def test_table(rows, name):
-    check_rows([row for row in rows if not np.isnan(row.predicted)], name)
+test_table = table_test(known_rows, "E1", "E2", "E3", "E4")

@@ -3,11 +3,9 @@
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
 from claims import (
     P,
-    check_rows,
     claim,
     close,
     dims,
@@ -16,6 +14,7 @@ from claims import (
     rhos,
     rng,
     seeds,
+    table_test,
     within,
 )
 from hypothesis import strategies as st
@@ -399,11 +398,4 @@ test_W6_early_field_rejects = rejects(
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(local_transport.table(seed=1))
-
-
-@pytest.mark.parametrize("name", ["W5", "W6"])
-def test_table(rows, name):
-    check_rows(rows, name)
+test_table = table_test(local_transport.table, "W5", "W6")

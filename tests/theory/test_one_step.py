@@ -1,9 +1,8 @@
 """O1, O2: theory/one_step.py, and wtflow's Euler steps. How to read: claims.py."""
 
 import numpy as np
-import pytest
 import torch
-from claims import check_rows, claim, close, rejects, rhos, rng, scales, seeds, times, within
+from claims import claim, close, rejects, rhos, rng, scales, seeds, table_test, times, within
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import ndtr
@@ -164,11 +163,4 @@ test_O2_centre_auroc_rejects = rejects(
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(one_step.table(seed=1))
-
-
-@pytest.mark.parametrize("name", ["O1", "O2"])
-def test_table(rows, name):
-    check_rows(rows, name)
+test_table = table_test(one_step.table, "O1", "O2")

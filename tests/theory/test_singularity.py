@@ -3,11 +3,9 @@
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
 from claims import (
     P,
-    check_rows,
     claim,
     close,
     dims,
@@ -20,6 +18,7 @@ from claims import (
     scales,
     scales_or_0,
     seeds,
+    table_test,
     times,
     within,
 )
@@ -534,11 +533,4 @@ test_S4_effective_number_rejects = rejects(
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(singularity.table(seed=1))
-
-
-@pytest.mark.parametrize("name", ["S1", "S2", "S3", "S4"])
-def test_table(rows, name):
-    check_rows(rows, name)
+test_table = table_test(singularity.table, "S1", "S2", "S3", "S4")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from claims import (
     P,
-    check_rows,
     claim,
     close,
     dims,
@@ -17,6 +16,7 @@ from claims import (
     rng,
     scales,
     seeds,
+    table_test,
     within,
 )
 from hypothesis import strategies as st
@@ -552,11 +552,4 @@ def test_B5_lone_atom_ranks_by_distance_and_new_points_do_not():
 
 
 # ---- The printed table ------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def rows():
-    return list(unconditional_field.table(seed=1))
-
-
-@pytest.mark.parametrize("name", ["B1", "B2", "B3", "B4", "B5"])
-def test_table(rows, name):
-    check_rows(rows, name)
+test_table = table_test(unconditional_field.table, "B1", "B2", "B3", "B4", "B5")
