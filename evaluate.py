@@ -29,6 +29,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
@@ -644,18 +645,33 @@ def read_resized(
 
 def batches_of(
     images: list, shape: tuple, white_level: float | None = None, ignore: Array | None = None
-) -> Iterator:
-    """uint8 (B, 3, *shape) and the original sizes [(H, W)] of each BATCH of images, in turn.
+) -> Iterator[list]:
+    """What read_resized gives of each BATCH of images, in turn, or the InputError it raises.
 
     The next batch is read while the caller works on one. images: a list of what as_image takes.
     """
-    read = partial(read_resized, shape=shape, white_level=white_level, ignore=ignore)
+
+    def read(image):
+        try:
+            return read_resized(image, shape, white_level, ignore)
+        except InputError as e:
+            return e
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = pool.map(read, images[:BATCH])
         for start in range(BATCH, len(images) + BATCH, BATCH):
-            pixels, sizes = zip(*ahead, strict=True)
+            found = list(ahead)
             ahead = pool.map(read, images[start : start + BATCH])
-            yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
+            yield found
+
+
+def stacked(read: list) -> tuple[Tensor, list]:
+    """Pixels uint8 (B, 3, *shape) and original sizes [(H, W)] of a batch; raises its InputError."""
+    for found in read:
+        if isinstance(found, InputError):
+            raise found
+    pixels, sizes = zip(*read, strict=True)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
 
 
 def image_sizes(paths: list[Path]) -> list[tuple[int, int]]:
@@ -842,19 +858,19 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     """
     out, sizes, thumbnails = None, [], []
     shape = wtflow.image_shape(detector.recipe)
-    for batch, batch_sizes in batches_of(images, shape, detector.white_level, detector.ignore):
+    for read in batches_of(images, shape, detector.white_level, detector.ignore):
+        batch, batch_sizes = stacked(read)
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
         if bad.any():
-            name = images[len(sizes) + int(bad.nonzero()[0])]
-            raise InputError(f"{name}: features are not finite: check the weights and this image")
+            raise not_finite(images[len(sizes) + int(bad.nonzero()[0])])
         if out is None:
             layout = torch.channels_last  # a position's features side by side
             shape = (len(images), *x.shape[1:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
-        thumbnails.append(F.adaptive_avg_pool2d(batch.float(), THUMBNAIL))
+        thumbnails.append(thumbnails_of(batch))
         if report is not None:
             report(len(sizes))
     return out, sizes, torch.cat(thumbnails) if thumbnails else None
@@ -876,6 +892,15 @@ def extract_good(
 
 THUMBNAIL = 32  # pixels a side
 COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
+
+
+def not_finite(image: Any) -> InputError:
+    return InputError(f"{name_of(image)}: features are not finite: check the weights and it")
+
+
+def thumbnails_of(batch: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> (B, 3, THUMBNAIL, THUMBNAIL) float32."""
+    return F.adaptive_avg_pool2d(batch.float(), THUMBNAIL)
 
 
 def copies_of(thumbnails: Tensor, images: list) -> Array:
@@ -1127,12 +1152,26 @@ def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> C
     return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
 
 
-def predict(detector: wtflow.Detector, images: list, known: Calibration) -> list[tuple]:
-    """[(Prediction, map (h, w), size (H, W))] of a list of images, all in memory together."""
-    features, sizes, thumbnails = extract(detector, images)
-    say_another_make(detector.make, images, sizes, thumbnails)
-    maps, scores = detector.score(features)
-    return list(zip(classify(scores.numpy(), known), maps, sizes, strict=True))
+def predictions_of(detector: wtflow.Detector, images: list, known: Calibration) -> Iterator[tuple]:
+    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
+
+    Of an image that cannot be read it is (InputError, None, None).
+    """
+    shape, done = wtflow.image_shape(detector.recipe), 0
+    for read in batches_of(images, shape, detector.white_level, detector.ignore):
+        names, done = images[done : done + len(read)], done + len(read)
+        out = [(found, None, None) for found in read]
+        whole = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
+        if whole:
+            batch, sizes = stacked([read[k] for k in whole])
+            whole_names = [names[k] for k in whole]
+            say_another_make(detector.make, whole_names, sizes, thumbnails_of(batch))
+            maps, scores = detector.score(detector.features(batch))
+            predictions = classify(scores.numpy(), known)
+            for k, found, y, size in zip(whole, predictions, maps, sizes, strict=True):
+                finite = math.isfinite(found.score)
+                out[k] = (found, y, size) if finite else (not_finite(names[k]), None, None)
+        yield from out
 
 
 def score(
@@ -1157,9 +1196,10 @@ def score(
     images, out = [images] if alone else images, []
     if not images:
         raise InputError("no images: give at least one")
-    for start in range(0, len(images), BATCH):  # what memory holds of a long list is its maps
-        for prediction, y, size in predict(detector, images[start : start + BATCH], known):
-            out.append(prediction._replace(map=at_size(y, size)))
+    for found, y, size in predictions_of(detector, images, known):
+        if isinstance(found, InputError):
+            raise found
+        out.append(found._replace(map=at_size(y, size)))
     return out[0] if alone else out
 
 
@@ -1722,7 +1762,63 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
         raise InputError(
             f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
         ) from None
-    return detector.to(device)
+    detector = detector.to(device)
+    if device.type == "cuda":  # in place of the two methods, on this detector alone
+        detector._extract = CudaGraphs(detector._extract)
+        detector._score = CudaGraphs(detector._score)
+    return detector
+
+
+class CudaGraphs:
+    """A method of a detector as CUDA graphs: one launch in place of one for each of its kernels.
+
+    A shape of x has a graph from its second call on: a last batch comes only once. Graphs hold the
+    addresses of what the method reads, and are captured anew where that is replaced. Where none can
+    be captured the method runs as it is.
+    """
+
+    def __init__(self, method: Callable):
+        self.method, self.lock, self.reads, self.graphs = method, Lock(), [], {}
+
+    def __reduce__(self):  # a copy of the detector captures its own
+        return CudaGraphs, (self.method,)
+
+    def __call__(self, x: Tensor) -> Tensor | tuple:
+        if x.device.type != "cuda":
+            return self.method(x)
+        with self.lock, torch.cuda.device(x.device):
+            if torch.cuda.current_stream() != torch.cuda.default_stream():
+                return self.method(x)  # inside a graph of the caller's, say
+            detector = self.method.__self__
+            gaussian = getattr(detector, "gaussian", detector)
+            buffers = (*detector.buffers(recurse=False), *gaussian.buffers(recurse=False))
+            reads = [detector.field, *buffers]  # a fit or a move replaces some of them
+            if [*map(id, reads)] != [*map(id, self.reads)]:
+                self.reads, self.graphs = reads, {}
+            key = x.shape, x.stride()
+            if key not in self.graphs:
+                self.graphs[key] = None
+                return self.method(x)
+            if self.graphs[key] is None:
+                self.graphs[key] = captured(self.method, x)
+            return self.graphs[key](x)
+
+
+def captured(f: Callable, x: Tensor) -> Callable:
+    """f for tensors like x as a CUDA graph, or f itself where that fails: out of memory, say."""
+    graph, x = torch.cuda.CUDAGraph(), x.clone()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = f(x)
+    except RuntimeError:
+        return f
+
+    def replay(other):
+        x.copy_(other)
+        graph.replay()
+        return y.clone() if isinstance(y, Tensor) else tuple(v.clone() for v in y)
+
+    return replay
 
 
 # Pictures
@@ -2238,28 +2334,6 @@ def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
         draw_contact_sheet(folder, [category.name for category in categories])
 
 
-def predict_or_error(
-    detector: wtflow.Detector, paths: list[Path], known: Calibration
-) -> list[tuple]:
-    """What predict gives of image files; of a damaged one an InputError for the Prediction."""
-    try:
-        return predict(detector, paths, known)
-    except InputError as e:
-        if len(paths) == 1:
-            return [(e, None, None)]
-    return [found for path in paths for found in predict_or_error(detector, [path], known)]
-
-
-def predictions_of(
-    detector: wtflow.Detector, paths: list[Path], known: Calibration
-) -> Iterator[tuple]:
-    """(path, Prediction or InputError, map) of image files, BATCH of them in memory at a time."""
-    for start in range(0, len(paths), BATCH):
-        part = paths[start : start + BATCH]
-        for path, (found, y, _) in zip(part, predict_or_error(detector, part, known), strict=True):
-            yield path, found, y
-
-
 def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
     """(table of scores or None, picture or None of each path) of --image and --out.
 
@@ -2309,10 +2383,11 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
     failed, flagged, not_drawn = 0, 0, []
     with growing_table(table, list(names.values()), args.resume) as (had, add):
         if had:
-            name = next(iter(had))
-            refuse_another_model(table, predict(detector, [root / name], known)[0][0], known, had)
+            again = score(detector, root / next(iter(had)), args.fpr, args.threshold)
+            refuse_another_model(table, again, known, had)
         todo = {path: place for path, place in places.items() if names[path] not in had}
-        for path, prediction, y in predictions_of(detector, list(todo), known):
+        predictions = predictions_of(detector, list(todo), known)
+        for path, (prediction, y, _) in zip(todo, predictions, strict=True):
             name = names[path]
             add(score_row(name, name.rpartition("/")[0], prediction))
             if isinstance(prediction, InputError):

@@ -517,9 +517,11 @@ class Detector(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float16."""
         one = 1 if self.device.type == "cpu" else len(images)  # one image fits into a core's cache
-        extract = partial(extract_features, self.extractor, recipe=self.recipe)
         parts = images.to(self.device).split(one)
-        return torch.cat(parallel_map(extract, parts, self.device))
+        return torch.cat(parallel_map(self._extract, parts, self.device))
+
+    def _extract(self, images):
+        return extract_features(self.extractor, images, self.recipe)
 
     def fit_whitening(self, features: Tensor) -> None:
         """Fit mean and whitening to good features; layer norm has nothing to fit."""

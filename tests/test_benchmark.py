@@ -95,12 +95,40 @@ def test_no_field_is_the_gaussian_of_the_features(tmp_path, quick):
     assert torch.allclose(score(sample.test)[0], benchmark.wtflow.map_and_score(square)[0])
 
 
-def test_peers_are_timed_on_the_same_features(quick, capsys):
+@pytest.fixture
+def once(monkeypatch):
+    """Times are of one call, of one image."""
+
+    def milliseconds(f, device, repeats=1):
+        f()
+        return 1.0, 0.0
+
+    monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
+    monkeypatch.setattr(benchmark, "BATCHES", (1,))
+    monkeypatch.setattr(benchmark, "EFFICIENT_AD", ("EfficientAD-S",))
+
+
+def test_peers_have_a_row_each(quick, once, capsys):
     benchmark.peers(torch.device("cpu"), n=4)
     lines = capsys.readouterr().out.splitlines()
-    assert "ms_per_image_batch_16" in lines[0] and len(lines) == 1 + 2 + len(benchmark.OTHERS)
-    seconds = [[float(number) for number in line.split()[-4:]] for line in lines[1:]]
-    assert all(value > 0 for row in seconds for value in row[2:])
+    for name in ("WT-Flow ", "no field", *benchmark.OTHERS, *benchmark.EFFICIENT_AD):
+        assert sum(line.startswith(name) for line in lines) >= 1
+    assert lines[0].split()[-1] == "ms_per_image_batch_1"
+
+
+def test_efficient_ad_has_the_shapes_of_its_paper():
+    x = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
+    net = benchmark.EfficientAD("EfficientAD-S")
+    for part in (net.teacher, benchmark.pdn_medium(384), net.autoencoder):
+        assert part(x.float()).shape == (1, 384, 56, 56)
+    y, score = net(x)
+    assert y.shape == (1, 256, 256) and score == y.max()
+
+
+def test_files_are_timed_from_reading_to_the_verdict(quick, once, capsys):
+    benchmark.files(torch.device("cpu"), n=3, side=64)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split() == ["file", "read_ms", "score_ms", "folder_ms"] and len(rows) == 4
 
 
 def test_memory_is_that_of_the_two_commands(capsys):

@@ -298,16 +298,17 @@ def test_extreme_shapes_reach_the_network_size(tmp_path):
     save(tmp_path / "a.png", np.zeros((1, 1, 3)))
     save(tmp_path / "b.png", np.zeros((1, 20000, 3)))
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    ((images, sizes),) = evaluate.batches_of(paths, (64, 128))
+    (read,) = evaluate.batches_of(paths, (64, 128))
+    images, sizes = evaluate.stacked(read)
     assert images.shape == (2, 3, 64, 128) and sizes == [(1, 1), (1, 20000)]
     assert evaluate.image_sizes(paths) == sizes
 
 
 def test_batches_keep_the_order_of_the_images():
     images = [np.full((4, 6, 3), k, np.uint8) for k in range(2 * evaluate.BATCH + 3)]
-    read, sizes = zip(*evaluate.batches_of(images, (4, 6)), strict=True)
-    assert [len(part) for part in sizes] == [evaluate.BATCH, evaluate.BATCH, 3]
-    assert torch.cat(read)[:, 0, 0, 0].tolist() == [*range(len(images))]
+    read = [*evaluate.batches_of(images, (4, 6))]
+    assert [len(part) for part in read] == [evaluate.BATCH, evaluate.BATCH, 3]
+    assert [pixels[0, 0, 0] for part in read for pixels, _ in part] == [*range(len(images))]
 
 
 def test_sizes_from_the_header_are_those_of_the_picture_as_shown(tmp_path):

@@ -1,5 +1,7 @@
-"""On a GPU; skipped where there is none: same arithmetic, one CUDA graph, a whole run, torchrun."""
+"""On a GPU; skipped where there is none: same arithmetic, CUDA graphs, a whole run, torchrun."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import ROOT, run, shell, succeeds
 from test_wtflow import fitted
 
 import evaluate
+import train
 import wtflow
 from wtflow import Recipe
 
@@ -53,13 +56,87 @@ def test_a_model_gives_what_it_does_on_the_cpu(monkeypatch, bits, of_scores):
         assert relative(there, here) < limit
 
 
-def test_a_cuda_graph_computes_the_same():
+@pytest.fixture
+def both(tmp_path):
+    """A fitted detector, and what load_model gives of it: the same, run as CUDA graphs."""
     detector, _ = fitted(SMALL, n=12, device="cuda")
-    few = images(1, seed=1).cuda()
-    graph = torch.cuda.make_graphed_callables(detector.forward, (few.clone(),))
-    for x in (few, images(1, seed=2).cuda()):
-        for a, b in zip(graph(x), detector(x), strict=True):
-            assert torch.equal(a, b)
+    evaluate.save_model(tmp_path / "m.pt", detector)
+    return detector, evaluate.load_model(tmp_path / "m.pt", "cuda")
+
+
+def graphs_of(detector):
+    return [[*method.graphs.values()] for method in (detector._extract, detector._score)]
+
+
+def same(detector, loaded, x):
+    """Whether the two give the same to the last bit, before a graph is captured and after."""
+    return all(
+        torch.equal(there, here)
+        for _ in range(3)
+        for there, here in zip(loaded(x), detector(x), strict=True)
+    )
+
+
+def test_a_loaded_model_runs_as_cuda_graphs_and_computes_the_same(both):
+    detector, loaded = both
+    for n in (1, 3, 16, 1):
+        assert same(detector, loaded, images(n, seed=n))
+    for graphs in graphs_of(loaded):
+        assert len(graphs) == 3 and all(run is not None for run in graphs)
+    kept = loaded(images(1, seed=1).cuda())
+    loaded(images(1, seed=2).cuda())  # writes where the graph has its results
+    for there, here in zip(kept, detector(images(1, seed=1)), strict=True):
+        assert torch.equal(there, here)
+    arrays = [x.permute(1, 2, 0).numpy() for x in images(18, seed=3)]
+    one, other = (evaluate.score(d, arrays) for d in (detector, loaded))
+    assert [p.score for p in one] == [p.score for p in other]
+
+
+def test_graphs_end_where_what_they_read_is_replaced(both):
+    """By a move, by a fit, in a copy; each would read memory that is another's by now."""
+    detector, loaded = both
+    x, good = images(2, seed=1), images(12, seed=5)
+    assert same(detector, loaded, x)
+    copied = copy.deepcopy(loaded)
+    loaded.to("cpu")
+    loaded(x)
+    torch.full((64, 1 << 20), 7.0, device="cuda")  # over what the graphs have read
+    assert same(detector, loaded.to("cuda"), x)
+    train.fit_detector(loaded, loaded.features(good), seed=3)
+    detector.load_state_dict(loaded.state_dict())
+    torch.full((64, 1 << 20), 7.0, device="cuda")
+    assert same(detector, loaded, x)
+    assert not torch.equal(copied(x)[1], loaded(x)[1])  # not fitted again
+    assert copied._score.method.__self__ is copied
+
+
+def test_where_a_graph_cannot_be_captured_the_method_runs(both, monkeypatch):
+    detector, loaded = both
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    assert same(detector, loaded, images(2, seed=1))
+    assert all(run == method.method for method in (loaded._extract, loaded._score)
+               for run in method.graphs.values())  # fmt: skip
+
+
+def test_threads_share_the_graphs(both):
+    detector, loaded = both
+    several = [images(2, seed=k) for k in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(loaded, 20 * several)]
+    for x, there in zip(20 * several, found, strict=True):
+        assert torch.equal(there[1], detector(x)[1])
+
+
+def test_a_caller_may_capture_a_loaded_model(both):
+    detector, loaded = both
+    x = images(1, seed=1).cuda()
+    graph = torch.cuda.make_graphed_callables(loaded.forward, (x.clone(),))
+    for there, here in zip(graph(x), detector(x), strict=True):
+        assert torch.equal(there, here)
 
 
 def test_a_run_on_a_gpu(data, tmp_path):
