@@ -1319,30 +1319,30 @@ def pixel_metrics(
     return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
 
 
-def measure(category: Category, scored: Scored, sizes: list[tuple]) -> tuple[dict, str]:
-    """Metrics of one category, a dict over COLUMNS and MORE; why some are missing, in words."""
+def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
+    """Metrics of one category, a dict over COLUMNS and MORE; says why some are missing."""
     kinds, maps = np.array([item.kind for item in category.test]), scored.maps
     scores = np.array([p.score for p in scored.predictions])
-    bad, row, why = kinds != "good", dict.fromkeys(COLUMNS + MORE), []
+    bad, row = kinds != "good", dict.fromkeys(COLUMNS + MORE)
     row.update(category=category.name, train_images=len(category.train))
     row["test_images"] = len(kinds)
     row |= rates(kinds, scored.predictions)
     if len(kinds) and (bad.all() or not bad.any()):
         missing = "good" if bad.all() else "defective"
-        why.append(f"no {missing} test images: AUROC is not defined")
+        say_once(f"{category.name}: no {missing} test images: AUROC is not defined")
     elif len(kinds):
         row["image_auroc"], row["image_ap"] = image_metrics(scores, bad)
         row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
     without = sum(item.masks is None for item in category.test)
     if 0 < without < bad.sum():
-        why.append(f"{without} defective images have no folder of masks: no pixel metrics")
+        text = f"{without} defective images have no folder of masks: no pixel metrics"
+        say_once(f"{category.name}: {text}")
     if len(kinds) and not without:
         metrics = pixel_metrics(maps, category.test, sizes, ignore=scored.ignore)
         row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
     if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
         row |= measure_loco(category, maps, scores, sizes)
-    row = plain(row) | {"kinds": measure_kinds(category, scored.predictions)}
-    return row, "; ".join(why)
+    return plain(row) | {"kinds": measure_kinds(category, scored.predictions)}
 
 
 def plain(row: dict) -> dict:
@@ -2019,19 +2019,9 @@ def warn_of(failed: list) -> None:
         print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
 
 
-def pictures_of(folder: Path) -> list[Path]:
-    """The pictures of a category's test images."""
-    return [*(folder / "maps").glob("*.png")]
-
-
-def maps_of(folder: Path) -> list[Path]:
-    """The float maps of a category."""
-    return [*(folder.parent / "anomaly_maps" / folder.name).rglob("*.tiff")]
-
-
 def remove_pictures(folder: Path) -> None:
-    """Those of a category's earlier model."""
-    for old in (folder / "scores.png", *pictures_of(folder)):
+    """Those of a category's earlier model, or threshold."""
+    for old in (folder / "scores.png", *(folder / "maps").glob("*.png")):
         old.unlink(missing_ok=True)
 
 
@@ -2292,24 +2282,6 @@ def score_category(
     return Scored(maps, predictions, known, detector.ignore)
 
 
-def measure_category(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
-    """The row of metrics of a category; prints why one is missing."""
-    row, why = measure(category, scored, sizes)
-    if why:
-        print(f"{category.name}: {why}", file=sys.stderr)
-    return row
-
-
-def score_by_model(
-    folder: Path, category: Category, device: torch.device, args: argparse.Namespace
-) -> tuple[wtflow.Detector, Scored, list]:
-    """The test images of a category, scored by the model in a folder: (model, Scored, sizes)."""
-    detector = load_model(folder / "model.pt", device, args.weights)
-    known = calibration_of(detector, args.fpr, args.threshold)
-    features, sizes, _ = extract(detector, [item.path for item in category.test])
-    return detector, score_category(detector, category, features, known), sizes
-
-
 def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
     """The table again from the models under --run: the data set's folder or the --out above it."""
     name, categories = read_dataset(args.data, args.category)
@@ -2322,8 +2294,11 @@ def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
     rows = []
     for category in categories:
         began, place = time.monotonic(), folder / category.name
-        detector, scored, sizes = score_by_model(place, category, device, args)
-        row = measure_category(category, scored, sizes)
+        detector = load_model(place / "model.pt", device, args.weights)
+        known = calibration_of(detector, args.fpr, args.threshold)
+        features, sizes, _ = extract(detector, [item.path for item in category.test])
+        scored = score_category(detector, category, features, known)
+        row = measure(category, scored, sizes)
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
         write_scores(place, category, scored)

@@ -215,7 +215,7 @@ def run_category(
     finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        draw_missing(folder, category, args, device)
+        print(f"{prefix}: is finished; evaluate.py --run draws pictures anew", file=sys.stderr)
         return row
     source = refuse_another_source(model_file, category)
     if args.resume and state_file.exists():
@@ -247,34 +247,21 @@ def run_category(
 
     # Evaluation
     scored = evaluate.score_category(detector, category, test, known)
-    row = evaluate.measure_category(category, scored, sizes)
+    row = evaluate.measure(category, scored, sizes)
     row["seconds"] = round(time.monotonic() - began, 1)
 
-    # Saving. Pictures last: one that fails costs no training.
+    # Saving. Pictures last: one that fails costs no training; the state goes when all are there.
     evaluate.write_scores(folder, category, scored)
     evaluate.remove_pictures(folder)
-    for old in evaluate.maps_of(folder):
+    for old in (folder.parent / "anomaly_maps" / category.name).rglob("*.tiff"):
         old.unlink()
     about = {"signature": finished, "row": row, "source": source, "left_out": args.left_out}
     evaluate.write_json(folder / "recipe.json", {**mine, "left_out": args.left_out})
     evaluate.save_model(model_file, detector, **about)
-    state_file.unlink(missing_ok=True)
     which = args.maps, args.save_maps
     evaluate.write_pictures(folder, category, scored, sizes, white_level, *which)
+    state_file.unlink(missing_ok=True)
     return row
-
-
-def draw_missing(folder: Path, category: Category, args: Namespace, device: torch.device) -> None:
-    """Pictures and maps that are asked for, and that a finished category does not have."""
-    pictures = (folder / "scores.png").exists()  # drawn last
-    if args.maps == "all":
-        pictures = pictures and len(evaluate.pictures_of(folder)) == len(category.test)
-    which = "none" if pictures else args.maps, args.save_maps and not evaluate.maps_of(folder)
-    if category.test and which != ("none", False):
-        found = evaluate.score_by_model(folder, category, device, args)
-        detector, scored, sizes = found
-        level = detector.white_level
-        evaluate.write_pictures(folder, category, scored, sizes, level, *which)
 
 
 def refuse_another_source(model_file: Path, category: Category) -> str:

@@ -110,7 +110,7 @@ def measured(sample, maps, scores, good, how="tail"):
     """METRICS of the test images of a sample; fpr and recall too, if there are good scores."""
     known = evaluate.calibrate(scores.numpy() if good is None else good.numpy(), how=how)
     scored = evaluate.Scored(maps, evaluate.classify(scores.numpy(), known), known)
-    row, _ = evaluate.measure(sample.category, scored, sample.sizes)
+    row = evaluate.measure(sample.category, scored, sample.sizes)
     names = METRICS if good is None else (*METRICS, "fpr", "recall")
     return {name: row[name] for name in names}
 

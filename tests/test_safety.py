@@ -211,15 +211,13 @@ def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_pa
     succeeds(run("train.py", *options, "--seeds", 4, "--resume"))
 
 
-def test_pictures_that_are_asked_for_later_are_drawn(data, trained, tmp_path):
+def test_pictures_that_are_asked_for_later_are_drawn_by_evaluate(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "tiny")
-    options = ("--data", data, "--out", tmp_path, *TINY, "--resume", "--maps", "all")
-    succeeds(run("train.py", *options))
+    options = ("--data", data, "--maps", "all", "--save-maps")
+    result = succeeds(run("train.py", *options, "--out", tmp_path, *TINY, "--resume"))
+    assert "bolt: is finished; evaluate.py --run draws" in result.stderr
+    succeeds(run("evaluate.py", *options, "--run", tmp_path))
     assert len([*(tmp_path / "tiny/bolt/maps").iterdir()]) == 6
-    drawn = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("bolt/**/*.png")}
-    succeeds(run("train.py", *options))
-    succeeds(run("train.py", *options[:-2], "--save-maps"))  # what is there stays
-    assert drawn == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("bolt/**/*.png")}
     assert len([*tmp_path.rglob("bolt/**/*.tiff")]) == 6
     again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3, "--maps", "none")
     succeeds(run("train.py", *again))  # another model: the pictures are not its own
