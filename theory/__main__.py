@@ -86,6 +86,7 @@ def main(arguments=None):
     if args.data:
         categories = [c for root in args.data for c in evaluate.read_dataset(root)[1]]
         measured = [real_features.measure(category) for category in categories]
+        measured.append(real_features.control())
         print_head()
         for one in measured:
             for row in real_features.table(one):

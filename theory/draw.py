@@ -751,7 +751,7 @@ def share_by_defects(axis, generator):
 
 # ---- R: real_features.py ----------------------------------------------------------------------
 def real_features_figure(measured):
-    """Density of |x_0|/sqrt(d) beside noise; E|x_t|^2/d over t, measured (dots) and by C3."""
+    """Density of |x_0|/sqrt(d); E|x_t|^2/d over t, measured (dots) and by C3."""
     generator = torch.Generator().manual_seed(0)
     figure, (left, right) = panels(1, 2, 4.6)
     times = np.linspace(0, 1, 21)
@@ -766,16 +766,6 @@ def real_features_figure(measured):
         m2 = (radius**2).mean().item()
         right.plot(times, power, "o", markersize=3, color=f"C{k}", label=one.name)
         right.plot(times, (1 - times) ** 2 * m2 + times**2, color=f"C{k}", linewidth=1)
-    d = measured[0].x_0.shape[1]
-    noise = normal(generator, 20_000, d).norm(dim=1) / d**0.5
-    left.hist(
-        noise.numpy(),
-        np.linspace(0.4, 2, 81),
-        density=True,
-        histtype="step",
-        color="k",
-        label="noise",
-    )
     left.set(xlabel="|x_0| / sqrt(d)", ylabel="density", title="R: features are no shell")
     right.set(xlabel="t", ylabel="E|x_t|^2 / d", title="C3: the dip")
     legend(left)

@@ -36,11 +36,25 @@ def measure(category, seed=0, **settings):
     recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
     detector = wtflow.Detector(recipe, evaluate.white_level_of(category.train))
     features, _ = evaluate.extract_good(detector, category.train, category.train)
+    return fitted(category.name, detector, features, seed)
+
+
+def control(n=200, seed=0, **settings):
+    """The Measured of n maps of noise, which fulfil every assumption: what training alone adds."""
+    detector = wtflow.Detector(wtflow.Recipe(coupling="independent", **settings))
+    h, w = (side // detector.recipe.spacing for side in wtflow.image_shape(detector.recipe))
+    shape = (n, len(detector.feature_mean), h, w)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+    return fitted("noise", detector, features, seed)
+
+
+def fitted(name, detector, features, seed):
+    """The Measured of features (n, d, h, w), and of a detector that is fitted to them here."""
     train.fit_detector(detector, features, seed)
     rows = features.movedim(1, -1).reshape(-1, features.shape[1])
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
     raw, scores = rows[chosen].float(), detector.normal_scores.numpy()
-    return Measured(category.name, raw, detector.normalise(raw), detector.field, scores)
+    return Measured(name, raw, detector.normalise(raw), detector.field, scores)
 
 
 def effective_dimension(x):

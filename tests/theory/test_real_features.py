@@ -54,11 +54,13 @@ def test_R_measures_of_other_features():
 def test_R_command_measures_a_data_set(tmp_path, capsys, monkeypatch):
     """Of made images, of a small recipe: a row for each claim and one figure."""
     small = {"steps": 3, "image_size": 64, "width": 16, "batch": 64}
-    measure = real_features.measure
+    measure, control = real_features.measure, real_features.control
     monkeypatch.setattr(real_features, "measure", lambda category: measure(category, **small))
+    monkeypatch.setattr(real_features, "control", lambda: control(4, **small))
     __main__.main(["--data", str(make_mvtec(tmp_path / "d")), "--out", str(tmp_path / "f")])
     head, *lines, last = capsys.readouterr().out.splitlines()
-    assert head.split()[0] == "claim" and len(lines) == 11
-    assert all(line.startswith("R     bolt: ") for line in lines)
+    assert head.split()[0] == "claim" and len(lines) == 2 * 11
+    for k, line in enumerate(lines):
+        assert line.startswith("R     bolt: " if k < 11 else "R     noise: ")
     assert last == f"figures: {tmp_path / 'f/real_features.png'}"
     assert isinstance(next(real_features.table(known(normal(rng(3), 50, 4)))), Row)
