@@ -7,6 +7,7 @@ from claims import rng
 from conftest import make_mvtec
 from scipy.stats import gumbel_r
 
+import evaluate
 from theory import Row, __main__, normal, real_features
 
 
@@ -36,7 +37,8 @@ def test_R_measures_of_other_features():
     x = z * widths
     squares = widths.double() ** 2
     expected = (squares.sum() ** 2 / squares.square().sum()).item()
-    assert real_features.effective_dimension(x) == pytest.approx(expected, rel=0.03)
+    Q, _ = torch.linalg.qr(normal(rng(4), 7, 7))  # whatever the axes are
+    assert real_features.effective_dimension(x @ Q) == pytest.approx(expected, rel=0.03)
     assert real_features.thickness(x) == pytest.approx(0.1, rel=0.03)
     uniform = torch.rand(40_000, 3, generator=rng(2))
     laplace = uniform[:, :2].log().diff().abs() * (uniform[:, 2:] < 0.5).double().mul(2).sub(1)
@@ -51,12 +53,33 @@ def test_R_measures_of_other_features():
     assert correlation == pytest.approx(-1, abs=1e-3)
 
 
+SMALL = {"steps": 3, "image_size": 64, "width": 16, "batch": 64}
+
+
+def test_R_measures_whitened_features_of_rfm_and_controls_with_noise(tmp_path, monkeypatch):
+    """Moments of noise in 5 standard errors; whitening leaves 1 by SHRINKAGE, here 1 %, at most."""
+    fitted, recipes = real_features.train.fit_detector, []
+
+    def recording(detector, *args):
+        recipes.append(detector.recipe)
+        return fitted(detector, *args)
+
+    monkeypatch.setattr(real_features.train, "fit_detector", recording)
+    _, [category] = evaluate.read_dataset(make_mvtec(tmp_path / "d"))
+    one, noise = real_features.measure(category, **SMALL), real_features.control(4, **SMALL)
+    assert [recipe.coupling for recipe in recipes] == ["independent", "independent"]
+    n = noise.raw.numel()
+    assert abs(noise.raw.mean()) < 5 / n**0.5
+    assert abs(noise.raw.square().mean() - 1) < 5 * (2 / n) ** 0.5
+    assert one.x_0.mean(0).abs().max() < 0.01 < 0.1 < one.raw.mean(0).abs().max()
+    assert one.x_0.var(0).mean() < 1.01
+
+
 def test_R_command_measures_a_data_set(tmp_path, capsys, monkeypatch):
     """Of made images, of a small recipe: a row for each claim and one figure."""
-    small = {"steps": 3, "image_size": 64, "width": 16, "batch": 64}
     measure, control = real_features.measure, real_features.control
-    monkeypatch.setattr(real_features, "measure", lambda category: measure(category, **small))
-    monkeypatch.setattr(real_features, "control", lambda: control(4, **small))
+    monkeypatch.setattr(real_features, "measure", lambda category: measure(category, **SMALL))
+    monkeypatch.setattr(real_features, "control", lambda: control(4, **SMALL))
     __main__.main(["--data", str(make_mvtec(tmp_path / "d")), "--out", str(tmp_path / "f")])
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "claim" and len(lines) == 2 * 11
