@@ -674,10 +674,13 @@ def stacked(read: list) -> tuple[Tensor, list]:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
 
 
-def image_sizes(paths: list[Path]) -> list[tuple[int, int]]:
-    """(H, W) of image files from their headers, of a JPEG as it is shown. Raises InputError."""
+def image_sizes(images: list) -> list[tuple[int, int]]:
+    """(H, W) of what as_image takes, of files from their headers, as shown. Raises InputError."""
     sizes = []
-    for path in paths:
+    for path in images:
+        if not isinstance(path, (str, os.PathLike)):
+            sizes.append(as_image(path).size[::-1])
+            continue
         with unreadable(path), Image.open(path) as image:
             jpeg = image.format in ("JPEG", "MPO")
             turned = jpeg and image.getexif().get(ORIENTATION, 1) >= 5
@@ -1778,7 +1781,7 @@ class CudaGraphs:
     """
 
     def __init__(self, method: Callable):
-        self.method, self.lock, self.reads, self.graphs = method, Lock(), [], {}
+        self.method, self.lock, self.reads, self.graphs, self.pool = method, Lock(), [], {}, None
 
     def __reduce__(self):  # a copy of the detector captures its own
         return CudaGraphs, (self.method,)
@@ -1795,20 +1798,22 @@ class CudaGraphs:
             reads = [detector.field, *buffers]  # a fit or a move replaces some of them
             if [*map(id, reads)] != [*map(id, self.reads)]:
                 self.reads, self.graphs = reads, {}
+                self.pool = torch.cuda.graph_pool_handle()  # of all: no two run at a time
             key = x.shape, x.stride()
             if key not in self.graphs:
                 self.graphs[key] = None
                 return self.method(x)
             if self.graphs[key] is None:
-                self.graphs[key] = captured(self.method, x)
+                self.graphs[key] = captured(self.method, x, self.pool)
             return self.graphs[key](x)
 
 
-def captured(f: Callable, x: Tensor) -> Callable:
+@torch.inference_mode(False)
+def captured(f: Callable, x: Tensor, pool: Any = None) -> Callable:
     """f for tensors like x as a CUDA graph, or f itself where that fails: out of memory, say."""
     graph, x = torch.cuda.CUDAGraph(), x.clone()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             y = f(x)
     except RuntimeError:
         return f

@@ -189,8 +189,7 @@ def fit(
     recipe = Recipe(**settings)
     files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
     white_level = evaluate.white_level_of(files)
-    images = [evaluate.as_image(image, white_level) for image in images]
-    recipe = wtflow.recipe_for(recipe, [image.size[::-1] for image in images])
+    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(images))
     detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
     names = [f"images[{k}]" for k in range(len(images))]
     fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)

@@ -131,9 +131,12 @@ def test_threads_share_the_graphs(both):
         assert torch.equal(there[1], detector(x)[1])
 
 
-def test_a_caller_may_capture_a_loaded_model(both):
+def test_a_caller_may_capture_a_loaded_model_or_use_inference_mode(both):
     detector, loaded = both
     x = images(1, seed=1).cuda()
+    with torch.inference_mode():
+        assert same(detector, loaded, x)
+    assert same(detector, loaded, x)
     graph = torch.cuda.make_graphed_callables(loaded.forward, (x.clone(),))
     for there, here in zip(graph(x), detector(x), strict=True):
         assert torch.equal(there, here)

@@ -441,6 +441,19 @@ def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
         assert "unlike the training images" in line and words in line
 
 
+def test_fit_keeps_which_files_were_jpeg(tmp_path, capsys):
+    evaluate.SAID.clear()
+    paths = [tmp_path / f"{k}.jpg" for k in range(4)]
+    for k, path in enumerate(paths):
+        Image.fromarray(picture(k)[0].astype(np.uint8)).save(path, quality=95)
+    Image.open(paths[0]).save(tmp_path / "0.png")
+    detector = train.fit(paths, image_size=64, steps=2, width=8, folds=0)
+    evaluate.score(detector, paths[0])
+    assert "unlike" not in capsys.readouterr().err
+    evaluate.score(detector, tmp_path / "0.png")
+    assert "0.png: unlike the training images (not JPEG)" in capsys.readouterr().err
+
+
 def test_ignored_pixels_count_nowhere(tmp_path):
     """A clock in a corner: painted over in training and scoring, in no metric; in the model."""
     rng = np.random.default_rng(0)
