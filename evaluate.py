@@ -568,6 +568,9 @@ def read_image(path: str | Path, white_level: float | None = None, enough: int =
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
+LOADING = Lock()
+
+
 def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
@@ -580,11 +583,14 @@ def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> I
         if has_levels(value):
             mode = f"a PIL image of mode {value.mode}"
             raise InputError(f"{mode}: give its path, or convert it to 8 bits")
+        with unreadable("a PIL image"), LOADING:  # it may be in the list twice
+            value.load()
         with unreadable("a PIL image"):
             return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
-        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
+        raise InputError(f"an image of type {kind}: give a path, a PIL image, a numpy array, or a "
+                         "list of them")  # fmt: skip
     if value.ndim == 3 and value.shape[2] == 1:
         value = value[..., 0]
     if fault := fault_of(value):
@@ -736,6 +742,11 @@ def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image
     lowest, highest = values.min(), values.max()
     if lowest < -OVERSHOOT * white_level:
         raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
+    if np.median(values) > white_level:
+        raise InputError(
+            f"{path}: half of its values are above {white_level:g}, the white level of the "
+            "training images: save it with their depth"
+        )
     if highest > white_level * (1 + OVERSHOOT * real):
         say_once(f"{path}: values up to {highest:g} are cut at {white_level:g}, the white level")
     values = np.clip(values / white_level, 0, 1)
@@ -1518,7 +1529,7 @@ def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
         table.writerow(columns)
     for row in rows:
         cells = [cell_text(row[c]) for c in columns]
-        text = [isinstance(row[c], str) and cell.startswith(FORMULA)
+        text = [isinstance(row[c], str) and cell.lstrip("'").startswith(FORMULA)
                 for c, cell in zip(columns, cells, strict=True)]  # fmt: skip
         table.writerow(["'" * t + cell for t, cell in zip(text, cells, strict=True)])
     return file.getvalue()
@@ -1540,7 +1551,7 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
 
 def unquoted(name: str) -> str:
     """A name as it was before csv_text."""
-    return name[1:] if name.startswith("'") and name[1:].startswith(FORMULA) else name
+    return name[1:] if name[:1] == "'" and name.lstrip("'").startswith(FORMULA) else name
 
 
 @contextlib.contextmanager
@@ -1572,11 +1583,6 @@ def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterato
         text = text[: text.rfind("\n") + 1]  # a last row may be half written
         whole = io.StringIO(text, newline="")
         had = {unquoted(row["image"]): row for row in csv.DictReader(whole) if row["score"]}
-        if others := [name for name in had if name not in {*names}]:
-            raise InputError(
-                f"{table}: has images that are not in this folder ({listed(others)}): give another "
-                "--out, or no --resume"
-            )
         rows = [row | {"image": name} for name, row in had.items()]
         f.truncate(0)
         write(csv_text(SCORES, rows), mark=not "".join(names).isascii())
@@ -2020,7 +2026,7 @@ def drawing_may_fail(failed: list) -> Iterator[None]:
 def warn_of(failed: list) -> None:
     """One line on stderr for the pictures that could not be drawn, if there are any."""
     if failed:
-        others = f", nor could {len(failed) - 1} others" if len(failed) > 1 else ""
+        others = f", and {len(failed) - 1} more could not" if len(failed) > 1 else ""
         print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
 
 
@@ -2363,22 +2369,24 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
     failed, flagged, not_drawn = 0, 0, []
     with growing_table(table, list(names.values()), args.resume) as (had, add):
         if had:
-            again = score(detector, root / next(iter(had)), args.fpr, args.threshold)
-            refuse_another_model(table, again, known, had)
+            refuse_another_model(table, known, had)
+            if gone := [name for name in had if name not in names.values()]:
+                say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
+                         f"{listed(gone)}")  # fmt: skip
         todo = {path: place for path, place in places.items() if names[path] not in had}
         predictions = predictions_of(detector, list(todo), known)
         for path, (prediction, y, _) in zip(todo, predictions, strict=True):
-            name = names[path]
-            add(score_row(name, name.rpartition("/")[0], prediction))
-            if isinstance(prediction, InputError):
-                failed += 1
-                print(f"error: {one_line(prediction)}", file=sys.stderr)
-                continue
-            flagged += prediction.verdict == "defect"
-            print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
-            if todo[path] is not None and args.maps != "none":
+            name, good = names[path], not isinstance(prediction, InputError)
+            if good and todo[path] is not None and args.maps != "none":
                 title = f"{in_words(prediction)}:  {name}"
                 draw_file(todo[path], path, detector.white_level, y, known, title, not_drawn)
+            add(score_row(name, name.rpartition("/")[0], prediction))  # last: --resume has both
+            if good:
+                flagged += prediction.verdict == "defect"
+                print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
+            else:
+                failed += 1
+                print(f"error: {one_line(prediction)}", file=sys.stderr)
     warn_of(not_drawn)
     if flagged > max(len(todo) / 2, MANY):
         print(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
@@ -2406,21 +2414,24 @@ def draw_file(
         draw_map(place, image, None, y, known, title)
 
 
-def refuse_another_model(table: Path, again: Prediction, known: Calibration, had: dict) -> None:
+def refuse_another_model(table: Path, known: Calibration, had: dict) -> None:
     """Raises InputError unless the rows had of a table are of this model and this threshold.
 
-    again: the prediction of the first of them, made anew.
+    By the p-values of their scores, which tell the good scores of two models apart.
     """
     scores = [float(row["score"]) for row in had.values()]
-    same = math.isclose(scores[0], again.score, rel_tol=1e-3)
     for score, found, row in zip(scores, classify(scores, known), had.values(), strict=True):
-        rounded = math.isclose(score, known.threshold, rel_tol=1e-5)  # six digits are written
-        same = same and (rounded or found.verdict == row["verdict"])
-    if not same:
-        raise InputError(
-            f"{table}: scores or verdicts are of another model or threshold: give another --out, "
-            "or no --resume"
-        )
+        again = score_row(row["image"], row["kind"], found)
+        near = math.isclose(score, known.threshold, rel_tol=1e-5)  # six digits are written
+        same = near or found.verdict == row["verdict"]
+        for name in ("p_value", "p_rank"):
+            there, here = float(row[name] or -1), float(again[name] or -1)
+            same = same and math.isclose(there, here, rel_tol=1e-2, abs_tol=1e-12)
+        if not same:
+            raise InputError(
+                f"{table}: scores or verdicts are of another model or threshold: give another "
+                "--out, or no --resume"
+            )
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -557,9 +557,11 @@ def test_grey_levels_above_white_below_zero_and_negatives(tmp_path, capsys):
     ramp = np.linspace(0, 4095, 240).reshape(12, 20)
     deep, below = ramp.astype(np.uint16), (ramp - 2000).astype(np.int32)
     deep, below, infinite = grey_files(tmp_path, deep, below, np.full((9, 9), np.inf, np.float32))
-    cut = np.asarray(read_image(deep, 1023))[..., 0]
+    cut = np.asarray(read_image(deep, 2500))[..., 0]
     assert cut.max() == 255
-    assert "0.tif: values up to 4095 are cut at 1023" in capsys.readouterr().err
+    assert "0.tif: values up to 4095 are cut at 2500" in capsys.readouterr().err
+    with pytest.raises(InputError, match="half of its values are above 255, the white level"):
+        read_image(deep, 255)
     (negative,) = grey_files(tmp_path / "w", ramp.astype(np.uint16), tiffinfo={262: 0})
     for path, word in ((below, "down to -2000"), (infinite, "not finite"), (negative, "negative")):
         with pytest.raises(InputError, match=word):

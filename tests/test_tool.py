@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
+import io
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +383,9 @@ def test_a_table_opens_in_a_spreadsheet_and_runs_nothing(tmp_path):
     evaluate.write_csv(tmp_path / "a.csv", ("image", "score"), rows)
     lines = (tmp_path / "a.csv").read_bytes().split(b"\r\n")
     assert lines == [b"image,score", b"'=cmd|A0.png,-1.00", b"'+1,2.00", b""]
-    assert evaluate.unquoted("'=cmd|A0.png") == "=cmd|A0.png" and evaluate.unquoted("'a") == "'a"
+    for name in ("=cmd|A0.png", "'a", "'=a", "''+a", "a='b", "'"):
+        row = next(csv.DictReader(io.StringIO(evaluate.csv_text(("image",), [{"image": name}]))))
+        assert evaluate.unquoted(row["image"]) == name
     evaluate.write_csv(tmp_path / "b.csv", ("image",), [{"image": "größer"}])
     assert (tmp_path / "b.csv").read_text("utf-8-sig").split() == ["image", "größer"]
     assert (tmp_path / "b.csv").read_bytes().startswith(b"\xef\xbb\xbf")
@@ -415,9 +419,15 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
     with open(table, "a") as held:
         evaluate.hold(held)
         fails(run(*command), "s.csv", "another process writes to it")
-    with pytest.raises(InputError, match="images that are not in this folder"):
-        with evaluate.growing_table(table, ["a"], True):
-            pass
+    shutil.copytree(folder, tmp_path / "line")  # what has been scored may be gone, or damaged
+    first, second = [line.split(b",")[0].decode() for line in lines[1:3]]
+    (tmp_path / "line" / first).unlink()
+    (tmp_path / "line" / second).write_bytes(b"")
+    before = table.read_bytes()
+    command = ("evaluate.py", "--model", model, "--image", tmp_path / "line", "--out", table)
+    result = succeeds(run(*command, "--resume"))
+    assert f"1 images that are not in this folder stay: {first}" in result.stderr
+    assert table.read_bytes() == before
     with evaluate.growing_table(table, ["a"], False) as (had, add):
         add(evaluate.score_row("a", "b", InputError("broken")))
         assert not had and table.read_text().splitlines()[1] == "a,b,,,,,broken"
@@ -439,6 +449,16 @@ def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     for line, words in zip(lines, ("(JPEG)", "(side", "(not grey)"), strict=True):
         assert "unlike the training images" in line and words in line
+
+
+def test_one_pil_image_may_be_in_a_list_several_times(model, tmp_path):
+    """It is decoded once, though images are read in parallel."""
+    Image.fromarray(np.kron(picture(0)[0], np.ones((20, 20, 1))).astype(np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    detector = evaluate.load_model(model)
+    scores = {p.score for p in evaluate.score(detector, [Image.open(tmp_path / "a.png")] * 20)}
+    assert len(scores) == 1
 
 
 def test_fit_keeps_which_files_were_jpeg(tmp_path, capsys):
@@ -578,7 +598,7 @@ def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", broken)
     options = ("--data", data / "bolt", "--out", tmp_path, *TINY, "--maps", "all")
     result = succeeds(run("train.py", *options))
-    assert "warning: a picture could not be drawn (no font), nor could 6 others" in result.stderr
+    assert "warning: a picture could not be drawn (no font), and 6 more could not" in result.stderr
     assert result.stderr.count("warning") == 1
     assert (tmp_path / "tiny/bolt/model.pt").is_file() and (tmp_path / "tiny/results.csv").is_file()
     monkeypatch.undo()  # and evaluate.py draws them from the model
