@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
 # others. Longer costs a shared machine far more than its share, no spin at all makes training alone
@@ -877,7 +878,8 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
         if bad.any():
-            raise not_finite(images[len(sizes) + int(bad.nonzero()[0])])
+            name = name_of(images[len(sizes) + int(bad.nonzero()[0])])
+            raise InputError(f"{name}: features are not finite: check the weights and this image")
         if out is None:
             layout = torch.channels_last  # a position's features side by side
             shape = (len(images), *x.shape[1:])
@@ -906,10 +908,6 @@ def extract_good(
 
 THUMBNAIL = 32  # pixels a side
 COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
-
-
-def not_finite(image: Any) -> InputError:
-    return InputError(f"{name_of(image)}: features are not finite: check the weights and it")
 
 
 def thumbnails_of(batch: Tensor) -> Tensor:
@@ -1173,18 +1171,20 @@ def predictions_of(detector: wtflow.Detector, images: list, known: Calibration) 
     """
     shape, done = wtflow.image_shape(detector.recipe), 0
     for read in batches_of(images, shape, detector.white_level, detector.ignore):
-        names, done = images[done : done + len(read)], done + len(read)
+        items, done = images[done : done + len(read)], done + len(read)
         out = [(found, None, None) for found in read]
-        whole = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
-        if whole:
-            batch, sizes = stacked([read[k] for k in whole])
-            whole_names = [names[k] for k in whole]
-            say_another_make(detector.make, whole_names, sizes, thumbnails_of(batch))
+        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
+        if readable:
+            batch, sizes = stacked([read[k] for k in readable])
+            own = [items[k] for k in readable]
+            say_another_make(detector.make, own, sizes, thumbnails_of(batch))
             maps, scores = detector.score(detector.features(batch))
             predictions = classify(scores.numpy(), known)
-            for k, found, y, size in zip(whole, predictions, maps, sizes, strict=True):
-                finite = math.isfinite(found.score)
-                out[k] = (found, y, size) if finite else (not_finite(names[k]), None, None)
+            for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
+                out[k] = found, y, size
+                if not math.isfinite(found.score):
+                    text = "its score is not finite: check the weights and this image"
+                    out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
         yield from out
 
 
@@ -1781,47 +1781,55 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
 class CudaGraphs:
     """A method of a detector as CUDA graphs: one launch in place of one for each of its kernels.
 
-    A shape of x has a graph from its second call on: a last batch comes only once. Graphs hold the
-    addresses of what the method reads, and are captured anew where that is replaced. Where none can
-    be captured the method runs as it is.
+    A shape of x has a graph from its second call on: a last batch comes only once. A fit, or a move
+    to another device, gives the detector other tensors, and ends the graphs. Until then they keep
+    what they read. Where none can be captured the method runs as it is.
     """
 
+    lock = Lock()  # of all detectors: a process can capture one graph at a time
+
     def __init__(self, method: Callable):
-        self.method, self.lock, self.reads, self.graphs, self.pool = method, Lock(), [], {}, None
+        self.method = WeakMethod(method)  # the detector holds this object
+        self.fitted, self.read, self.graphs, self.place = [], [], {}, ()
 
     def __reduce__(self):  # a copy of the detector captures its own
-        return CudaGraphs, (self.method,)
+        return CudaGraphs, (self.method(),)
 
     def __call__(self, x: Tensor) -> Tensor | tuple:
-        if x.device.type != "cuda":
-            return self.method(x)
-        with self.lock, torch.cuda.device(x.device):
+        method = self.method()
+        if x.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+            return method(x)
+        with CudaGraphs.lock, torch.cuda.device(x.device):
             if torch.cuda.current_stream() != torch.cuda.default_stream():
-                return self.method(x)  # inside a graph of the caller's, say
-            detector = self.method.__self__
+                return method(x)  # inside a graph of the caller's, say
+            detector = method.__self__
             gaussian = getattr(detector, "gaussian", detector)
             buffers = (*detector.buffers(recurse=False), *gaussian.buffers(recurse=False))
-            reads = [detector.field, *buffers]  # a fit or a move replaces some of them
-            if [*map(id, reads)] != [*map(id, self.reads)]:
-                self.reads, self.graphs = reads, {}
-                self.pool = torch.cuda.graph_pool_handle()  # of all: no two run at a time
-            key = x.shape, x.stride()
+            fitted = [detector.field, *buffers]
+            if [*map(id, fitted)] != [*map(id, self.fitted)]:
+                self.fitted, self.graphs = fitted, {}
+                self.read = [v.detach() for v in detector.parameters()]
+                # One memory and stream for all, as no two run at a time
+                self.place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            key = x.shape, x.stride(), x.dtype
             if key not in self.graphs:
                 self.graphs[key] = None
-                return self.method(x)
+                return method(x)
             if self.graphs[key] is None:
-                self.graphs[key] = captured(self.method, x, self.pool)
+                self.graphs[key] = captured(method, x, *self.place)
             return self.graphs[key](x)
 
 
 @torch.inference_mode(False)
-def captured(f: Callable, x: Tensor, pool: Any = None) -> Callable:
-    """f for tensors like x as a CUDA graph, or f itself where that fails: out of memory, say."""
-    graph, x = torch.cuda.CUDAGraph(), x.clone()
+def captured(f: Callable, x: Tensor, pool: Any = None, stream: Any = None) -> Callable:
+    """f for tensors like x as a CUDA graph, or f itself where that fails, which is said."""
+    graph, stream, x = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(x.device), x.clone()
+    how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     try:
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, **how):  # the first ends the stream
             y = f(x)
-    except RuntimeError:
+    except RuntimeError as e:
+        say_once(f"no CUDA graph, so slower ({first_line(e)})", about="graph")
         return f
 
     def replay(other):
@@ -2055,11 +2063,11 @@ def write_pictures(
         for y, name, size in zip(scored.maps, names, sizes, strict=True):
             tiff = Image.fromarray(at_size(y, size))
             write_whole((place / name).with_suffix(".tiff"), partial(tiff.save, format="TIFF"))
+    remove_pictures(folder)
     if which == "none":
         return
     bad = np.array([item.kind != "good" for item in category.test])
     prefixes, files, failed = telling_images(scored.predictions, bad), picture_names(names), []
-    remove_pictures(folder)
     for j in range(len(names)) if which == "all" else prefixes:
         item, words = category.test[j], in_words(scored.predictions[j])
         title = f"{category.name}:  {words}:  {names[j].as_posix()}"

@@ -214,7 +214,8 @@ def run_category(
     finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        print(f"{prefix}: is finished; evaluate.py --run draws pictures anew", file=sys.stderr)
+        print(f"{prefix}: is finished; evaluate.py --run, with the same --fpr and --threshold, "
+              "draws pictures anew", file=sys.stderr)  # fmt: skip
         return row
     source = refuse_another_source(model_file, category)
     if args.resume and state_file.exists():
@@ -251,7 +252,6 @@ def run_category(
 
     # Saving. Pictures last: one that fails costs no training; the state goes when all are there.
     evaluate.write_scores(folder, category, scored)
-    evaluate.remove_pictures(folder)
     for old in (folder.parent / "anomaly_maps" / category.name).rglob("*.tiff"):
         old.unlink()
     about = {"signature": finished, "row": row, "source": source, "left_out": args.left_out}

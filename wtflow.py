@@ -801,8 +801,9 @@ class WideResNet50(nn.Module):
         self.channels = {4: 256, 8: 512, 16: 1024}
 
     def forward(self, x, strides=(4, 8, 16)):
-        mean, std = (torch.tensor(v).to(x).view(3, 1, 1) for v in (self.MEAN, self.STD))
-        x = F.relu(self.bn1(self.conv1((x / 255 - mean) / std)))
+        channels = zip((x / 255).unbind(1), self.MEAN, self.STD, strict=True)
+        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
+        x = F.relu(self.bn1(self.conv1(x)))
         x = F.max_pool2d(x, 3, 2, 1)
         levels = {}
         for stride, layer in {4: self.layer1, 8: self.layer2, 16: self.layer3}.items():

@@ -1,6 +1,8 @@
 """On a GPU; skipped where there is none: same arithmetic, CUDA graphs, a whole run, torchrun."""
 
 import copy
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -107,7 +109,7 @@ def test_graphs_end_where_what_they_read_is_replaced(both):
     torch.full((64, 1 << 20), 7.0, device="cuda")
     assert same(detector, loaded, x)
     assert not torch.equal(copied(x)[1], loaded(x)[1])  # not fitted again
-    assert copied._score.method.__self__ is copied
+    assert copied._score.method().__self__ is copied
 
 
 def test_where_a_graph_cannot_be_captured_the_method_runs(both, monkeypatch):
@@ -118,13 +120,53 @@ def test_where_a_graph_cannot_be_captured_the_method_runs(both, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
     assert same(detector, loaded, images(2, seed=1))
-    assert all(run == method.method for method in (loaded._extract, loaded._score)
+    assert all(run == method.method() for method in (loaded._extract, loaded._score)
                for run in method.graphs.values())  # fmt: skip
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(capsys):
+    x = torch.ones(3, device="cuda")
+
+    def f(x):
+        return x * x.sum().item()  # waits for the GPU, which no graph can
+
+    f(x)
+    run = evaluate.captured(f, x)
+    assert run is f and "no CUDA graph" in capsys.readouterr().err
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.equal(run(x).cpu(), torch.full((3,), 3.0))
+
+
+def test_graphs_keep_what_they_read_and_follow_no_autocast(both):
+    detector, loaded = both
+    x = images(2, seed=1)
+    assert same(detector, loaded, x)
+    loaded.to(memory_format=torch.contiguous_format)  # other memory, the same values
+    loaded.field.double().float()
+    torch.full((64, 1 << 20), 7.0, device="cuda")
+    assert same(detector, loaded, x)
+    with torch.autocast("cuda", torch.float16):
+        other = [detector(x)[1], loaded(x)[1]]
+    assert torch.equal(*other) and same(detector, loaded, x)
+
+
+def test_a_model_that_is_dropped_is_freed_at_once(tmp_path):
+    detector, _ = fitted(SMALL, n=12, device="cuda")
+    evaluate.save_model(tmp_path / "m.pt", detector)
+    loaded = evaluate.load_model(tmp_path / "m.pt", "cuda")
+    for _ in range(3):
+        loaded(images(1, seed=1))
+    alive = weakref.ref(loaded)
+    gc.disable()
+    del loaded
+    gone = alive() is None
+    gc.enable()
+    assert gone
 
 
 def test_threads_share_the_graphs(both):
     detector, loaded = both
-    several = [images(2, seed=k) for k in range(8)]
+    several = [images(1 + k % 3, seed=k) for k in range(8)]  # of three sizes
     with ThreadPoolExecutor(8) as pool:
         found = [*pool.map(loaded, 20 * several)]
     for x, there in zip(20 * several, found, strict=True):
