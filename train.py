@@ -214,8 +214,8 @@ def run_category(
     finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
     if args.resume and model_file.exists() and not state_file.exists():
         row = continued(model_file, finished)["row"]
-        print(f"{prefix}: is finished; evaluate.py --run, with the same --fpr and --threshold, "
-              "draws pictures anew", file=sys.stderr)  # fmt: skip
+        text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
+        evaluate.say_once(f"pictures of finished categories stay: {text}")
         return row
     source = refuse_another_source(model_file, category)
     if args.resume and state_file.exists():

@@ -517,8 +517,8 @@ class Detector(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float16."""
         one = 1 if self.device.type == "cpu" else len(images)  # one image fits into a core's cache
-        parts = images.to(self.device).split(one)
-        return torch.cat(parallel_map(self._extract, parts, self.device))
+        images = images.to(self.device).split(one)
+        return torch.cat(parallel_map(self._extract, images, self.device))
 
     def _extract(self, images):
         return extract_features(self.extractor, images, self.recipe)
@@ -783,7 +783,7 @@ class WideResNet50(nn.Module):
     (B, 3, H, W) RGB in 0..255 -> {stride: layer1, layer2 or layer3}; channels: {stride: its C}.
     """
 
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
+    MEAN_STD = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))  # of ImageNet, RGB in 0..1
     URL = "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
 
     def __init__(self):
@@ -801,8 +801,7 @@ class WideResNet50(nn.Module):
         self.channels = {4: 256, 8: 512, 16: 1024}
 
     def forward(self, x, strides=(4, 8, 16)):
-        channels = zip((x / 255).unbind(1), self.MEAN, self.STD, strict=True)
-        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
+        x = torch.stack([(x[:, k] / 255 - m) / s for k, (m, s) in enumerate(self.MEAN_STD)], 1)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.max_pool2d(x, 3, 2, 1)
         levels = {}
@@ -875,9 +874,8 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     """Mixed precision where the hardware is fast at it, else no change.
 
-    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, which is enough for the field;
-    not in an exported program.
-    The extractor needs float16 or float32: whitening enlarges the rounding of small variances.
+    On a GPU either type, on a CPU with AVX512-BF16 bfloat16 alone, in an exported program neither.
+    The field can do with bfloat16, the extractor not: whitening enlarges its rounding.
     """
     bfloat16 = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     fast = (device.type == "cuda" or bfloat16) and not torch.compiler.is_exporting()
@@ -888,8 +886,7 @@ def parallel_map(f: Callable, items: Iterable, device: torch.device) -> list:
     """[f(item) for item in items], on a CPU as many at a time as there are cores.
 
     One image is too little for all cores to share: they would wait for each other after each layer.
-    It sets the number of threads, after which PyTorch's LU of many large matrices can be wrong (its
-    issue 141358), Cholesky not.
+    After it PyTorch's LU of many large matrices can be wrong (its issue 141358), Cholesky not.
     """
     threads, items = torch.get_num_threads(), list(items)
     workers = min(threads, len(items))

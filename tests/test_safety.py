@@ -212,10 +212,11 @@ def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_pa
 
 
 def test_pictures_that_are_asked_for_later_are_drawn_by_evaluate(data, trained, tmp_path):
+    evaluate.SAID.clear()
     shutil.copytree(trained[0], tmp_path / "tiny")
     options = ("--data", data, "--maps", "all", "--save-maps")
     result = succeeds(run("train.py", *options, "--out", tmp_path, *TINY, "--resume"))
-    assert "bolt: is finished; evaluate.py --run draws" in result.stderr
+    assert "finished categories stay: evaluate.py --run draws them again" in result.stderr
     succeeds(run("evaluate.py", *options, "--run", tmp_path))
     assert len([*(tmp_path / "tiny/bolt/maps").iterdir()]) == 6
     assert len([*tmp_path.rglob("bolt/**/*.tiff")]) == 6

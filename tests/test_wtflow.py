@@ -545,7 +545,7 @@ def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
     assert state["layer4.2.conv3.weight"].shape == (2048, 1024, 1, 1)
     assert state["layer1.0.downsample.1.running_var"].shape == (256,)
     fill(state)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (net.MEAN, net.STD))
+    mean, std = torch.tensor(net.MEAN_STD, dtype=torch.float64).T.reshape(2, 3, 1, 1)
     levels = net((wave(64) * std + mean) * 255)  # the recorded input is preprocessed already
     for stride, y in levels.items():
         close(y.mean(), WIDE[stride][0])
