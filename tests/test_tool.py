@@ -306,6 +306,28 @@ def test_a_folder_is_walked_and_a_damaged_image_stops_no_other(model, tmp_path, 
     assert names == {"a.png", "a.jpg", "last.png", "b", "scores.csv"}
 
 
+def test_a_score_that_is_not_finite_is_the_error_of_its_image(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    paths = [tmp_path / f"{k}.png" for k in range(5)]
+    for k, path in enumerate(paths):
+        save(path, picture(k)[0])
+    paths[2].write_bytes(b"")
+    detector = evaluate.load_model(model)
+    features, done = detector.features, []
+
+    def broken(batch):
+        done.append(len(batch))
+        x = features(batch)
+        return x * float("nan") if len(done) == 2 else x  # of the second batch, 3.png is left
+
+    monkeypatch.setattr(detector, "features", broken)
+    known = evaluate.calibration_of(detector, 1.0, "tail")
+    found = [found for found, _, _ in evaluate.predictions_of(detector, paths, known)]
+    errors = {k: str(e) for k, e in enumerate(found) if isinstance(e, InputError)}
+    assert done == [2, 1, 1] and [*errors] == [2, 3]
+    assert "2.png: cannot be read" in errors[2] and "3.png: its score is not finite" in errors[3]
+
+
 def test_scores_of_a_folder_without_out(model, tmp_path, monkeypatch):
     """In the current folder, a table of an earlier run replaced, a foreign file never."""
     monkeypatch.chdir(tmp_path)
@@ -433,6 +455,18 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
         assert not had and table.read_text().splitlines()[1] == "a,b,,,,,broken"
     with evaluate.growing_table(table, [], True) as (had, _):
         assert not had and len(table.read_text().splitlines()) == 1
+
+
+def test_a_table_of_another_model_is_told_by_its_p_values():
+    """Though all of its verdicts are the same."""
+    own, other = (evaluate.calibrate(gumbel_in_log(60) * k) for k in (1, 1.1))
+    rows = [evaluate.score_row("a", "", p) for p in evaluate.classify([1.4, 1.5, 9.0], own)]
+    had = {str(k): row for k, row in enumerate(rows)}
+    evaluate.refuse_another_model(Path("t.csv"), own, had)
+    verdicts = [p.verdict for p in evaluate.classify([1.4, 1.5, 9.0], other)]
+    assert verdicts == [row["verdict"] for row in rows]
+    with pytest.raises(InputError, match="of another model"):
+        evaluate.refuse_another_model(Path("t.csv"), other, had)
 
 
 def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
