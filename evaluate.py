@@ -584,9 +584,9 @@ def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> I
         if has_levels(value):
             mode = f"a PIL image of mode {value.mode}"
             raise InputError(f"{mode}: give its path, or convert it to 8 bits")
-        with unreadable("a PIL image"), LOADING:  # it may be in the list twice
-            value.load()
         with unreadable("a PIL image"):
+            with LOADING:  # it may be in the list twice
+                value.load()
             return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
         kind = type(value).__name__
@@ -1585,7 +1585,7 @@ def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterato
         had = {unquoted(row["image"]): row for row in csv.DictReader(whole) if row["score"]}
         rows = [row | {"image": name} for name, row in had.items()]
         f.truncate(0)
-        write(csv_text(SCORES, rows), mark=not "".join(names).isascii())
+        write(csv_text(SCORES, rows), mark=not "".join([*names, *had]).isascii())
         yield had, lambda row: write(csv_text(SCORES, [row], head=False))
 
 
@@ -2378,7 +2378,7 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
     with growing_table(table, list(names.values()), args.resume) as (had, add):
         if had:
             refuse_another_model(table, known, had)
-            if gone := [name for name in had if name not in names.values()]:
+            if gone := sorted(had.keys() - {*names.values()}):
                 say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
                          f"{listed(gone)}")  # fmt: skip
         todo = {path: place for path, place in places.items() if names[path] not in had}
@@ -2425,21 +2425,21 @@ def draw_file(
 def refuse_another_model(table: Path, known: Calibration, had: dict) -> None:
     """Raises InputError unless the rows had of a table are of this model and this threshold.
 
-    By the p-values of their scores, which tell the good scores of two models apart.
+    By the p-values of their scores: two models have different tails. A rank would jump where the
+    digits that are written are not enough.
     """
-    scores = [float(row["score"]) for row in had.values()]
-    for score, found, row in zip(scores, classify(scores, known), had.values(), strict=True):
-        again = score_row(row["image"], row["kind"], found)
-        near = math.isclose(score, known.threshold, rel_tol=1e-5)  # six digits are written
-        same = near or found.verdict == row["verdict"]
-        for name in ("p_value", "p_rank"):
-            there, here = float(row[name] or -1), float(again[name] or -1)
-            same = same and math.isclose(there, here, rel_tol=1e-2, abs_tol=1e-12)
-        if not same:
-            raise InputError(
-                f"{table}: scores or verdicts are of another model or threshold: give another "
-                "--out, or no --resume"
-            )
+    rows = had.values()
+    scores = np.array([float(row["score"]) for row in rows])
+    found = classify(scores, known)
+    near = np.isclose(scores, known.threshold, rtol=1e-5)  # six digits are written
+    pairs = zip(near, found, rows, strict=True)
+    same = all(close or p.verdict == row["verdict"] for close, p, row in pairs)
+    there, here = [float(row["p_value"] or "nan") for row in rows], [p.p_value for p in found]
+    if not (same and np.allclose(there, here, rtol=1e-2, atol=1e-12, equal_nan=True)):
+        raise InputError(
+            f"{table}: scores or verdicts are of another model or threshold: give another --out, "
+            "or no --resume"
+        )
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -517,8 +517,8 @@ class Detector(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float16."""
         one = 1 if self.device.type == "cpu" else len(images)  # one image fits into a core's cache
-        images = images.to(self.device).split(one)
-        return torch.cat(parallel_map(self._extract, images, self.device))
+        parts = images.to(self.device).split(one)
+        return torch.cat(parallel_map(self._extract, parts, self.device))
 
     def _extract(self, images):
         return extract_features(self.extractor, images, self.recipe)
@@ -886,7 +886,7 @@ def parallel_map(f: Callable, items: Iterable, device: torch.device) -> list:
     """[f(item) for item in items], on a CPU as many at a time as there are cores.
 
     One image is too little for all cores to share: they would wait for each other after each layer.
-    After it PyTorch's LU of many large matrices can be wrong (its issue 141358), Cholesky not.
+    Setting threads can spoil PyTorch's later LU of many matrices (its issue 141358), not Cholesky.
     """
     threads, items = torch.get_num_threads(), list(items)
     workers = min(threads, len(items))

@@ -469,6 +469,28 @@ def test_a_table_of_another_model_is_told_by_its_p_values():
         evaluate.refuse_another_model(Path("t.csv"), other, had)
 
 
+def test_a_table_of_scores_that_equal_good_ones_goes_on():
+    """Six digits move such a score over a good one, and its rank with it."""
+    known = evaluate.calibrate(gumbel_in_log(60))
+    found = evaluate.classify(known.good_scores, known)
+    had = {str(k): evaluate.score_row(str(k), "", p) for k, p in enumerate(found)}
+    evaluate.refuse_another_model(Path("t.csv"), known, had)
+
+
+def test_a_resumed_table_keeps_its_byte_order_mark(tmp_path):
+    """For the row of an image that is gone, too."""
+    row = evaluate.score_row("größer", "", evaluate.Prediction(1.0, 0.5, 0.5, "good"))
+    for resume in (False, True):
+        with evaluate.growing_table(tmp_path / "t.csv", ["a"] * resume or ["ß"], resume) as (
+            _,
+            add,
+        ):
+            if not resume:
+                add(row)
+    text = (tmp_path / "t.csv").read_bytes()
+    assert text.startswith(b"\xef\xbb\xbf") and "größer" in text.decode()
+
+
 def test_images_of_another_make_are_named_once(model, tmp_path, capsys):
     evaluate.SAID.clear()
     detector = evaluate.load_model(model)
