@@ -113,21 +113,25 @@ def scales_mixture(n, d, scales, generator):
     return torch.tensor(scales, dtype=torch.float64)[chosen] * normal(generator, n, d)
 
 
-def mean_residual(v_theta, x_0, z, time):
-    """r_t of x_0 (n, d, ...) at `time`, averaged over x_1 = z and -z: what is scored (B6, O3)."""
+def mean_residual(v_theta, x_0, z, time, rho=0.0):
+    """r_t of x_0 (n, d, ...) at `time`, averaged over the x_1 of z and of -z: what is scored (O3).
+
+    x_1 = E[x_1 | x_0] + sqrt(1 - rho^2) z, as in wtflow.worst; rho = 0 is rFM.
+    """
     t = torch.full((len(x_0),), time, dtype=x_0.dtype)
-    ends = (z.expand_as(x_0), -z.expand_as(x_0))
+    mean, noise = wtflow.conditional_mean(x_0, rho), (1 - rho**2) ** 0.5 * z
+    ends = mean + noise, mean - noise
     return sum(v_theta(wtflow.path(x_0, x_1, t), t) - (x_1 - x_0) for x_1 in ends) / 2
 
 
 def gaussian_score(r, new):
-    """Mahalanobis distances (n,) of maps new (n, d, h, w) under wtflow's Gaussians of maps r (B6).
+    """Mahalanobis distances (m, h, w) of maps new (m, d, h, w) under wtflow's Gaussians of r (B6).
 
-    The mean over the h x w positions of each map.
+    r (n, d, h, w): the maps that the Gaussians are fitted to, at each position.
     """
     gaussian = wtflow.PositionGaussian(*r.shape[1:])
     gaussian.fit(r)
-    return gaussian.squared_distance(new.float()).mean((1, 2)).sqrt()
+    return gaussian.squared_distance(new.float()).sqrt()
 
 
 # ---- Table ------------------------------------------------------------------------------------
