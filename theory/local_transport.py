@@ -97,7 +97,7 @@ def score_spread(tau, d, rho, effective):
 
 
 def ridge_residual(x, x_0, penalty, rho):
-    """Mean (N, d) and variance (N,) per component of r at x (N, d), given the data x_0 (n, d) (W10).
+    """Mean (N, d) and variance (N,) of the components of r at x (N, d), given x_0 (n, d) (W10).
 
     v is the ridge regression of u on x_0 at t = 0, r = v - u_0, for the linear coupling:
     (1+rho) penalty Q x and (1-rho^2) x'Q S Q x / n, S = x_0'x_0 / n, Q = (S + penalty I)^-1.
@@ -150,13 +150,16 @@ def log_scores(x, rho):
     return (torch.linalg.solve(r.T @ r / len(r), r.T).T * r).sum(1).log() / 2
 
 
-def fit_ridge(x_0, penalty, rho, generator):
-    """B (d, d) of v(x) = x B, by ridge regression on pairs of the linear coupling at t = 0 (W10)."""
+def fit_ridge(x_0, penalty, rho, repeats, generator):
+    """B (repeats, d, d) of v(x) = x B: ridge regressions at t = 0 on pairs of the data (n, d).
+
+    x_0 (n, d) is the same in all, the noise of the linear coupling is drawn anew (W10).
+    """
     n, d = x_0.shape
-    u = gaussian_coupling(x_0, generator, 1.0, rho) - x_0
-    return torch.linalg.solve(
-        x_0.T @ x_0 / n + penalty * torch.eye(d, dtype=x_0.dtype), x_0.T @ u / n
-    )
+    data = x_0.expand(repeats, n, d)
+    u = gaussian_coupling(data, generator, 1.0, rho) - data
+    penalised = x_0.T @ x_0 / n + penalty * torch.eye(d, dtype=x_0.dtype)
+    return torch.linalg.solve(penalised, x_0.T @ u / n)
 
 
 # ---- Table ------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def rows_W6(z, generator):
         predicted = (v_theta(x) - initial_field(x, rho)).square().sum(1).mean().item()
         yield Row("W6", f"squared residual of any v_theta, rho={rho}", predicted, square)
     widths = torch.linspace(0.3, 1.3, 16, dtype=z.dtype)
-    x_0 = (widths * z).repeat(40, 1)
+    x_0 = (widths * z).repeat(20, 1)
     for rho in (0.0, 0.9):
         t_max = 0.02
         x_t, u = pairs_at_any_time(x_0, partial(wtflow.worst, rho=rho), generator, t_max)
@@ -242,8 +245,8 @@ def rows_W10(generator):
     for penalty in (0.0, 0.3):
         for rho in (0.0, 0.9):
             mean, variance = ridge_residual(x, x_0, penalty, rho)
-            fits = [fit_ridge(x_0, penalty, rho, generator) for _ in range(1000)]
-            squares = [(x @ B + (1 + rho) * x).square().sum() for B in fits]
+            fits = fit_ridge(x_0, penalty, rho, 2000, generator)
+            squares = (x @ fits + (1 + rho) * x).square().sum((1, 2))
             predicted = mean.square().sum().item() + 8 * variance.item()
             what = f"E|r|^2 of a ridge regression, n=64, d=8, lambda={penalty:g}, rho={rho:g}"
             yield Row("W10", what, predicted, *mean_se(squares))

@@ -188,7 +188,7 @@ def test_W3_local_worst(couple, n, d, scale, seed):
     e = normalize(x_0)
     along = (x_1 * e).sum(1)
     assert kstest(along.numpy(), lambda m: worst_transport.minimum_cdf(m, n)).pvalue > P
-    close(worst_transport.along_direction(x_1, x_0), along, 10 * along.abs().max())
+    close(worst_transport.along_direction(x_1, x_0), along, 10 * along.abs().max().item())
     across = (x_1.square().sum(1) - along.square()).numpy()
     if d == 1:
         close(across, 0, 100 * along.square().max().item())
