@@ -23,7 +23,8 @@ MODULES = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": MODULES}
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # every time
-settings.load_profile("same")
+settings.register_profile("random", deadline=None, database=None)  # anew, or by --hypothesis-seed
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def save(path, array, **options):

@@ -13,7 +13,7 @@ from scipy.stats import beta, ncx2
 
 import wtflow
 from theory import Row, mean_se, normal, std_se
-from theory.singularity import fitted_slope, marginal_field, pairs
+from theory.singularity import fitted_slope, marginal_field, pairs, slope
 
 SAMPLES = 20_000  # points behind each row of the table
 
@@ -60,7 +60,24 @@ def kinetic_energy(s, rho=0.0):
     1 + s^2 + 2 rho s - s sqrt(1-rho^2) arccos(-rho): 1 + s^2 - pi s / 2 for rFM and
     W2^2 / d = (1-s)^2 for rho = -1.
     """
-    return 1 + s**2 + 2 * rho * s - s * (1 - rho**2) ** 0.5 * np.arccos(-rho)
+    return 1 + s**2 + 2 * rho * s - loss_floor(s, rho)
+
+
+def loss_floor(s, rho=0.0):
+    """(1/d) int E|u - u_t|^2 dt for the same q: the least loss of a field (C4).
+
+    s sqrt(1-rho^2) arccos(-rho), pi s / 2 for rFM; with kinetic_energy it is E|u|^2 / d. For every
+    q of covariance s^2 I it is the loss of the best affine field, hence at least the floor.
+    """
+    return s * (1 - rho**2) ** 0.5 * np.arccos(-rho)
+
+
+def excess(t, m2, d, squared_cost):
+    """E|x_t|^2 of a coupling of E|x_1 - x_0|^2 = squared_cost over rFM's, for every q (C4).
+
+    t (1-t) (m2 + d - squared_cost); W2^2 for optimal transport.
+    """
+    return t * (1 - t) * (m2 + d - squared_cost)
 
 
 # ---- Estimators -------------------------------------------------------------------------------
@@ -158,7 +175,7 @@ def rows_C3(generator):
 
 
 def rows_C4(generator):
-    """Rows for C4."""
+    """Rows for C4; the signs +-1 are data of covariance I that are not Gaussian."""
     for s in (1.0, 0.3):
         x_0 = s * normal(generator, SAMPLES, 16)
         energy = energy_from_pairs(x_0, wtflow.independent, generator)
@@ -166,6 +183,17 @@ def rows_C4(generator):
         yield Row("C4", what, kinetic_energy(s), *energy)
     cost = (wtflow.independent(x_0, generator) - x_0).square().mean(1)
     yield Row("C4", "coupling cost E|x_1 - x_0|^2 / d, s=0.3", 1 + 0.3**2, *mean_se(cost))
+    signs = torch.sign(normal(generator, SAMPLES, 16))
+    loss = wtflow.flow_matching_loss(
+        lambda x, t: slope(t, 1.0)[:, None] * x, signs, wtflow.independent, generator
+    )
+    yield Row("C4", "loss of the affine field, x_0 = +-1", loss_floor(1.0), *mean_se(loss))
+    x_0 = signs[:2560, :1]
+    x_1 = torch.cat([wtflow.optimal(part, generator) for part in x_0.split(256)])
+    measured = ((x_0 + x_1) / 2).square().mean() - (x_0.square() + x_1.square()).mean() / 4
+    squared_cost = 2 - 2 * (2 / np.pi) ** 0.5  # W2^2: x_0 is the sign of x_1
+    what = "limit of large batches: E|x_t|^2 of OT over rFM's, x_0 = +-1, t=1/2"
+    yield Row("C4", what, excess(0.5, 1, 1, squared_cost), measured.item())
 
 
 def rows_C5(generator):

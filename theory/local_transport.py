@@ -1,9 +1,9 @@
-"""W5, W6: wtflow.worst, and the residual of a field at t = 0. Data at 0, noise at 1.
+"""W5, W6, W8-W10: wtflow.worst, and the residual of a field. Data at 0, noise at 1.
 
 x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z is wtflow.worst, [ours] as a reading of the paper's
-local worst transport. Its distributions and the first order of W6 are [derived]; the residual
-v_theta(x_0, 0) - u_0(x_0) as the score is [ours]. What rho is good for: README.md.
-Figure: draw.local_transport_figure.
+local worst transport; x_1 = -rho x_0 + sqrt(1 - rho^2) z is the linear coupling, the same where
+|x_0| = sqrt(d). What follows is [derived]; proofs, and what rho is good for: README.md. That the
+residual v_theta - u_0 is the score is [ours]. Figure: draw.local_transport_figure.
 """
 
 from functools import partial
@@ -13,14 +13,15 @@ import torch
 from scipy.stats import ncx2
 
 import wtflow
-from theory import Row, mean_se, normal
+from theory import Row, mean_se, normal, std_se
+from theory.conventions import clock
 from theory.unconditional_field import pairs_at_any_time, slope_on
-from theory.worst_transport import a_n, minimum_variance, signal_to_noise, worst_candidate
+from theory.worst_transport import gaussian_coupling, signal_to_noise
 
 SAMPLES = 20_000  # points behind each row of the table
 
 
-# ---- Closed forms -----------------------------------------------------------------------------
+# ---- Closed forms: W5, W6 ---------------------------------------------------------------------
 def initial_field(x, rho):
     """u_0(x) = -(1 + rho sqrt(d)/|x|) x (N, d), x (N, d), none 0; numpy or torch (W5)."""
     return -(1 + rho * x.shape[1] ** 0.5 / (x**2).sum(1)[:, None] ** 0.5) * x
@@ -42,38 +43,69 @@ def energy_distribution(rho, d):
     return ncx2(d, rho**2 * d / (1 - rho**2), scale=1 - rho**2)
 
 
-def energy_variance(rho, d):
-    """Var |x_1|^2 = 2d (1 - rho^4) (W5)."""
-    return 2 * d * (1 - rho**4)
-
-
-def distance_to_noise(rho):
-    """W2 distance of the distribution of x_1 to N(0, I) as d grows, x_0/|x_0| uniform (W5).
-
-    That of the radii: (1 - sqrt(1 - rho^4)) / sqrt(2), beside sqrt(d).
-    """
-    return (1 - (1 - rho**4) ** 0.5) / 2**0.5
-
-
-def candidates(rho, d):
-    """n of worst_candidate that pulls as strongly, a_n = rho sqrt(d), to second order (W5).
-
-    rho sqrt(2 pi d) exp(rho^2 d/2 - gamma), gamma Euler's constant.
-    """
-    return rho * (2 * np.pi * d) ** 0.5 * np.exp(rho**2 * d / 2 - np.euler_gamma)
-
-
-def candidate_energy(n, d):
-    """E|x_1|^2 of worst_candidate: d - 1 + E m^2, off the shell (W5)."""
-    return d - 1 + a_n(n) ** 2 + minimum_variance(n)
-
-
 def early_residual(x, grad_log_q, rho, t_max):
     """v(x) - u_0(x) (N, d) of the exact time-unconditional field, t ~ U(0, T) (W6).
 
     -T/2 ((1 - rho^2) grad log q + (1 + rho sqrt(d)/|x|) x), to first order in T; grad_log_q (N, d).
     """
     return -t_max / 2 * ((1 - rho**2) * grad_log_q - initial_field(x, rho))
+
+
+# ---- Closed forms: W8 -------------------------------------------------------------------------
+def noise_to_signal(t, rho, length=1.0):
+    """Ratio of noise to signal in x_t of worst(rho) at |x_0| = length sqrt(d) (W8).
+
+    t sqrt(1-rho^2) / (1 - t (1 + rho/length)), negative once the signal has turned round; length 1
+    is the linear coupling of every q. rFM's is t / (1-t).
+    """
+    return t * (1 - rho**2) ** 0.5 / (1 - t * (1 + rho / length))
+
+
+def time_of_ratio(ratio, rho):
+    """The t of that ratio at length 1: 1 / (1 + rho + sqrt(1-rho^2) / ratio) (W8)."""
+    return 1 / (1 + rho + (1 - rho**2) ** 0.5 / ratio)
+
+
+def sensitivity(ratio, rho):
+    """d log(ratio) / d log|x_0| of worst(rho) on the shell: -ratio rho / sqrt(1-rho^2) (W8)."""
+    return -ratio * rho / (1 - rho**2) ** 0.5
+
+
+def rfm_point(x, t, rho):
+    """(x', t') where rFM has the E[x_0 | x_t' = x'] of the linear coupling at (x, t), any q (W8).
+
+    x (N, d), 0 <= t <= 1, t a number.
+    """
+    signal, noise = 1 - t * (1 + rho), t * (1 - rho**2) ** 0.5
+    time, scale = clock(abs(signal), noise)
+    return (scale if signal >= 0 else -scale) * x, time
+
+
+# ---- Closed forms: W9, W10 --------------------------------------------------------------------
+def discount(length, rho):
+    """d log|r| / d log|x| of r = -u_0, |x| = length sqrt(d): 1 / (1 + rho/length) (W9)."""
+    return 1 / (1 + rho / length)
+
+
+def score_spread(tau, d, rho, effective):
+    """Standard deviation of the log of the score of r = -u_0 at x = k S^(1/2) z, std log k = tau.
+
+    sqrt(tau^2 + (1-rho^2)/2d + rho^2/2d') / (1+rho), to first order, E|x|^2 near d; `effective` is
+    d' = (tr S)^2 / tr S^2 (W9).
+    """
+    return (tau**2 + (1 - rho**2) / (2 * d) + rho**2 / (2 * effective)) ** 0.5 / (1 + rho)
+
+
+def ridge_residual(x, x_0, penalty, rho):
+    """Mean (N, d) and variance (N,) of the components of r at x (N, d), given x_0 (n, d) (W10).
+
+    v is the ridge regression of u on x_0 at t = 0, r = v - u_0, for the linear coupling:
+    (1+rho) penalty Q x and (1-rho^2) x'Q S Q x / n, S = x_0'x_0 / n, Q = (S + penalty I)^-1.
+    """
+    n, d = x_0.shape
+    S = x_0.T @ x_0 / n
+    Qx = torch.linalg.solve(S + penalty * torch.eye(d, dtype=S.dtype), x.T).T
+    return (1 + rho) * penalty * Qx, (1 - rho**2) * ((Qx @ S) * Qx).sum(1) / n
 
 
 # ---- Estimators -------------------------------------------------------------------------------
@@ -96,13 +128,50 @@ def early_field(x, t, log_q, rho, nodes=8):
     return weight @ u / weight.sum()
 
 
+def ratio_of_pairs(x_0, t, rho, generator):
+    """Ratio of noise to signal in x_t of wtflow.worst, and its standard error; x_0 (N, d) one x.
+
+    As noise over signal: std of x_t across the components, mean along x_0 over |x_0| (W8).
+    """
+    x_t = wtflow.path(x_0, wtflow.worst(x_0, generator, rho), torch.full((len(x_0),), t))
+    signal, error = mean_se((x_t * x_0).sum(1) / x_0[0].square().sum())
+    noise, error_of_noise = std_se((x_t - x_t.mean(0)).flatten())
+    return noise / signal, abs(noise / signal) * np.hypot(error / signal, error_of_noise / noise)
+
+
+def untrained_residual(x, rho):
+    """r (N, d) of v = 0, by wtflow: x1_hat = x less E[x_1 | x_0 = x] (W9)."""
+    return wtflow.euler(lambda x, t: 0 * x, x) - wtflow.conditional_mean(x, rho)
+
+
+def log_scores(x, rho):
+    """Log of the score (N,) of v = 0: Mahalanobis' distance of r of the same x (N, d) (W9)."""
+    r = untrained_residual(x, rho)
+    return (torch.linalg.solve(r.T @ r / len(r), r.T).T * r).sum(1).log() / 2
+
+
+def fit_ridge(x_0, penalty, rho, repeats, generator):
+    """B (repeats, d, d) of v(x) = x B: ridge regressions at t = 0 on pairs of the data (n, d).
+
+    x_0 (n, d) is the same in all, the noise of the linear coupling is drawn anew (W10).
+    """
+    n, d = x_0.shape
+    data = x_0.expand(repeats, n, d)
+    u = gaussian_coupling(data, generator, 1.0, rho) - data
+    penalised = x_0.T @ x_0 / n + penalty * torch.eye(d, dtype=x_0.dtype)
+    return torch.linalg.solve(penalised, x_0.T @ u / n)
+
+
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for W5, W6."""
+    """Rows for W5, W6, W8-W10."""
     generator = torch.Generator().manual_seed(seed)
     z = normal(generator, SAMPLES, 16)
     yield from rows_W5(z, generator)
     yield from rows_W6(z, generator)
+    yield from rows_W8(generator)
+    yield from rows_W9(generator)
+    yield from rows_W10(generator)
 
 
 def rows_W5(z, generator):
@@ -113,7 +182,7 @@ def rows_W5(z, generator):
         energy = x_1.square().sum(1)
         yield Row("W5", f"E|x_1|^2, d=16, rho={rho}", d, *mean_se(energy))
         spread = mean_se((energy - d).square())
-        yield Row("W5", f"  Var |x_1|^2, rho={rho}", energy_variance(rho, d), *spread)
+        yield Row("W5", f"  Var |x_1|^2, rho={rho}", energy_distribution(rho, d).var(), *spread)
         second = mean_se(x_1[:, 0].square())
         yield Row("W5", f"  E of the square of component 1, rho={rho}", 1, *second)
     e = torch.eye(d, dtype=z.dtype)[0]
@@ -124,17 +193,6 @@ def rows_W5(z, generator):
     yield Row("W5", "noise of the target, rho=0.9", d * (1 - 0.9**2), *noise)
     ratio = signal_to_noise(u, e)  # rFM's is |x|^2 / d = 1 here
     yield Row("W5", "signal to noise at t=0 over rFM's, |x|=4, rho=0.9", gain(0.9, d, 16), *ratio)
-    energy = worst_candidate(z, generator, 256).square().sum(1)
-    what = "E|x_1|^2 of the worst of 256 candidates, d=16"
-    yield Row("W5", what, candidate_energy(256, d), *mean_se(energy))
-    for rho, size in ((0.7, 16), (0.5, 152)):
-        n = candidates(rho, size)
-        what = f"a_n of {n:.3g} candidates for rho={rho}, d={size} (limit)"
-        yield Row("W5", what, rho * size**0.5, a_n(n))
-    probability = np.linspace(0, 1, 2002)[1:-1]
-    radii = [energy_distribution(rho, 152).ppf(probability) ** 0.5 for rho in (0.9, 0.0)]
-    measured = np.mean((radii[0] - radii[1]) ** 2) ** 0.5
-    yield Row("W5", "W2 to N(0, I), rho=0.9, d=152 (limit)", distance_to_noise(0.9), measured)
 
 
 def rows_W6(z, generator):
@@ -154,3 +212,41 @@ def rows_W6(z, generator):
         first = early_residual(x_t, -x_t / widths**2, rho, t_max)
         fit = slope_on(u - initial_field(x_t, rho), first)
         yield Row("W6", f"share of the first order in v - u_0, T={t_max:g}, rho={rho}", 1, *fit)
+
+
+def rows_W8(generator):
+    """Rows for W8: the ratio 1.5, rFM's at t = 0.6, on the shell of R^16 and off it."""
+    e = torch.eye(16, dtype=torch.float64)[0]
+    for rho in (0.25, 0.5, 0.9):
+        t = time_of_ratio(1.5, rho)
+        for length in (1.0, 1.1):
+            x_0 = (4 * length * e).expand(SAMPLES, 16)
+            what = f"noise to signal, rho={rho:g}, t={t:.3f}, |x_0|={length:g} sqrt(d)"
+            measured = ratio_of_pairs(x_0, t, rho, generator)
+            yield Row("W8", what, noise_to_signal(t, rho, length), *measured)
+
+
+def rows_W9(generator):
+    """Rows for W9, at the d of the features of EfficientNet-Lite0."""
+    d, tau = 152, 0.19
+    widths = torch.linspace(0.2, 2, d, dtype=torch.float64)
+    widths = widths / widths.square().mean() ** 0.5
+    effective = d / widths.pow(4).mean().item()
+    x = (tau * normal(generator, SAMPLES, 1)).exp() * widths * normal(generator, SAMPLES, d)
+    for rho in (0.0, 0.5, 0.9):
+        predicted = score_spread(tau, d, rho, effective)
+        what = f"std of the log of the score of v=0, std log k = 0.19, d=152, rho={rho:g}"
+        yield Row("W9", what, predicted, *std_se(log_scores(x, rho)))
+
+
+def rows_W10(generator):
+    """Rows for W10: the mean of |r|^2 over repeated fits to 64 points."""
+    x_0, x = normal(generator, 64, 8), 2 * normal(generator, 1, 8)
+    for penalty in (0.0, 0.3):
+        for rho in (0.0, 0.9):
+            mean, variance = ridge_residual(x, x_0, penalty, rho)
+            fits = fit_ridge(x_0, penalty, rho, 2000, generator)
+            squares = (x @ fits + (1 + rho) * x).square().sum((1, 2))
+            predicted = mean.square().sum().item() + 8 * variance.item()
+            what = f"E|r|^2 of a ridge regression, n=64, d=8, lambda={penalty:g}, rho={rho:g}"
+            yield Row("W10", what, predicted, *mean_se(squares))

@@ -1,4 +1,4 @@
-"""S1-S4: the singularity of the reversed field at t = 0. Time runs from data (0) to noise (1).
+"""S1-S5: the singularity of the reversed field at t = 0. Time runs from data (0) to noise (1).
 
 [paper] "the reversed vector field exhibits a non-Lipschitz singularity at the initial temporal
 boundary, precipitating explosive estimation errors". Every formula below is [derived]; proofs in
@@ -49,7 +49,8 @@ def peak(s, rho=0.0):
     """(time, slope) where a(t) is largest, for |rho| < 1 (S2, W2).
 
     A / (2 s sqrt(1-rho^2)) at tc + s sqrt(1-rho^2) / A, where A = 1 + s^2 + 2 rho s and
-    tc = (s^2 + rho s) / A. The time lies in [0, 1] if s <= 1. rho = 0: the slope is (1+s^2) / (2s).
+    tc = (s^2 + rho s) / A. It is least, minus that, at tc - s sqrt(1-rho^2) / A. For rFM the slope
+    is (1+s^2) / (2s), and the time lies in [0, 1] if s <= 1.
     """
     A = 1 + s**2 + 2 * rho * s
     root = s * (1 - rho**2) ** 0.5
@@ -104,7 +105,7 @@ def amplification(t_0, s):
     return variance(t_0, s) ** -0.5
 
 
-def estimation_variance(t, n, s, rho=0.0, d=1):
+def estimation_variance(t, n, d, s, rho=0.0):
     """Variance of each entry of a least-squares A in u = A x_t, from n pairs in R^d (S4).
 
     s^2 (1-rho^2) / ((n - d - 1) (Var x_t)^2), n > d + 1; Gaussian coupling of correlation -rho.
@@ -120,14 +121,20 @@ def collapse_time(n, d, s):
     return s / (s + (n ** (2 / d) - 1) ** 0.5)
 
 
-def effective_number(t, n, d, s):
-    """Of the same n points, the geometric mean of 1 / sum w^2 while it is large (S4).
+def jump_slope(above, below):
+    """Limit of t J_t across a plane where the density of q jumps from `below` to `above` (S5).
 
-    w is the softmax of the n points at a new x_t, r = Var x_t / t^2:
-    n (exp(r/(2r-1) - 1) sqrt(2r-1) / r)^d.
+    (2/pi) ((above - below) / (above + below))^2, as t -> 0.
     """
-    r = variance(t, s) / t**2
-    return n * (np.exp(r / (2 * r - 1) - 1) * (2 * r - 1) ** 0.5 / r) ** d
+    return 2 / np.pi * ((above - below) / (above + below)) ** 2
+
+
+def slope_bound(t, s, radius):
+    """Bound of |J_t(x)|, all x, for q = q_0 * N(0, s^2 I), |q_0| <= radius, s > 0 (S5).
+
+    |a| + t (1-t) radius^2 / (Var x_t)^2, reached where a < 0 by two atoms, midway.
+    """
+    return abs(slope(t, s)) + t * (1 - t) * radius**2 / variance(t, s) ** 2
 
 
 # ---- Estimators -------------------------------------------------------------------------------
@@ -219,35 +226,42 @@ def spread_of_fits(t, n, s, rho, d, repeats, generator):
     return mean_se(errors.square().mean((1, 2)))
 
 
-def training_set_weights(x_0, atoms, t, generator):
-    """x_t (N, d) of wtflow's path from x_0 (N, d), its softmax weights (N, n) over atoms (n, d).
-
-    Tensors in, arrays out.
-    """
-    x_t = pairs(x_0, wtflow.independent, t, generator)[0].numpy()
-    return x_t, component_weights(x_t, t, atoms.numpy(), 0.0)
-
-
 def measured_collapse(n, d, s, points, generator):
     """The t where the mean weight of x_0 itself, one of `points` atoms of n, is one half (S4)."""
     atoms = s * normal(generator, n, d)
     times = collapse_time(n, d, s) * np.linspace(0.8, 1.2, 9)
     own = []
     for t in times:
-        _, weights = training_set_weights(atoms[:points], atoms, t, generator)
+        x_t, _ = pairs(atoms[:points], wtflow.independent, t, generator)
+        weights = component_weights(x_t.numpy(), t, atoms.numpy(), 0.0)
         own.append(weights.diagonal().mean())
     return np.interp(-0.5, -np.array(own), times)
 
 
+def slope_at_jump(t, above, below, points, generator):
+    """t J_t and its standard error at x = 0, where the density jumps, by wtflow pairs (S5).
+
+    1 - (1-t)/t^2 Var(x_0 | x_t), of the pairs whose |x_t| < t/10.
+    """
+    size = 10 * t * torch.rand(points, 1, generator=generator, dtype=torch.float64)
+    negative = torch.rand(points, 1, generator=generator) < below / (above + below)
+    x_0 = torch.where(negative, -size, size)
+    x_t, _ = pairs(x_0, wtflow.independent, t, generator)
+    near = x_0[x_t.abs() < t / 10]
+    var, se = mean_se((near - near.mean()).square())
+    return 1 - (1 - t) / t**2 * var, (1 - t) / t**2 * se
+
+
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for S1-S4."""
+    """Rows for S1-S5."""
     generator = torch.Generator().manual_seed(seed)
     x_0 = normal(generator, 20_000, 8)
     yield from rows_S1(x_0[:64], generator)
     yield from rows_S2(x_0, generator)
     yield from rows_S3(x_0, generator)
     yield from rows_S4(generator)
+    yield from rows_S5(generator)
 
 
 def rows_S1(x_0, generator):
@@ -306,22 +320,28 @@ def rows_S3(x_0, generator):
 
 def rows_S4(generator):
     """Rows for S4."""
-    n, s = 200, 0.3
-    for rho in (0.0, 0.6):
-        A = 1 + s**2 + 2 * rho * s
-        for t, name in ((0.0, "t=0"), ((s**2 + rho * s) / A, "tc"), (1.0, "t=1")):
-            what = f"n Var of the fitted slope at {name}, s=0.3, rho={rho:g}"
-            spread = spread_of_fits(t, n, s, rho, 1, 4000, generator)
-            yield Row("S4", what, n * estimation_variance(t, n, s, rho), *(n * np.array(spread)))
+    n, d, s = 200, 2, 0.3
+    for rho, times in ((0.0, (0.0, 0.083, 1.0)), (0.6, (0.0, 0.186, 1.0)), (-0.6, (0.0, 0.186))):
+        for t in times:  # 0.083 and 0.186 are tc
+            what = f"n Var of the fitted slope at t={t:g}, s=0.3, rho={rho:g}"
+            spread = spread_of_fits(t, n, s, rho, d, 4000, generator)
+            yield Row("S4", what, n * estimation_variance(t, n, d, s, rho), *(n * np.array(spread)))
     time = collapse_time(1000, 64, 1.0)
     measured = measured_collapse(1000, 64, 1.0, 400, generator)
     yield Row("S4", "limit of large d: collapse of 1000 points, s=1, d=64", time, measured)
-    atoms = s * normal(generator, 1000, 64)
-    _, weights = training_set_weights(s * normal(generator, 200, 64), atoms, 0.8, generator)
-    log_number, se = mean_se(-np.log((weights**2).sum(1)))
-    what = "log of the effective number of 1000 points, s=0.3, d=64, t=0.8"
-    yield Row("S4", what, np.log(effective_number(0.8, 1000, 64, s)), log_number, se)
-    x_t, _ = training_set_weights(atoms[:200], atoms, 0.1, generator)
-    error = marginal_field(x_t, 0.1, atoms.numpy()) - slope(0.1, s) * x_t
-    what = "error of the field of 1000 points at t=0.1, per dimension"
-    yield Row("S4", what, s**2 / variance(0.1, s), *mean_se((error**2).mean(1)))
+
+
+def rows_S5(generator):
+    """Rows for S5: far from a bounded set, at a jump, and the bound of a set with noise."""
+    far = 50 * OFF
+    measured = 0.01 * autograd_slope(0.01, ATOMS, 0.0, far, ATOM_AXIS)
+    yield Row("S5", "t J_t far from two atoms, t=0.01", 1, measured)
+    for below in (0.0, 0.1):
+        what = f"t J_t where the density jumps from {below:g} to 1, t=0.001"
+        jump = slope_at_jump(1e-3, 1.0, below, 1_000_000, generator)
+        yield Row("S5", what, jump_slope(1.0, below), *jump)
+    for s in (0.3, 0.1):
+        t = s**2 / 2  # the slope a is negative there
+        measured = -autograd_slope(t, ATOMS, s, MIDWAY, ATOM_AXIS)
+        what = f"bound of |J_t|, t=s^2/2: two atoms of width s={s:g}"
+        yield Row("S5", what, slope_bound(t, s, ATOM_RADIUS), measured)

@@ -40,6 +40,7 @@ times = st.floats(0.02, 0.98)
 scales = st.floats(0.05, 2.0)
 scales_or_0 = st.just(0.0) | scales  # 0: atoms
 rhos = st.floats(-0.95, 0.95)  # of worst transport, and of the Gaussian coupling
+rhos_to_1 = st.sampled_from([-1.0, 1.0]) | rhos  # where a formula holds without noise too
 candidates = st.integers(1, 300)
 kinds = st.sampled_from(["gaussian", "atoms", "mixture", "circle"])
 
@@ -101,25 +102,26 @@ def close(measured, predicted, condition=1.0):
     assert error <= 64 * EPS * np.max(condition), (measured, predicted, error)
 
 
-def within(estimate, predicted, slack=0.0):
-    """An estimate (value, standard error) within Z standard errors and `slack` of `predicted`."""
+def within(estimate, predicted, slack=0.0, z=Z):
+    """An estimate (value, standard error) within z standard errors and `slack` of `predicted`."""
     value, se = estimate
-    assert abs(value - predicted) <= Z * se + slack, (value, predicted, se)
+    assert abs(value - predicted) <= z * se + slack, (value, predicted, se)
 
 
 def check_rows(rows, name):
-    """The rows of claim `name`: measured within Z standard errors, or 0.1 % where it is exact.
+    """The rows of claim `name`: measured within 4 standard errors, or 0.1 % where it is exact.
 
     The standard error of an exponent is that of the fit, not of the next order in t: 0.1 % too. A
-    limit is reached to 3 %. No standard error may be so large that anything would pass.
+    limit is reached to 3 %. No standard error may be so large that anything would pass: a row of
+    the one seed that is tested is off by 18 % at most, most of them by less than 8 %.
     """
     chosen = [row for row in rows if row.claim == name]
     assert chosen
     for row in chosen:
         exact = row.se == 0 or "exponent" in row.what
         slack = (0.03 if "limit" in row.what else 1e-3) if exact else 0.0
-        within((row.measured, row.se), row.predicted, slack * abs(row.predicted))
-        assert row.se < 0.05 * abs(row.predicted), row
+        within((row.measured, row.se), row.predicted, slack * abs(row.predicted), z=4)
+        assert row.se < 0.045 * abs(row.predicted), row
 
 
 def table_test(table, *names):

@@ -13,7 +13,6 @@ from claims import (
     claim,
     close,
     dims,
-    dims_from_2,
     rejects,
     rhos,
     rng,
@@ -32,96 +31,48 @@ from torch.nn.functional import normalize
 
 import wtflow
 from theory import mean_se, normal, singularity, worst_transport
-from theory.worst_transport import a_n, worst_candidate
+from theory.worst_transport import a_n, minibatch_worst, worst_candidate
 
 
 # ---- W1 ---------------------------------------------------------------------------------------
-def reordered_noise(plan, n, d, seed):
-    """x_0 and noise z (n, d), and the cost of `plan`, which may only reorder z."""
+@claim(wtflow.optimal, minibatch_worst, examples=20, n=st.integers(1, 6), d=dims, seed=seeds)
+def test_W1_plan(best, worst, n, d, seed):
+    """A reordering of the noise; of all plans none costs less than the one, more than the other."""
     x_0 = normal(rng(seed), n, d)
-    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
-    assert torch.equal(x_1.sort(0).values, z.sort(0).values)
-    return x_0, z, (x_0 - x_1).square().sum().item()
-
-
-def costs_of_all_plans(x_0, z):
-    plans = itertools.permutations(range(len(z)))
-    return [(x_0 - z[list(plan)]).square().sum().item() for plan in plans]
-
-
-signs = st.sampled_from([1.0, -1.0])  # of the optimal plan, of the worst
-
-
-@claim(wtflow.optimal, examples=20, n=st.integers(1, 6), d=dims, sign=signs, seed=seeds)
-def test_W1_plan(plan, n, d, sign, seed):
-    """Only a reordering of the noise; no other costs less, or none more if the sign is -1."""
-    x_0 = normal(rng(seed), n, d)
-    x_1, z = plan(x_0, rng(seed + 1), sign), wtflow.independent(x_0, rng(seed + 1))
-    assert torch.equal(x_1.sort(0).values, z.sort(0).values)
-    cost = (x_0 - x_1).square().sum().item()
+    z = wtflow.independent(x_0, rng(seed + 1))
     plans = itertools.permutations(range(n))
     costs = [(x_0 - z[list(plan)]).square().sum().item() for plan in plans]
-    close(cost, min(costs) if sign > 0 else max(costs), 10 * (1 + max(costs)))
+    for couple, extreme in ((best, min(costs)), (worst, max(costs))):
+        x_1 = couple(x_0, rng(seed + 1))
+        assert torch.equal(x_1.sort(0).values, z.sort(0).values)
+        close((x_0 - x_1).square().sum().item(), extreme, 10 * (1 + max(costs)))
     largest = worst_transport.largest_cost(x_0.numpy(), z.numpy())
     close(largest, max(costs), 10 * (1 + largest))
 
 
 test_W1_plan_rejects = rejects(
     test_W1_plan,
-    plan={
-        "OT for WT": lambda x_0, generator, sign: wtflow.optimal(x_0, generator),
-        "WT for OT": lambda x_0, generator, sign: wtflow.optimal(x_0, generator, -1.0),
-        "no plan at all": lambda x_0, generator, sign: wtflow.independent(x_0, generator),
+    best={"WT for OT": minibatch_worst},
+    worst={
+        "OT for WT": wtflow.optimal,
+        "optimal to x_0, turned to -x_1": lambda x_0, generator: -wtflow.optimal(x_0, generator),
     },
 )
 
 
-@claim(
-    wtflow.optimal,
-    examples=20,
-    b=st.integers(1, 3),
-    h=st.integers(1, 4),
-    d=st.integers(1, 3),
-    sign=signs,
-    seed=seeds,
-)
-def test_W1_images(plan, b, h, d, sign, seed):
-    """(B, d, h, w) is one set of vectors, in blocks of whole images here.
-
-    In one dimension the plan is the sorted one, or the reversed one if the sign is -1.
-    """
-    x_0 = normal(rng(seed), b, d, h, 4)
-    x_1, z = plan(x_0, rng(seed + 1), sign, 4 * h), wtflow.independent(x_0, rng(seed + 1))
-    assert x_1.shape == x_0.shape
-    for image in range(b):
-        data, planned, noise = (x[image].reshape(d, -1).T for x in (x_0, x_1, z))
-        assert sorted(map(tuple, planned.tolist())) == sorted(map(tuple, noise.tolist()))
-        cost, cost_of_noise = ((data - x).square().sum() for x in (planned, noise))
-        assert sign * cost <= sign * cost_of_noise + 1e-9
-        if d == 1:
-            by_data = planned[data.argsort(0)[:, 0]]
-            assert torch.equal(by_data, noise.sort(0, descending=sign < 0).values)
-
-
-def optimal_on_images(x_0, generator, sign, block):
-    return wtflow.optimal(x_0, generator, 1.0, block)
-
-
-test_W1_images_rejects = rejects(test_W1_images, plan={"OT for WT, on images": optimal_on_images})
-
-
-@claim(wtflow.optimal, examples=3, seed=seeds)
-def test_W1_blocks(plan, seed):
-    """By default 256 vectors are matched together: in one dimension the sorted plan of them all."""
-    x_0 = normal(rng(seed), 300, 1)
-    x_1, z = plan(x_0, rng(seed + 1)), wtflow.independent(x_0, rng(seed + 1))
-    for block in (slice(0, 256), slice(256, 300)):
-        by_data = x_1[block][x_0[block, 0].argsort()]
-        assert torch.equal(by_data, z[block].sort(0).values)
+@claim(minibatch_worst, examples=4, block=st.integers(3, 20), seed=seeds)
+def test_W1_blocks(plan, block, seed):
+    """Each block of vectors for itself: in one dimension the reversed order."""
+    x_0 = normal(rng(seed), 50, 1)
+    x_1, z = plan(x_0, rng(seed + 1), block), wtflow.independent(x_0, rng(seed + 1))
+    for data, planned, noise in zip(*(x.split(block) for x in (x_0, x_1, z)), strict=True):
+        by_data = planned[data.argsort(0)[:, 0]]
+        assert torch.equal(by_data, noise.sort(0, descending=True).values)
 
 
 test_W1_blocks_rejects = rejects(
-    test_W1_blocks, plan={"half the block": partial(wtflow.optimal, block=128)}
+    test_W1_blocks,
+    plan={"all at once": lambda x_0, generator, block: minibatch_worst(x_0, generator)},
 )
 
 
@@ -151,42 +102,36 @@ def test_W2_worst_map(cost, d, seed):
 
 
 test_W2_worst_map_rejects = rejects(
-    test_W2_worst_map,
-    cost={
-        "independent cost": lambda variances: variances.sum() + len(variances),
-        "S for S^(1/2)": lambda variances: ((1 + variances) ** 2).sum(),
-    },
+    test_W2_worst_map, cost={"independent": lambda variances: variances.sum() + len(variances)}
 )
 
 
-@claim(singularity.variance, examples=15, d=dims, t=times, s=scales, rho=rhos, seed=seeds)
-def test_W2_variance(variance, d, t, s, rho, seed):
-    """Var x_t by pairs of the Gaussian coupling."""
-    couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
-    x_t, _ = singularity.pairs(s * normal(rng(seed), 4000, d), couple, t, rng(seed + 1))
-    within(mean_se(x_t.square().mean(1)), variance(t, s, rho))
-
-
-test_W2_variance_rejects = rejects(
-    test_W2_variance,
-    variance={
-        "sign of the correlation": lambda t, s, rho: singularity.variance(t, s, -rho),
-    },
+@claim(
+    singularity.variance,
+    singularity.slope,
+    examples=15,
+    d=dims,
+    t=times,
+    s=scales,
+    rho=rhos,
+    seed=seeds,
 )
-
-
-@claim(singularity.slope, examples=15, d=dims, t=times, s=scales, rho=rhos, seed=seeds)
-def test_W2_slope(slope, d, t, s, rho, seed):
-    """The slope by pairs of the Gaussian coupling, at t = 0 too."""
+def test_W2_pairs(variance, slope, d, t, s, rho, seed):
+    """Var x_t and the slope of u on x_t by pairs of the Gaussian coupling; a(0) = -(1 + rho/s)."""
     couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
     x_0 = s * normal(rng(seed), 4000, d)
     for time in (0.0, t):
         x_t, u = singularity.pairs(x_0, couple, time, rng(seed + 1))
+        within(mean_se(x_t.square().mean(1)), variance(time, s, rho))
         within(singularity.fitted_slope(x_t, u), slope(time, s, rho))
+    close(slope(0.0, s, rho), -(1 + rho / s), (1 + 1 / s) ** 2)
+    close(variance(s / (1 + s), s, 1.0), 0, 4)  # all paths of worst transport meet in the origin
 
 
-test_W2_slope_rejects = rejects(
-    test_W2_slope, slope={"rFM for WT": lambda t, s, rho: singularity.slope(t, s, 0.0)}
+test_W2_pairs_rejects = rejects(
+    test_W2_pairs,
+    variance={"OT for WT": lambda t, s, rho: singularity.variance(t, s, -rho)},
+    slope={"rFM for WT": lambda t, s, rho: singularity.slope(t, s, 0.0)},
 )
 
 
@@ -200,62 +145,35 @@ def test_kernel_field():
 
 
 # ---- W3 ---------------------------------------------------------------------------------------
-@claim(worst_transport.minimum_cdf, examples=12, n=candidates, seed=seeds)
-def test_W3_minimum(cdf, n, seed):
-    """By definition: the minimum of n draws; and the density is its derivative."""
-    smallest = normal(rng(seed), 2000, n).amin(1).numpy()
-    assert kstest(smallest, lambda m: cdf(m, n)).pvalue > P
+@claim(a_n, worst_transport.minimum_pdf, examples=15, n=candidates)
+def test_W3_a_n(pull, pdf, n):
+    """By integrating the survival function, which the code does not; and the bound sqrt(2 ln n)."""
     m, step = np.linspace(-4, 2, 13), 1e-5
-    slope = (cdf(m + step, n) - cdf(m - step, n)) / (2 * step)
-    assert np.allclose(worst_transport.minimum_pdf(m, n), slope, atol=1e-6, rtol=1e-6)
-
-
-test_W3_minimum_rejects = rejects(
-    test_W3_minimum,
-    cdf={
-        "off-by-one in n": lambda m, n: worst_transport.minimum_cdf(m, n + 1),
-        "maximum for minimum": lambda m, n: 1 - worst_transport.minimum_cdf(-m, n),
-    },
-)
-
-
-@claim(a_n, worst_transport.minimum_variance, examples=15, n=candidates)
-def test_W3_a_n(pull, variance, n):
-    """By integrating the survival function, which the code does not; and Jensen's sqrt(2 ln n)."""
-
-    def survival(s):
-        return ndtr(-s) ** n
-
-    def integral(g):
-        return quad(g, 0, 12, epsabs=1e-12, limit=200)[0]
-
-    first = integral(lambda s: survival(s) + survival(-s) - 1)
-    second = integral(lambda s: 2 * s * (survival(s) + 1 - survival(-s)))
-    assert abs(pull(n) + first) < 1e-9
-    assert abs(variance(n) - second + first**2) < 1e-8
+    cdf = worst_transport.minimum_cdf
+    assert np.allclose(pdf(m, n), (cdf(m + step, n) - cdf(m - step, n)) / (2 * step), atol=1e-6)
+    mean, _ = quad(lambda s: ndtr(-s) ** n + ndtr(s) ** n - 1, 0, 12, epsabs=1e-12, limit=200)
+    assert abs(pull(n) + mean) < 1e-9
     assert pull(n) <= (2 * np.log(n)) ** 0.5 + 1e-12
-    assert n == 1 or variance(n) < variance(n - 1) + 1e-9
 
 
 test_W3_a_n_rejects = rejects(
     test_W3_a_n,
-    pull={
-        "off-by-one in a_n": lambda n: a_n(n + 1),
-        "the asymptote for a_n": lambda n: (2 * np.log(n)) ** 0.5,
-    },
-    variance={
-        "second moment for variance": lambda n: worst_transport.minimum_variance(n) + a_n(n) ** 2,
-    },
+    pull={"off-by-one in a_n": lambda n: a_n(n + 1)},
+    pdf={"off-by-one in n": lambda m, n: worst_transport.minimum_pdf(m, n + 1)},
 )
 
 
-def check_distribution_of_worst(couple, n, d, scale, seed):
-    """The minimum of n along x_0, N(0, I) across it, whatever |x_0|; n = 1 is rFM."""
+@claim(worst_candidate, examples=15, n=candidates, d=dims, scale=st.floats(0.01, 100), seed=seeds)
+def test_W3_local_worst(couple, n, d, scale, seed):
+    """The minimum of n draws along x_0, N(0, I) across it, whatever |x_0|; n = 1 is rFM."""
+    smallest = normal(rng(seed), 2000, n).amin(1).numpy()
+    assert kstest(smallest, lambda m: worst_transport.minimum_cdf(m, n)).pvalue > P
     x_0 = scale * normal(rng(seed), 3000, d)
     x_1 = couple(x_0, rng(seed + 1), n)
     e = normalize(x_0)
     along = (x_1 * e).sum(1)
     assert kstest(along.numpy(), lambda m: worst_transport.minimum_cdf(m, n)).pvalue > P
+    close(worst_transport.along_direction(x_1, x_0), along, 10 * along.abs().max().item())
     across = (x_1.square().sum(1) - along.square()).numpy()
     if d == 1:
         close(across, 0, 100 * along.square().max().item())
@@ -263,65 +181,24 @@ def check_distribution_of_worst(couple, n, d, scale, seed):
         radius = np.sqrt(np.maximum(across, 0))
         assert kstest(radius, chi(d - 1).cdf).pvalue > P
         within(mean_se((x_1 - along[:, None] * e)[:, 0]), 0)
-        within(mean_se((across - across.mean()) * along.numpy()), 0)
     close(couple(8 * x_0, rng(seed + 1), n), x_1, 1e3)
-
-
-@claim(
-    worst_candidate,
-    examples=15,
-    n=candidates,
-    d=dims,
-    scale=st.floats(0.01, 100),
-    seed=seeds,
-)
-def test_W3_local_worst(couple, n, d, scale, seed):
-    """The distribution of worst_candidate."""
-    check_distribution_of_worst(couple, n, d, scale, seed)
-
-
-def best(x_0, generator, n):
-    return -worst_candidate(x_0, generator, n)
 
 
 def antipode(x_0, generator, n):
     return -normalize(x_0) * x_0.shape[1] ** 0.5
 
 
-def all_components(x_0, generator, n):
+def candidates_at_each_component(x_0, generator, n):
     return normal(generator, n, *x_0.shape).amin(0)
-
-
-def raw_projection(x_0, generator, n):
-    """Forgets to normalise x_0 before removing the component along it."""
-    z, fixed = wtflow.independent(x_0, generator), worst_candidate(x_0, generator, n)
-    e = normalize(x_0)
-    return z + (fixed * e).sum(1, keepdim=True) * e - (z * x_0).sum(1, keepdim=True) * e
 
 
 test_W3_local_worst_rejects = rejects(
     test_W3_local_worst,
     couple={
-        "maximum for minimum: locally optimal": best,
         "antipode for the local worst": antipode,
-        "minimum in every coordinate": all_components,
-        "projection on x_0 instead of x_0/|x_0|": raw_projection,
-        "off-by-one in n": lambda x_0, generator, n: worst_candidate(x_0, generator, n + 1),
+        "minimum in every coordinate": candidates_at_each_component,
     },
 )
-
-
-@claim(
-    worst_transport.worst_of,
-    examples=6,
-    n=st.integers(1, 20),
-    d=dims,
-    scale=st.floats(0.01, 100),
-    seed=seeds,
-)
-def test_W3_by_draws(couple, n, d, scale, seed):
-    """The same distribution by its definition: n draws, the worst kept."""
-    check_distribution_of_worst(couple, n, d, scale, seed)
 
 
 @claim(worst_candidate, examples=8, n=candidates, d=dims, seed=seeds)
@@ -336,104 +213,30 @@ def test_W3_images(couple, n, d, seed):
     assert kstest(x_1[0].ravel().numpy(), "norm").pvalue > P
 
 
-def rfm_on_images(x_0, generator, n):
-    return wtflow.independent(x_0, generator)
-
-
-test_W3_images_rejects = rejects(test_W3_images, couple={"rFM for WT, on images": rfm_on_images})
-
-
-@pytest.mark.parametrize("n", [1, 64])
-def test_W3_finite_for_any_random_number(monkeypatch, n):
+def test_W3_finite_for_any_random_number(monkeypatch):
     """Of the type of x_0, and finite where the random number is 0."""
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape).double())
-    x_1 = worst_candidate(torch.ones(4, 3), n=n)
+    x_1 = worst_candidate(torch.ones(4, 3), n=64)
     assert x_1.dtype == torch.float32 and torch.isfinite(x_1).all()
 
 
 @claim(worst_transport.initial_field, examples=15, n=candidates, d=dims, seed=seeds)
-def test_W3_potential(field, n, d, seed):
-    """u_0 is minus the gradient of |x|^2 / 2 + a_n |x|."""
+def test_W3_initial_field(field, n, d, seed):
+    """Minus the gradient of |x|^2 / 2 + a_n |x|, and the mean of u at one x by wtflow pairs."""
     x = normal(rng(seed), 5, d).requires_grad_()
     potential = x.square().sum() / 2 + a_n(n) * x.norm(dim=1).sum()
     (gradient,) = torch.autograd.grad(potential, x)
     x = x.detach()
-    close(field(x.numpy(), n), -gradient.numpy(), 10 * (1 + x.abs().max().item()))
-
-
-def initial_field_of_opposite_pull(x, n):
-    return -(1 - a_n(n) / np.linalg.norm(x, axis=-1, keepdims=True)) * x
-
-
-test_W3_potential_rejects = rejects(
-    test_W3_potential,
-    field={
-        "a_n |x|^2 / 2 for a_n |x|": lambda x, n: -(1 + a_n(n)) * x,
-        "sign of a_n": initial_field_of_opposite_pull,
-    },
-)
-
-
-@claim(worst_transport.initial_field, examples=12, n=candidates, d=dims, seed=seeds)
-def test_W3_initial_field(field, n, d, seed):
-    """u_0(x) is the mean of u at x by wtflow pairs."""
-    x = normal(rng(seed), 1, d)
+    predicted = field(x.numpy(), n)
+    close(predicted, -gradient.numpy(), 10 * (1 + x.abs().max().item()))
     couple = partial(worst_candidate, n=n)
-    _, u = singularity.pairs(x.expand(4000, d), couple, 0.0, rng(seed + 1))
-    predicted = field(x.numpy(), n)[0]
+    _, u = singularity.pairs(x[:1].expand(4000, d), couple, 0.0, rng(seed + 1))
     for k in range(d):
-        within(mean_se(u[:, k]), predicted[k])
+        within(mean_se(u[:, k]), predicted[0, k])
 
 
 test_W3_initial_field_rejects = rejects(
-    test_W3_initial_field, field={"rFM's field for WT's": lambda x, n: -x}
-)
-
-
-@claim(
-    worst_transport.local_field,
-    examples=15,
-    n=candidates,
-    d=dims,
-    t=st.floats(0.1, 0.95),
-    seed=seeds,
-)
-def test_W3_local_field(field, n, d, t, seed):
-    """E[(u - u_t(x_t)) g(x_t)] = 0 for every g; n = 1 is S2's field."""
-    atoms = normal(rng(seed), 4, d)
-    assume(atoms.norm(dim=1).min() > 0.05)
-    x_0 = atoms[torch.randint(4, (6000,), generator=rng(seed + 1))]
-    x_t, u = singularity.pairs(x_0, partial(worst_candidate, n=n), t, rng(seed + 2))
-    u_t = torch.as_tensor(field(x_t.numpy(), t, atoms.numpy(), n))
-    for g in (torch.ones_like(x_t), x_t, torch.sin(3 * x_t)):
-        within(mean_se((t * (u - u_t) * g).mean(1)), 0, slack=1e-9)
-    x = x_t[:5].numpy()
-    one_candidate = field(x, t, atoms.numpy(), 1)
-    rfm = singularity.marginal_field(x, t, atoms.numpy())
-    assert np.allclose(one_candidate, rfm, rtol=1e-7, atol=1e-7 / t)
-
-
-def local_field_of_one_more(x, t, atoms, n):
-    return worst_transport.local_field(x, t, atoms, n + 1)
-
-
-test_W3_local_field_rejects = rejects(
-    test_W3_local_field, field={"off-by-one in n": local_field_of_one_more}
-)
-
-
-@claim(worst_transport.gain, examples=12, n=candidates, d=dims_from_2, seed=seeds)
-def test_W3_gain(gain, n, d, seed):
-    """At one x_0, |x_0| = 2, over rFM's 4 / d; the noise matters most at d = 2."""
-    for size in (2, d):
-        x_0 = 2 * normalize(normal(rng(seed), 1, size)).expand(8000, size)
-        u = worst_candidate(x_0, rng(seed + 1), n) - x_0
-        ratio, error = worst_transport.signal_to_noise(u, x_0[0] / 2)
-        within((ratio * size / 4, error * size / 4), gain(n, size, 4.0))
-
-
-test_W3_gain_rejects = rejects(
-    test_W3_gain, gain={"missing square": lambda n, d, m2: 1 + a_n(n) / m2**0.5}
+    test_W3_initial_field, field={"a_n |x|^2 / 2 for a_n |x|": lambda x, n: -(1 + a_n(n)) * x}
 )
 
 
@@ -456,12 +259,7 @@ def test_W4_one_step(density, n, d, seed):
 
 
 test_W4_one_step_rejects = rejects(
-    test_W4_one_step,
-    density={
-        "missing 1/d": lambda x: -x.square().sum(1) / 2,
-        "sign of log p": lambda x: x.square().mean(1) / 2,
-        "factor 1/2": lambda x: -x.square().mean(1),
-    },
+    test_W4_one_step, density={"missing 1/d": lambda x: -x.square().sum(1) / 2}
 )
 
 
@@ -483,27 +281,16 @@ def test_W7_bounds(assignment, bounds, k, seed):
     greedy = [sum(rows[j, : k - j].max().item() for j in range(k)) / k for rows in entries]
     within(mean_se(greedy), below)
     within(assignment(2, 2000, rng(seed)), (2 * np.pi) ** -0.5)
-    within(assignment(1, 2000, rng(seed)), 0)
 
 
-def smallest_assignment(k, matrices, generator):
-    mean, se = worst_transport.largest_assignment(k, matrices, generator)
-    return -mean, se
+def row_by_row(k, matrices, generator):
+    return mean_se(normal(generator, matrices, k, k).amax(2).mean(1))
 
 
 test_W7_bounds_rejects = rejects(
     test_W7_bounds,
-    assignment={
-        "OT for WT": smallest_assignment,
-        "one row more": lambda k, matrices, generator: worst_transport.largest_assignment(
-            k + 1, matrices, generator
-        ),
-        "the upper bound": lambda k, matrices, generator: (a_n(k), 1e-3),
-    },
-    bounds={
-        "a_(k+1) above": lambda k: (worst_transport.assignment_bounds(k)[0], a_n(k + 1)),
-        "a_k below": lambda k: (a_n(k), a_n(k)),
-    },
+    assignment={"each row's largest": row_by_row},
+    bounds={"a_k below": lambda k: (a_n(k), a_n(k))},
 )
 
 
@@ -522,7 +309,7 @@ def rho_of_matrices(k, d, generator):
     seed=seeds,
 )
 def test_W7_strength(rho, strength, k, d, scale, seed):
-    """wtflow's worst plan, whatever the scale of x_0."""
+    """The worst plan of wtflow's noise, whatever the scale of x_0."""
     x_0 = scale * normal(rng(seed), 60 * k, d)
     measured, error = strength(x_0, rng(seed + 1), k)
     predicted, error_of_prediction = rho(k, d, rng(seed + 2))
@@ -532,9 +319,7 @@ def test_W7_strength(rho, strength, k, d, scale, seed):
 test_W7_strength_rejects = rejects(
     test_W7_strength,
     rho={
-        "b_k": lambda k, d, generator: worst_transport.largest_assignment(k, 600, generator),
         "a_k of W3": lambda k, d, generator: (a_n(k) / d**0.5, 0.0),
-        "rFM": lambda k, d, generator: (0.0, 0.0),
         "the antipode": lambda k, d, generator: (1.0, 0.0),
     },
 )
@@ -542,9 +327,10 @@ test_W7_strength_rejects = rejects(
 
 @pytest.mark.parametrize(
     "k, d, rho, error",
-    [(8, 120, 0.110, 0.004), (256, 120, 0.240, 0.002), (256, 4096, 0.0418, 3e-4)],
+    [(8, 120, 0.109, 0.003), (256, 120, 0.240, 0.002), (256, 4096, 0.0418, 3e-4)],
 )
 def test_W7_numbers_of_the_readme(k, d, rho, error):
+    """To 3 % or less: the plan of 2,048 vectors."""
     x_0 = normal(rng(0), 2048, d)
     measured, _ = worst_transport.strength_of_minibatch(x_0, rng(1), k)
     assert measured == pytest.approx(rho, abs=error)
