@@ -65,8 +65,8 @@ def save_figures(out, figures):
     for name, figure in figures.items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=80)
-        with Image.open(path) as image:  # 64 colours are enough for lines, at a third of the bytes
-            small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        with Image.open(path) as image:  # colours enough for lines, at a third of the bytes
+            small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
         small.save(path, optimize=True)
         paths.append(path)
     return paths
