@@ -186,11 +186,7 @@ def fit(
         raise InputError(f"images of type {type(images).__name__}: give a list of paths or arrays")
     if not images:
         raise InputError("no images: give at least one")
-    recipe = Recipe(**settings)
-    files = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
-    white_level = evaluate.white_level_of(files)
-    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(images))
-    detector = Detector(recipe, white_level, weights).to(evaluate.pick_device(device))
+    detector = evaluate.new_detector(images, Recipe(**settings), weights, device)
     names = [f"images[{k}]" for k in range(len(images))]
     fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)
     return detector
@@ -225,9 +221,8 @@ def run_category(
         state_file.unlink(missing_ok=True)  # of an earlier run
 
     # Features. The test images come first: a broken one stops the run before training.
-    white_level = evaluate.white_level_of(category.train)
-    detector = Detector(recipe, white_level, args.weights).to(device)
-    detector.ignore = args.ignored
+    detector = evaluate.new_detector(category.train, recipe, args.weights, device, args.ignored)
+    white_level = detector.reading.white_level
     paths = [item.path for item in category.test]
     test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
     report = partial(progress, "training image", len(category.train))

@@ -483,11 +483,10 @@ class Detector(nn.Module):
 
     train.fit_detector fits whitening, field and Gaussians. Until then scoring raises
     RuntimeError. state_dict holds all that was fitted, without the frozen extractor, which the
-    recipe names. white_level: the pixel value that is 255 for the network, kept for the reader of
-    image files. Raises InputError if there are no weights for the extractor.
+    recipe names. Raises InputError if there are no weights for the extractor.
     """
 
-    def __init__(self, recipe: Recipe, white_level: float = 255.0, weights: str | None = None):
+    def __init__(self, recipe: Recipe, weights: str | None = None):
         super().__init__()
         self.recipe = recipe
         net = load_extractor(recipe.backbone, weights)
@@ -501,18 +500,11 @@ class Detector(nn.Module):
             h, w = (side // recipe.spacing for side in image_shape(recipe))
             self.gaussian = PositionGaussian(d, h, w)
         self.register_buffer("normal_scores", torch.zeros(0))
-        self.make = {}  # what the training images have in common, for evaluate.say_another_make
-        self.ignore = None  # pixels that evaluate.read_resized paints over, bool (H, W)
-        self.register_buffer("_white_level", torch.tensor(float(white_level), dtype=torch.float64))
         self.eval()
 
     @property
     def device(self) -> torch.device:
         return self.normal_scores.device
-
-    @property
-    def white_level(self) -> float:
-        return self._white_level.item()
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float16."""

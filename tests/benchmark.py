@@ -68,11 +68,10 @@ def read_sample(category, recipe, device="cpu"):
     """The Sample of a category. Raises InputError if there is nothing to measure."""
     if not category.test:
         raise InputError(f"{category.name}: no test images: nothing to measure")
-    own = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
-    detector = Detector(own, evaluate.white_level_of(category.train)).to(device)
+    detector = evaluate.new_detector(category.train, recipe, device=device)
     good, _ = evaluate.extract_good(detector, category.train, category.train)
     test, sizes, _ = evaluate.extract(detector, [item.path for item in category.test])
-    return Sample(category, own, good, test, sizes)
+    return Sample(category, detector.recipe, good, test, sizes)
 
 
 def categories_in(roots):
