@@ -1466,7 +1466,7 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 7  # of checkpoints; another one is refused
+FORMAT = 8  # of checkpoints; another one is refused
 
 
 def no_memory(e: Exception) -> bool:
@@ -1783,6 +1783,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
     state, device = load_checkpoint(path), pick_device(device)
     try:
         detector = wtflow.Detector(state["recipe"], weights=weights)
+        detector.normal_scores = torch.empty_like(state["model"]["normal_scores"])
         detector.load_state_dict(state["model"])
         reading = Reading(**state["reading"])
         ignore = None if reading.ignore is None else reading.ignore.numpy()
