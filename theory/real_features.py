@@ -33,8 +33,7 @@ class Measured(NamedTuple):
 def measure(category, seed=0, **settings):
     """The Measured of an evaluate.Category: train.fit_detector on its good images."""
     recipe = wtflow.Recipe(coupling="independent", **settings)
-    recipe = wtflow.recipe_for(recipe, evaluate.image_sizes(category.train))
-    detector = wtflow.Detector(recipe, evaluate.white_level_of(category.train))
+    detector = evaluate.new_detector(category.train, recipe, device="cpu")
     features, _ = evaluate.extract_good(detector, category.train, category.train)
     return fitted(category.name, detector, features, seed)
 
