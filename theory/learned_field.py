@@ -23,7 +23,7 @@ import wtflow
 from theory import Row, mean_se
 from theory.local_transport import early_residual
 from theory.singularity import slope, variance
-from theory.unconditional_field import gaussian_score, mean_residual
+from theory.unconditional_field import gaussian_score
 
 # Data. RADIUS = sqrt(D), so that m2 = d for the circle as for N(0, I).
 D = 16
@@ -236,7 +236,7 @@ def residuals(v_theta, time, rhos=(0.0,), repeats=1):
     r = {}
     for kind in KINDS:
         many = x[kind].repeat(count, 1), z[kind].repeat(count, 1)
-        of_all = mean_residual(v_theta, *many, time, rho)
+        of_all = wtflow.residual(v_theta, *many, time, rho)
         r[kind] = of_all.view(len(rhos), repeats, POINTS, D).numpy()
     arrays = {kind: points.numpy() for kind, points in x.items()}
     return [Residuals(arrays, {kind: r[kind][k] for kind in KINDS}) for k in range(len(rhos))]

@@ -204,7 +204,7 @@ def sample(n, m, s, generator):
     return (m * sign + s * normal(generator, n)).numpy()
 
 
-def measured_auroc(score, separation, generator, n=1000, repeats=8):
+def measured_auroc(score, separation, generator, n=400, repeats=20):
     """AUROC of score(x, m, s) for n points of q and n of N(0, s^2): mean, standard error."""
     m, s = modes(separation)
     points = [(sample(n, m, s, generator), sample(n, 0, s, generator)) for _ in range(repeats)]

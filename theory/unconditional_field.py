@@ -113,17 +113,6 @@ def scales_mixture(n, d, scales, generator):
     return torch.tensor(scales, dtype=torch.float64)[chosen] * normal(generator, n, d)
 
 
-def mean_residual(v_theta, x_0, z, time, rho=0.0):
-    """r_t of x_0 (n, d, ...) at `time`, averaged over the x_1 of z and of -z: what is scored (O3).
-
-    x_1 = E[x_1 | x_0] + sqrt(1 - rho^2) z, as in wtflow.worst; rho = 0 is rFM.
-    """
-    t = torch.full((len(x_0),), time, dtype=x_0.dtype)
-    mean, noise = wtflow.conditional_mean(x_0, rho), (1 - rho**2) ** 0.5 * z
-    ends = mean + noise, mean - noise
-    return sum(v_theta(wtflow.path(x_0, x_1, t), t) - (x_1 - x_0) for x_1 in ends) / 2
-
-
 def gaussian_score(r, new):
     """Mahalanobis distances (m, h, w) of maps new (m, d, h, w) under wtflow's Gaussians of r (B6).
 
@@ -213,6 +202,6 @@ def rows_B6(generator):
         "half a rotation": lambda x, t: torch.einsum("ij,njhw->nihw", turn / 2, x),
     }
     for name, v in fields.items():
-        r = mean_residual(v, x_0, z, 0.5)
+        r = wtflow.residual(v, x_0, z, 0.5, 0.0)
         ratio = (gaussian_score(r, r) / gaussian_score(x_0, x_0)).mean().item()
         yield Row("B6", f"score of r_t over that of x_0, t=0.5, field: {name}", 1, ratio)

@@ -18,7 +18,6 @@ from theory.unconditional_field import (
     edge,
     gaussian_score,
     in_shell,
-    mean_residual,
     pairs_at_any_time,
     radial_field,
 )
@@ -296,8 +295,9 @@ def test_B6_score_of_the_exact_residual_of_noise(score, d, time, seed):
 
     x_0, new = normal(rng(seed), 30, d, 2, 4), normal(rng(seed + 1), 5, d, 2, 4)
     z = normal(rng(seed + 2), 1, d, 2, 4)
-    r, r_new = (mean_residual(exact, x, z, time) for x in (x_0, new))
-    close(r, time / singularity.variance(time, 1.0) * x_0, 100)
+    r, r_new = (wtflow.residual(exact, x, z, time, 0.0) for x in (x_0, new))
+    expected = time / singularity.variance(time, 1.0) * x_0
+    assert torch.allclose(r, expected, atol=1e-5)
     assert torch.allclose(score(r, r_new), score(x_0, new), rtol=1e-3)
 
 
@@ -309,7 +309,7 @@ test_B6_score_of_the_exact_residual_of_noise_rejects = rejects(
 
 @claim(
     lambda v: v,
-    mean_residual,
+    wtflow.residual,
     examples=8,
     d=st.integers(2, 5),
     time=st.floats(0.0, 0.9),
@@ -326,7 +326,7 @@ def test_B6_an_affine_field_adds_nothing(kind, residual, d, time, seed):
     v = kind(lambda x, t: torch.einsum("ij,njhw->nihw", B, x) + b)
     x_0, z = normal(rng(seed + 2), 4000, d, 2, 2), normal(rng(seed + 3), 1, d, 2, 2)
     new = 3 * normal(rng(seed + 4), 50, d, 2, 2)
-    r, r_new = (residual(v, x, z, time) for x in (x_0, new))
+    r, r_new = (residual(v, x, z, time, 0.0) for x in (x_0, new))
     assert torch.allclose(gaussian_score(r, r_new), gaussian_score(x_0, new), rtol=0.01)
 
 
@@ -340,7 +340,7 @@ test_B6_an_affine_field_adds_nothing_rejects = rejects(
         "not affine": lambda v: lambda x, t: v(x, t).tanh(),
         "affine and x/|x|": with_discount_of_length,
     },
-    residual={"|r|": lambda v, x_0, z, t: mean_residual(v, x_0, z, t).abs()},
+    residual={"worst": lambda v, x_0, z, t, rho: wtflow.residual(v, x_0, z, t, 0.5)},
 )
 
 
