@@ -24,7 +24,7 @@ from theory.singularity import marginal_field, slope, variance
 from theory.unconditional_field import pairs_at_any_time, slope_on
 
 STEPS = 1000
-SEPARATIONS = (1.0, 2.0, 3.0)  # m / s
+SEPARATIONS = (2.0, 3.0)  # m / s
 EARLY = 0.3  # the time of a step from the middle, on a line
 
 
@@ -95,7 +95,7 @@ def centre_auroc(separation):
 
 def line_field(x, m, s):
     """v(x) (N,) of the time-unconditional field: (F(x) - Phi(x)) / int_0^1 p_t(x) dt (B, O2)."""
-    nodes, weights = np.polynomial.legendre.leggauss(100)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
     t = (1 + nodes) / 2
     p_t = np.exp(log_density(x[:, None], (1 - t) * m, variance(t, s) ** 0.5))
     return (distribution(x, m, s) - ndtr(x)) / (p_t @ weights / 2)
@@ -204,7 +204,7 @@ def sample(n, m, s, generator):
     return (m * sign + s * normal(generator, n)).numpy()
 
 
-def measured_auroc(score, separation, generator, n=400, repeats=20):
+def measured_auroc(score, separation, generator, n=500, repeats=20):
     """AUROC of score(x, m, s) for n points of q and n of N(0, s^2): mean, standard error."""
     m, s = modes(separation)
     points = [(sample(n, m, s, generator), sample(n, 0, s, generator)) for _ in range(repeats)]
@@ -236,7 +236,7 @@ def rows_O2(generator):
     m, s = modes(2.0)
     end = end_of_flow(np.array([m / 2]), m, s, 3 * STEPS)
     yield Row("O2", "end of rFM's flow from x=m/2, m=2s", flow_map(m / 2, m, s), end[0])
-    x_0 = torch.as_tensor(sample(40_000, m, s, generator))[:, None]
+    x_0 = torch.as_tensor(sample(20_000, m, s, generator))[:, None]
     x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
     v = torch.as_tensor(line_field(x_t[:, 0].numpy(), m, s))[:, None]
     yield Row("O2", "factor of the time-unconditional field in u, m=2s", 1, *slope_on(u, v))

@@ -1,6 +1,7 @@
 """O1-O3: theory/one_step.py, and wtflow's Euler steps. How to read: claims.py."""
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,21 +32,26 @@ separations = st.floats(0.0, 4.0)
 
 
 # ---- O1 ---------------------------------------------------------------------------------------
-@claim(one_step.step_error, wtflow.euler, examples=6, s=st.floats(0.2, 2), rho=rhos)
-def test_O1_error(error, euler, s, rho):
-    """K times the relative error, by Richardson from 500, 1000, 2000 steps; 1 + rho for one."""
+@claim(one_step.step_error, wtflow.euler, examples=2, seed=seeds)
+def test_O1_error(error, euler, seed):
+    """K times the relative error, by Richardson from 250, 500, 1000 steps; 1 + rho for one.
+
+    Of 200 s and rho at once.
+    """
+    random = np.random.default_rng(seed)
+    s, rho = random.uniform(0.2, 2, 200), random.uniform(-0.95, 0.95, 200)
+
+    def u_t(x, t):
+        return singularity.slope(t, torch.as_tensor(s), torch.as_tensor(rho))[:, None] * x
 
     def error_of(steps):
-        def u_t(x, t):
-            return singularity.slope(t, s, rho)[:, None] * x
-
-        return 1 - s * euler(u_t, torch.ones(1, 1, dtype=torch.float64), steps).item()
+        return 1 - s * euler(u_t, torch.ones(200, 1, dtype=torch.float64), steps)[:, 0].numpy()
 
     close(error_of(1), 1 + rho, 8 * (1 + 1 / s))
-    first = [k * error_of(k) for k in (500, 1000, 2000)]
-    second = [2 * fine - coarse for coarse, fine in zip(first, first[1:], strict=False)]
+    first = [k * error_of(k) for k in (250, 500, 1000)]
+    second = [2 * fine - coarse for coarse, fine in pairwise(first)]
     limit = (4 * second[1] - second[0]) / 3
-    assert abs(limit / error(s, rho) - 1) < 1e-4
+    assert np.abs(limit / error(s, rho) - 1).max() < 3e-4
 
 
 def midpoint(u_t, x, steps):
