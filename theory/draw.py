@@ -413,7 +413,17 @@ def lengths(axis, measured):
         radius = (one.x_0.norm(dim=1) / one.x_0.shape[1] ** 0.5).numpy()
         bins = {"density": True, "histtype": "step", "color": colour, "label": one.name}
         axis.hist(radius, np.linspace(0.4, 2, 81), **bins)
-    label(axis, "$|x_0|/\\sqrt{d}$", "density", "R: features are no shell")
+    label(axis, "$|x_0|/\\sqrt{d}$", "density", "C1: features are no shell")
+
+
+def residual_by_time(axis, measured):
+    """B6, O3: share of E|r_t|^2 that is not affine in x_0 (solid); image AUROC (dashed)."""
+    for one, colour in coloured(measured):
+        share, area = np.transpose(list(one.by_time.values()))
+        axis.plot(list(one.by_time), share, "o-", ms=4, color=colour, label=one.name)
+        axis.plot(list(one.by_time), area, "s--", ms=4, color=colour)
+    title = "B6, O3: solid: not affine; dashed: AUROC"
+    label(axis, "$t$", "share of $E|r_t|^2$; image AUROC", title, ylim=(0, 1.02))
 
 
 # ---- All of them ------------------------------------------------------------------------------
@@ -436,4 +446,4 @@ def figures(errors, by_rho, by_time):
 
 def real_features_figure(measured):
     """R: the figure of several real_features.Measured."""
-    return figure_of((lengths,), measured)
+    return figure_of((lengths, residual_by_time), measured)
