@@ -43,20 +43,13 @@ def line(row):
     return f"{row.claim:5} {row.what:70} {numbers} {relative} {row.se:10.1e}"
 
 
-def print_head():
-    """The head of a table, on stdout."""
+def print_table(*tables):
+    """A head and every row of several tables, on stdout."""
     head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
     print(f"{'claim':5} {'what':70} {head}")
-
-
-def print_table(errors, results):
-    """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
-    print_head()
-    for module in CLAIMS:
-        for row in module.table():
+    for table in tables:
+        for row in table:
             print(line(row))
-    for row in learned_field.table(errors, results):
-        print(line(row))
 
 
 def save_figures(out, figures):
@@ -87,18 +80,15 @@ def main(arguments=None):
         categories = [c for root in args.data for c in evaluate.read_dataset(root)[1]]
         measured = [real_features.measure(category) for category in categories]
         measured.append(real_features.control())
-        print_head()
-        for one in measured:
-            for row in real_features.table(one):
-                print(line(row))
+        print_table(*map(real_features.table, measured))
         figures = {"real_features": draw.real_features_figure(measured)}
     else:
         torch.set_num_threads(1)  # matrices this small run slower on more
-        errors, results = learned_field.run()
-        print_table(errors, results)
-        figures = draw.figures(errors, results)
+        learnt = learned_field.run()
+        print_table(*(claims.table() for claims in CLAIMS), learned_field.table(*learnt))
+        figures = draw.figures(*learnt)
     print(f"figures: {', '.join(map(str, save_figures(args.out, figures)))}")
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.exit_cleanly(main)
