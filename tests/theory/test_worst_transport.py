@@ -60,22 +60,6 @@ test_W1_plan_rejects = rejects(
 )
 
 
-@claim(minibatch_worst, examples=4, block=st.integers(3, 20), seed=seeds)
-def test_W1_blocks(plan, block, seed):
-    """Each block of vectors for itself: in one dimension the reversed order."""
-    x_0 = normal(rng(seed), 50, 1)
-    x_1, z = plan(x_0, rng(seed + 1), block), wtflow.independent(x_0, rng(seed + 1))
-    for data, planned, noise in zip(*(x.split(block) for x in (x_0, x_1, z)), strict=True):
-        by_data = planned[data.argsort(0)[:, 0]]
-        assert torch.equal(by_data, noise.sort(0, descending=True).values)
-
-
-test_W1_blocks_rejects = rejects(
-    test_W1_blocks,
-    plan={"all at once": lambda x_0, generator, block: minibatch_worst(x_0, generator)},
-)
-
-
 # ---- W2 ---------------------------------------------------------------------------------------
 def cost_of_worst_map(variances):
     """E|x_1 - x_0|^2 of x_1 = -S^(-1/2) x_0: sum (1 + sqrt(variance))^2, `variances` those of S."""
@@ -225,25 +209,22 @@ test_W3_initial_field_rejects = rejects(
 
 
 # ---- W4 ---------------------------------------------------------------------------------------
-@claim(wtflow.log_density, examples=15, n=candidates, d=dims, seed=seeds)
-def test_W4_one_step(density, n, d, seed):
+@claim(a_n, wtflow.log_density, examples=15, n=candidates, d=dims, seed=seeds)
+def test_W4_one_step(distance, density, n, d, seed):
     """One Euler step under u_0 ends at |x1_hat| = a_n, where log p = -a_n^2 / 2d."""
-
-    def exact_field(x, t):
-        return torch.as_tensor(worst_transport.initial_field(x.numpy(), n))
-
     x = normal(rng(seed), 50, d)
     assume(x.norm(dim=1).min() > 1e-3)
-    x1_hat = wtflow.euler(exact_field, x)
+    u_0 = torch.as_tensor(worst_transport.initial_field(x.numpy(), n))
+    x1_hat = wtflow.euler(lambda x, t: u_0, x)
     largest = 1 + x.abs().max().item()
-    close(x1_hat.norm(dim=1), a_n(n), 10 * largest)
-    close(density(x1_hat), -(a_n(n) ** 2) / (2 * d), 100 * largest)
-    maps = normal(rng(seed), 2, d, 3, 3)
-    close(density(maps), -(maps**2).sum(1) / (2 * d), 100)
+    close(x1_hat.norm(dim=1), distance(n), 10 * largest)
+    close(density(x1_hat), -(distance(n) ** 2) / (2 * d), 100 * largest)
 
 
 test_W4_one_step_rejects = rejects(
-    test_W4_one_step, density={"missing 1/d": lambda x: -x.square().sum(1) / 2}
+    test_W4_one_step,
+    distance={"the origin": lambda n: 0.0},
+    density={"missing 1/d": lambda x: -x.square().sum(1) / 2},
 )
 
 
