@@ -1,7 +1,5 @@
 """S1-S5: theory/singularity.py, and wtflow's path, loss and Euler steps. How to read: claims.py."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -29,12 +27,7 @@ from hypothesis import strategies as st
 import wtflow
 from theory import exponent, mean_se, normal, singularity, worst_transport
 
-COUPLINGS = [
-    wtflow.independent,
-    partial(wtflow.worst, rho=0.5),
-    wtflow.optimal,
-    worst_transport.minibatch_worst,
-]
+COUPLINGS = [wtflow.independent, wtflow.worst, wtflow.optimal, worst_transport.minibatch_worst]
 
 
 # ---- S1 ---------------------------------------------------------------------------------------
