@@ -12,6 +12,8 @@ drawn by the strategies above it; below it stand wrong formulas, each a test tha
         amplification={"1/t_0 for data with a density": lambda t_0, s: 1 / t_0},
     )
 
+The draws are the same every time; HYPOTHESIS_PROFILE=random draws anew, or by --hypothesis-seed.
+
 Exact identities hold to 64 eps times the condition number that each claim works out. Statistical
 ones allow Z = 7 standard errors or p > 1e-9: below 1e-9 false positives per assertion where the
 normal limit holds.

@@ -14,7 +14,6 @@ from claims import (
     kinds,
     point_and_means,
     rejects,
-    rhos,
     rhos_to_1,
     rng,
     scales,
@@ -33,34 +32,30 @@ from theory import concentration, mean_se, normal, singularity, worst_transport
 
 
 # ---- C1 ---------------------------------------------------------------------------------------
-@claim(concentration.radius_std, examples=30, d=st.integers(1, 2000))
-def test_C1_radius(radius_std, d):
-    """The standard deviation of chi_d / sqrt(d), and its limit 1 / sqrt(2d)."""
-    close(radius_std(d), chi(d).std() / d**0.5, 100 * d)
-    assert d < 50 or abs(radius_std(d) * (2 * d) ** 0.5 - 1) < 1 / d
-
-
-test_C1_radius_rejects = rejects(
-    test_C1_radius, radius_std={"the limit for the value": lambda d: (1 / (2 * d)) ** 0.5}
-)
-
-
 @claim(
-    concentration.cosine_distribution, wtflow.independent, examples=10, d=dims_from_2, seed=seeds
+    concentration.radius_std,
+    concentration.cosine_distribution,
+    wtflow.independent,
+    examples=12,
+    d=dims_from_2,
+    seed=seeds,
 )
-def test_C1_cosine(distribution, noise, d, seed):
-    """wtflow's noise has this distribution of the cosine, and the radius of chi_d."""
+def test_C1_shell(radius_std, distribution, noise, d, seed):
+    """The radius of wtflow's noise is chi_d, and its cosine has this distribution; the limit."""
     x_1 = noise(torch.zeros(3000, d, dtype=torch.float64), rng(seed))
     radius = x_1.norm(dim=1)
     assert kstest((x_1[:, 0] / radius).numpy(), distribution(d).cdf).pvalue > P
     assert kstest(radius.numpy(), chi(d).cdf).pvalue > P
     close(distribution(d).var(), 1 / d, 10)
+    close(radius_std(d), chi(d).std() / d**0.5, 100 * d)
+    assert abs(radius_std(50 * d) * (100 * d) ** 0.5 - 1) < 1 / (50 * d)
 
 
-test_C1_cosine_rejects = rejects(
-    test_C1_cosine,
+test_C1_shell_rejects = rejects(
+    test_C1_shell,
+    radius_std={"the limit for the value": lambda d: (1 / (2 * d)) ** 0.5},
     distribution={"dimension": lambda d: concentration.cosine_distribution(d + 1)},
-    noise={"noise 5 % too long": lambda x_0, generator: 1.05 * wtflow.independent(x_0, generator)},
+    noise={"5 % too long": lambda x_0, generator: 1.05 * wtflow.independent(x_0, generator)},
 )
 
 
@@ -82,41 +77,33 @@ test_C2_centripetal_rejects = rejects(
 
 
 # ---- C3 ---------------------------------------------------------------------------------------
-@claim(concentration.inward, examples=20, kind=kinds, d=dims, t=times, s=scales, seed=seeds)
-def test_C3_radial(inward, kind, d, t, s, seed):
-    """E<x_t, u> by wtflow pairs of every q, conditional on the sample's own m2."""
-    d = max(d, 2)
+@claim(
+    concentration.inward,
+    concentration.turning,
+    examples=20,
+    kind=kinds,
+    d=dims_from_2,
+    t=times,
+    s=scales,
+    seed=seeds,
+)
+def test_C3_radial(inward, turning, kind, d, t, s, seed):
+    """E<x_t, u> by wtflow pairs of every q, conditional on the sample's own m2; the dip at t*."""
     x_0 = draw(kind, 4000, d, s, seed)
     squared = x_0.square().sum(1)
     m2 = squared.mean().item()
     radial = concentration.radial_velocity(x_0, t, rng(seed + 2)) + (1 - t) * (squared - m2)
     within(mean_se(radial), inward(t, m2, d))
+    time, least = turning(m2, d)
+    energies = [(1 - k) ** 2 * m2 + k**2 * d for k in (time, time - 0.01, time + 0.01)]
+    close(energies[0], least, m2 + d)
+    assert energies[0] < min(energies[1:])
+    close(inward(time, m2, d), 0, m2 + d)
 
 
 test_C3_radial_rejects = rejects(
     test_C3_radial,
-    inward={
-        "swapped time": lambda t, m2, d: (1 - t) * d - t * m2,
-        "missing d": lambda t, m2, d: t - (1 - t) * m2,
-    },
-)
-
-
-@claim(concentration.turning, examples=30, m2=st.floats(0.01, 100), d=st.integers(1, 500))
-def test_C3_dip(turning, m2, d):
-    """E|x_t|^2 = (1-t)^2 m2 + t^2 d is smallest at t*, where E<x_t, u> changes sign."""
-
-    def energy(t):
-        return (1 - t) ** 2 * m2 + t**2 * d
-
-    time, least = turning(m2, d)
-    close(energy(time), least, m2 + d)
-    assert (energy(np.linspace(0, 1, 101)) >= least * (1 - 1e-12)).all()
-    close(concentration.inward(time, m2, d), 0, m2 + d)
-
-
-test_C3_dip_rejects = rejects(
-    test_C3_dip,
+    inward={"missing d": lambda t, m2, d: t - (1 - t) * m2},
     turning={"t* of noise": lambda m2, d: (d / (m2 + d), m2 * d / (m2 + d))},
 )
 
@@ -179,18 +166,6 @@ test_C4_energy_rejects = rejects(
     test_C4_energy,
     energy={"arccos(0) for arccos(-rho)": energy_of_right_angle},
     floor={"OT for WT": lambda s, rho: concentration.loss_floor(s, -rho)},
-)
-
-
-@claim(concentration.kinetic_energy, examples=6, s=scales, rho=rhos, seed=seeds)
-def test_C4_pairs(energy, s, rho, seed):
-    """By regression of u on x_t in wtflow pairs."""
-    x_0, couple = gaussian_pairs(2000, 4, s, rho, seed)
-    within(concentration.energy_from_pairs(x_0, couple, rng(seed + 1)), energy(s, rho))
-
-
-test_C4_pairs_rejects = rejects(
-    test_C4_pairs, energy={"coupling cost": lambda s, rho: 1 + s**2 + 2 * rho * s}
 )
 
 

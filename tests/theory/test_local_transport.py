@@ -43,6 +43,10 @@ def test_W5_noise(couple, rho, d, size, seed):
     assert kstest(z.norm(dim=1).numpy(), chi(d).cdf).pvalue > P
     within(mean_se((z * normalize(x_0)).sum(1)), 0)
     close(couple(8 * x_0, rng(seed + 1), rho), x_1, 1e3)
+    maps = normal(rng(seed), 2, d, 3, 3)  # each position alone; the mean at x_0 = 0 is 0
+    maps[0] = 0
+    noise = (1 - rho**2) ** 0.5 * wtflow.independent(maps, rng(seed))
+    close(couple(maps, rng(seed), rho), noise - rho * d**0.5 * normalize(maps, dim=1), 100)
 
 
 def linear(x_0, generator, rho):
@@ -56,27 +60,6 @@ test_W5_noise_rejects = rejects(
         "OT for WT": lambda x_0, generator, rho: wtflow.worst(x_0, generator, -rho),
         "the linear coupling": linear,
     },
-)
-
-
-@claim(wtflow.worst, examples=6, rho=rhos, d=dims, seed=seeds)
-def test_W5_images(couple, rho, d, seed):
-    """(B, d, h, w): each position alone, at any scale; x_0 = 0 gives sqrt(1 - rho^2) z."""
-    x_0 = normal(rng(seed), 6, d, 10, 10) * normal(rng(seed + 2), 6, 1, 10, 10).exp()
-    x_0[0] = 0
-    x_1 = couple(x_0, rng(seed + 1), rho)
-    e = normalize(x_0, dim=1)
-    z = (x_1 + rho * d**0.5 * e) / (1 - rho**2) ** 0.5
-    assert kstest(z.ravel().numpy(), "norm").pvalue > P
-    within(mean_se((z * e).sum(1).ravel()), 0)
-
-
-def worst_of_image(x_0, generator, rho):
-    return wtflow.worst(x_0.flatten(1), generator, rho).view(x_0.shape)
-
-
-test_W5_images_rejects = rejects(
-    test_W5_images, couple={"one direction for the whole image": worst_of_image}
 )
 
 
@@ -106,8 +89,8 @@ test_W5_energy_rejects = rejects(
     d=dims,
     seed=seeds,
 )
-def test_W5_potential(field, conditional_mean, rho, d, seed):
-    """u_0 is minus the gradient of |x|^2/2 + rho sqrt(d) |x|; u_0 + x is the conditional mean."""
+def test_W5_initial_field(field, conditional_mean, rho, d, seed):
+    """Minus the gradient of |x|^2/2 + rho sqrt(d) |x|; the conditional mean less x; by pairs."""
     x = normal(rng(seed), 5, d).requires_grad_()
     potential = x.square().sum() / 2 + rho * d**0.5 * x.norm(dim=1).sum()
     (gradient,) = torch.autograd.grad(potential, x)
@@ -116,27 +99,18 @@ def test_W5_potential(field, conditional_mean, rho, d, seed):
     close(field(x, rho), -gradient, size)
     close(field(x.numpy(), rho), -gradient.numpy(), size)
     close(conditional_mean(x, rho), x + field(x, rho), size)
+    couple = partial(wtflow.worst, rho=rho)
+    _, u = singularity.pairs(x[:1].expand(4000, d), couple, 0.0, rng(seed + 1))
+    rest = u - field(x[:1], rho)
+    within(mean_se(rest.sum(1)), 0, slack=1e-9)
+    within(mean_se(rest.square().sum(1)), d * (1 - rho**2), slack=1e-9)
 
 
-test_W5_potential_rejects = rejects(
-    test_W5_potential,
+test_W5_initial_field_rejects = rejects(
+    test_W5_initial_field,
     field={"that of the linear coupling": lambda x, rho: -(1 + rho) * x},
     conditional_mean={"the other side": lambda x, rho: wtflow.conditional_mean(x, -rho)},
 )
-
-
-@claim(local_transport.initial_field, examples=10, rho=rhos, d=dims, seed=seeds)
-def test_W5_initial_field(field, rho, d, seed):
-    """The mean of u at one x by pairs of wtflow.worst; its noise is d (1 - rho^2)."""
-    x = normal(rng(seed), 1, d)
-    _, u = singularity.pairs(x.expand(4000, d), partial(wtflow.worst, rho=rho), 0.0, rng(seed + 1))
-    predicted = field(x, rho)[0]
-    for k in range(d):
-        within(mean_se(u[:, k]), predicted[k].item())
-    within(mean_se((u - predicted).square().sum(1)), d * (1 - rho**2))
-
-
-test_W5_initial_field_rejects = rejects(test_W5_initial_field, field={"rFM": lambda x, rho: -x})
 
 
 @claim(local_transport.gain, examples=10, rho=st.floats(-0.4, 0.95), d=dims_from_2, seed=seeds)
@@ -197,13 +171,13 @@ def mixture(d, seed):
         weights = singularity.component_weights(x, 0.0, mu, width)
         return (weights @ mu - x) / width**2
 
-    return mu, width, log_q, grad_log_q
+    return mu, log_q, grad_log_q
 
 
 @claim(local_transport.early_residual, examples=12, rho=rhos, d=st.integers(1, 3), seed=seeds)
 def test_W6_early_residual(early_residual, rho, d, seed):
     """The first order of u_t - u_0 at small t, by quadrature: that of v - u_0 at T = 2t."""
-    mu, _, log_q, grad_log_q = mixture(d, seed)
+    mu, log_q, grad_log_q = mixture(d, seed)
     x, t = mu[:1] + 0.3, 1e-4
     assume(np.linalg.norm(x) > 1)
     u_0 = local_transport.initial_field(x, rho)[0]
@@ -225,51 +199,18 @@ test_W6_early_residual_rejects = rejects(
 )
 
 
-@claim(local_transport.early_field, examples=5, rho=rhos, d=st.integers(1, 2), seed=seeds)
-def test_W6_early_field(field, rho, d, seed):
-    """E[(u - u_t(x_t)) g(x_t)] = 0 by pairs of wtflow.worst; rho = 0 is S2's field."""
-    mu, width, log_q, _ = mixture(d, seed)
-    t = 0.05
-    chosen = torch.randint(2, (600,), generator=rng(seed))
-    x_0 = torch.as_tensor(mu)[chosen] + width * normal(rng(seed + 1), 600, d)
-    assume(x_0.norm(dim=1).min() > 0.5)  # the quadrature holds far from 0
-    x_t, u = singularity.pairs(x_0, partial(wtflow.worst, rho=rho), t, rng(seed + 2))
-    exact = np.stack([field(x, t, log_q, rho) for x in x_t.numpy()])
-    rest = u.numpy() - exact
-    for g in (np.ones_like(rest), x_t.numpy(), np.sin(3 * x_t.numpy())):
-        within(mean_se((rest * g).mean(1)), 0, slack=1e-3)
-    x = x_t[:1].numpy()
-    rfm = singularity.marginal_field(x, t, mu, width)[0]
-    assert np.allclose(field(x[0], t, log_q, 0.0), rfm, atol=1e-3 * (1 + np.abs(rfm).max()))
-
-
-def field_of_opposite_pull(x, t, log_q, rho):
-    return local_transport.early_field(x, t, log_q, -rho)
-
-
-test_W6_early_field_rejects = rejects(
-    test_W6_early_field, field={"OT for WT": field_of_opposite_pull}
-)
-
-
-@pytest.mark.parametrize(
-    "rho, reduced, amplified, both",
-    [(-0.9, 0.81, 0.93, 0.93), (0.9, 0.81, 0.92, 0.61), (0.97, 0.56, 0.91, 0.32)],
-)
-def test_W6_numbers_of_the_readme(rho, reduced, amplified, both):
-    """AUROC off a thick circle of 1 - rho^2 before grad log q, of rho before x/|x|; to 0.02."""
-    generator = rng(0)
-    points = [learned_field.thick_circle(4000, generator, off).numpy() for off in (0.0, 0.8)]
+def test_W6_numbers_of_the_readme():
+    """AUROC of |r| off a thick circle at rho = +-0.9: with 1 - rho^2 alone, rho alone, both."""
+    points = [learned_field.thick_circle(8000, rng(k), off=k * 0.8).numpy() for k in (0, 1)]
 
     def auroc(noise, pull):
-        """|r| of the first order, with rho = `noise` in the one term and `pull` in the other."""
+        """The first order, with rho = `noise` before grad log q and `pull` before x/|x|."""
         terms = [(x, learned_field.thick_circle_grad_log_q(x)) for x in points]
         r = [(1 - noise**2) * g - local_transport.initial_field(x, pull) for x, g in terms]
         return learned_field.auroc(*(np.linalg.norm(y, axis=1) for y in r))
 
-    assert auroc(rho, 0.0) == pytest.approx(reduced, abs=0.02)
-    assert auroc(0.0, rho) == pytest.approx(amplified, abs=0.02)
-    assert auroc(rho, rho) == pytest.approx(both, abs=0.02)
+    found = [auroc(0, 0), auroc(0.9, 0), auroc(0, 0.9), auroc(0.9, 0.9), auroc(-0.9, -0.9)]
+    assert found == pytest.approx([0.93, 0.81, 0.92, 0.61, 0.93], abs=0.015)
 
 
 # ---- W8 ---------------------------------------------------------------------------------------
@@ -465,28 +406,10 @@ test_W10_ridge_rejects = rejects(
 )
 
 
-@claim(lambda rho: (1 + rho) / (1 - rho), examples=10, rho=rhos, n=st.integers(12, 60), seed=seeds)
-def test_W10_bias_over_variance(gain, rho, n, seed):
-    """Squared bias over variance, over rFM's: that of the signal-to-noise ratio (W5)."""
-    x_0, x = normal(rng(seed), n, 5), normal(rng(seed + 1), 4, 5)
-
-    def ratio(rho):
-        mean, variance = local_transport.ridge_residual(x, x_0, 0.2, rho)
-        return mean.square().sum(1) / variance
-
-    close(ratio(rho) / ratio(0.0), gain(rho), 100 * gain(rho) / (1 - rho**2))
-    close(gain(rho), local_transport.gain(rho, 5, 5), 100 * gain(rho) / (1 - rho**2))
-
-
-test_W10_bias_over_variance_rejects = rejects(
-    test_W10_bias_over_variance, gain={"of the slope": lambda rho: (1 + rho) ** 2}
-)
-
-
 def test_W10_numbers_of_the_readme():
     """AUROC off a thick circle, of regressions of 256 points: 20 data sets, to 0.01."""
     generator = rng(0)
-    points = [learned_field.thick_circle(2000, generator, off).double() for off in (0.0, 0.8)]
+    points = [learned_field.thick_circle(2000, generator, off=off).double() for off in (0.0, 0.8)]
     expected = {-0.9: 0.758, 0.0: 0.869, 0.5: 0.905, 0.9: 0.930}
     for rho, area in expected.items():
         areas = []
