@@ -43,13 +43,16 @@ def line(row):
     return f"{row.claim:5} {row.what:70} {numbers} {relative} {row.se:10.1e}"
 
 
-def print_table(*tables):
-    """A head and every row of several tables, on stdout."""
+def print_head():
+    """The head of a table, on stdout."""
     head = f"{'predicted':>11} {'measured':>11} {'rel. error':>10} {'std. error':>10}"
     print(f"{'claim':5} {'what':70} {head}")
-    for table in tables:
-        for row in table:
-            print(line(row))
+
+
+def print_rows(rows):
+    """Rows of a table, on stdout, each as soon as it is known."""
+    for row in rows:
+        print(line(row), flush=True)
 
 
 def save_figures(out, figures):
@@ -78,14 +81,21 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data:
         categories = [c for root in args.data for c in evaluate.read_dataset(root)[1]]
-        measured = [real_features.measure(category) for category in categories]
-        measured.append(real_features.control())
-        print_table(*map(real_features.table, measured))
+        measured = []
+        print_head()
+        for category in (*categories, None):
+            measured.append(
+                real_features.measure(category) if category else real_features.control()
+            )
+            print_rows(real_features.table(measured[-1]))
         figures = {"real_features": draw.real_features_figure(measured)}
     else:
         torch.set_num_threads(1)  # matrices this small run slower on more
         learnt = learned_field.run()
-        print_table(*(claims.table() for claims in CLAIMS), learned_field.table(*learnt))
+        print_head()
+        for claims in CLAIMS:
+            print_rows(claims.table())
+        print_rows(learned_field.table(*learnt))
         figures = draw.figures(*learnt)
     print(f"figures: {', '.join(map(str, save_figures(args.out, figures)))}")
 
