@@ -60,15 +60,6 @@ def time_at_radius(r, d, s, rho):
     return chi.pdf(r[:, None] / sigma, d) / sigma @ (half * weights).ravel()
 
 
-def edge(delta, s, m):
-    """|v| for thickness s as m grows, while s and delta / sqrt(m) are small (B1).
-
-    sqrt(m) sqrt(1 - m s^2 / delta^2) from delta = s sqrt(m) on, 0 before: the jump of a subspace
-    has become a slope.
-    """
-    return (m * np.maximum(1 - m * s**2 / np.asarray(delta, float) ** 2, 0)) ** 0.5
-
-
 # ---- Estimators -------------------------------------------------------------------------------
 def pairs_at_any_time(x_0, couple, generator, t_max=1.0):
     """(x_t, u), each (N, d): the input and the target of a field in wtflow.flow_matching_loss.

@@ -15,7 +15,6 @@ from theory import mean_se, normal, singularity, unconditional_field, worst_tran
 from theory.learned_field import auroc
 from theory.unconditional_field import (
     displacement,
-    edge,
     gaussian_score,
     in_shell,
     pairs_at_any_time,
@@ -157,26 +156,6 @@ test_B1_thickness_rejects = rejects(
     field={
         "OT for WT": lambda r, d, scales, rho: radial_field(r, d, scales, -rho),
         "no thickness": lambda r, d, scales, rho: displacement(r, d),
-    },
-)
-
-
-@claim(edge, examples=4, s=st.floats(1e-3, 2e-3))
-def test_B1_edge(edge, s):
-    """What is left of the jump at m = 3000: nearly 0 before s sqrt(m), the jump after."""
-    m = 3000
-    start = s * m**0.5
-    y = np.array([1.2, 1.5, 3.0])
-    assert np.allclose(radial_field(y * start, m, (s,)), edge(y * start, s, m), rtol=0.01)
-    assert edge(0.9 * start, s, m) == 0
-    assert radial_field(0.9 * start, m, (s,))[0] < 0.1 * m**0.5
-
-
-test_B1_edge_rejects = rejects(
-    test_B1_edge,
-    edge={
-        "no root": lambda delta, s, m: m**0.5 * np.maximum(1 - m * s**2 / delta**2, 0),
-        "edge at s": lambda delta, s, m: edge(delta, s / m**0.5, m),
     },
 )
 
