@@ -843,6 +843,32 @@ def masks_of(
 
 
 # ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
+class Reading(NamedTuple):
+    """How the image files of a category become what the network sees; kept with its model."""
+
+    white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
+    ignore: Array | None = None  # pixels (H, W) that are painted over
+    make: dict = {}  # what the training images have in common (make_of)
+
+
+def new_detector(
+    images: list,
+    recipe: wtflow.Recipe,
+    weights: str | None = None,
+    device: str | torch.device = "auto",
+    ignore: Array | None = None,
+) -> wtflow.Detector:
+    """A detector, not fitted, for training images (what as_image takes), and how they are read.
+
+    Its recipe has their aspect and size (wtflow.recipe_for); detector.reading is a Reading.
+    """
+    recipe = wtflow.recipe_for(recipe, image_sizes(images))
+    files = [image for image in images if isinstance(image, (str, os.PathLike))]
+    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
+    detector.reading = Reading(white_level_of(files), ignore)
+    return detector
+
+
 def pick_device(name: str | torch.device) -> torch.device:
     """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
 
@@ -872,8 +898,8 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
     batch. Raises InputError naming the image that cannot be read or whose features are not finite.
     """
     out, sizes, thumbnails = None, [], []
-    shape = wtflow.image_shape(detector.recipe)
-    for read in batches_of(images, shape, detector.white_level, detector.ignore):
+    shape, reading = wtflow.image_shape(detector.recipe), detector.reading
+    for read in batches_of(images, shape, reading.white_level, reading.ignore):
         batch, batch_sizes = stacked(read)
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
@@ -895,12 +921,12 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
 def extract_good(
     detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
 ) -> tuple[Tensor, Array]:
-    """Features of good images without copies, and what copies_of says of all; sets detector.make.
+    """Features of good images without copies, and what copies_of says of all; sets reading.make.
 
     names: paths or names of the images, for a note on stderr; the rest is as in extract.
     """
     features, sizes, thumbnails = extract(detector, images, report)
-    detector.make = make_of(images, sizes, thumbnails)
+    detector.reading = detector.reading._replace(make=make_of(images, sizes, thumbnails))
     first = copies_of(thumbnails, names)
     kept = np.unique(first)
     return features if len(kept) == len(images) else features[kept], first  # indexing copies
@@ -1169,15 +1195,15 @@ def predictions_of(detector: wtflow.Detector, images: list, known: Calibration) 
 
     Of an image that cannot be read it is (InputError, None, None).
     """
-    shape, done = wtflow.image_shape(detector.recipe), 0
-    for read in batches_of(images, shape, detector.white_level, detector.ignore):
+    shape, reading, done = wtflow.image_shape(detector.recipe), detector.reading, 0
+    for read in batches_of(images, shape, reading.white_level, reading.ignore):
         items, done = images[done : done + len(read)], done + len(read)
         out = [(found, None, None) for found in read]
         readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
         if readable:
             batch, sizes = stacked([read[k] for k in readable])
             own = [items[k] for k in readable]
-            say_another_make(detector.make, own, sizes, thumbnails_of(batch))
+            say_another_make(reading.make, own, sizes, thumbnails_of(batch))
             maps, scores = detector.score(detector.features(batch))
             predictions = classify(scores.numpy(), known)
             for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
@@ -1440,7 +1466,7 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
-FORMAT = 6  # of checkpoints; another one is refused
+FORMAT = 8  # of checkpoints; another one is refused
 
 
 def no_memory(e: Exception) -> bool:
@@ -1745,8 +1771,10 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    ignore = None if detector.ignore is None else torch.from_numpy(detector.ignore)
-    about = {"weights": detector.extractor.digest, "make": detector.make, "ignore": ignore}
+    reading = detector.reading._asdict()
+    if reading["ignore"] is not None:
+        reading["ignore"] = torch.from_numpy(reading["ignore"])
+    about = {"weights": detector.extractor.digest, "reading": reading}
     save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
 
 
@@ -1755,9 +1783,11 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
     state, device = load_checkpoint(path), pick_device(device)
     try:
         detector = wtflow.Detector(state["recipe"], weights=weights)
+        detector.normal_scores = torch.empty_like(state["model"]["normal_scores"])
         detector.load_state_dict(state["model"])
-        detector.make = state["make"]
-        detector.ignore = None if state["ignore"] is None else state["ignore"].numpy()
+        reading = Reading(**state["reading"])
+        ignore = None if reading.ignore is None else reading.ignore.numpy()
+        detector.reading = reading._replace(ignore=ignore)
         if not all(torch.isfinite(v).all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
         if state["weights"] != detector.extractor.digest:
@@ -2160,7 +2190,7 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise InputError(f"--export {path}: give a file that ends in .pt2 or .onnx")
-    if known.tail is None or detector.ignore is not None:
+    if known.tail is None or detector.reading.ignore is not None:
         raise InputError(f"--export {path}: a model without a threshold, or one with --ignore, "
                          "works here alone: train it otherwise")  # fmt: skip
     height, width = wtflow.image_shape(detector.recipe)
@@ -2183,7 +2213,7 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
 def export_pt2(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
     """The bytes of a torch.export program of one image, and what it gives for images."""
     height, width = images.shape[2:]
-    constants = {"height": height, "width": width, "white_level": detector.white_level}
+    constants = {"height": height, "width": width, "white_level": detector.reading.white_level}
     constants |= {"threshold": known.threshold, "fpr": known.fpr}
     file = io.BytesIO()
     program = torch.export.export(detector, (images[:1],))
@@ -2205,7 +2235,7 @@ def export_onnx(path: Path, detector: wtflow.Detector, known: Calibration, image
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
-    if detector.white_level != 255:
+    if detector.reading.white_level != 255:
         raise InputError(f"--export {path}: of images of more than 8 bits: export it as .pt2")
     file, names = io.BytesIO(), ["maps", "scores", "p_values", "defect"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -2298,7 +2328,7 @@ def score_category(
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
     print(f"{category.name}: {known.text()}{of_test}", flush=True)
     print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
-    return Scored(maps, predictions, known, detector.ignore)
+    return Scored(maps, predictions, known, detector.reading.ignore)
 
 
 def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
@@ -2321,7 +2351,7 @@ def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
         row["seconds"] = round(time.monotonic() - began, 1)
         rows.append(row)
         write_scores(place, category, scored)
-        white_level, which = detector.white_level, args.maps
+        white_level, which = detector.reading.white_level, args.maps
         write_pictures(place, category, scored, sizes, white_level, which, args.save_maps)
     write_tables(folder, rows)
     if args.maps != "none":
@@ -2387,7 +2417,7 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
             name, good = names[path], not isinstance(prediction, InputError)
             if good and todo[path] is not None and args.maps != "none":
                 title = f"{in_words(prediction)}:  {name}"
-                draw_file(todo[path], path, detector.white_level, y, known, title, not_drawn)
+                draw_file(todo[path], path, detector.reading, y, known, title, not_drawn)
             add(score_row(name, name.rpartition("/")[0], prediction))  # last: --resume has both
             if good:
                 flagged += prediction.verdict == "defect"
@@ -2410,11 +2440,11 @@ MANY = 5  # images: fewer may well all be defective
 
 
 def draw_file(
-    place: Path, path: Path, white_level: float, y: Tensor, known: Calibration, title: str, failed
+    place: Path, path: Path, reading: Reading, y: Tensor, known: Calibration, title: str, failed
 ) -> None:
     """Draw an image file and its map; add to failed if it cannot be drawn, or is gone by now."""
     try:
-        image = read_image(path, white_level)
+        image = read_image(path, reading.white_level)
     except InputError as e:
         failed.append(str(e))
         return

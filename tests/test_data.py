@@ -597,7 +597,7 @@ def test_the_white_level_is_kept_with_the_model(tmp_path):
     detector = train.fit(paths, image_size=64, steps=2, width=8, folds=0)
     evaluate.save_model(tmp_path / "m.pt", detector)
     loaded = evaluate.load_model(tmp_path / "m.pt")
-    assert detector.white_level == loaded.white_level == 4095.0
+    assert detector.reading.white_level == loaded.reading.white_level == 4095.0
     by_level = evaluate.as_image(paths[2], 4095.0)
     one, other = (evaluate.score(loaded, image).score for image in (paths[2], by_level))
     assert one == other != evaluate.score(loaded, evaluate.as_image(paths[2])).score

@@ -558,7 +558,7 @@ def test_ignored_pixels_count_nowhere(tmp_path):
     assert float(row["image_auroc"]) == 100 and float(row["pixel_auroc"]) > 95
     model = tmp_path / "o/d/part/model.pt"
     detector = evaluate.load_model(model)
-    assert detector.ignore.sum() == 16 * 24
+    assert detector.reading.ignore.sum() == 16 * 24
     image = part(9).clip(0, 255).astype(np.uint8)
     other = image.copy()
     other[:16, :24] = 255 - other[:16, :24]

@@ -1,4 +1,4 @@
-"""Claims S1..S4, C1..C5, W1..W7, B1..B5, O1, O2, E1..E4, R: closed form, estimator, table.
+"""Claims S1..S5, C1..C5, W1..W10, B1..B3, B6, O1..O3, E1..E4, R: formula, estimator, table.
 
 Time runs from data (t = 0) to noise (t = 1). x_0 ~ q in R^d, x_1 ~ N(0, I_d), u = x_1 - x_0,
 x_t = (1-t) x_0 + t x_1, u_t(x) = E[u | x_t = x], m2 = E|x_0|^2. No unit but that of the features.

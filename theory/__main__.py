@@ -49,14 +49,10 @@ def print_head():
     print(f"{'claim':5} {'what':70} {head}")
 
 
-def print_table(errors, results):
-    """Every row of every claim, on stdout; errors, results: what learned_field.run returns."""
-    print_head()
-    for module in CLAIMS:
-        for row in module.table():
-            print(line(row))
-    for row in learned_field.table(errors, results):
-        print(line(row))
+def print_rows(rows):
+    """Rows of a table, on stdout, each as soon as it is known."""
+    for row in rows:
+        print(line(row), flush=True)
 
 
 def save_figures(out, figures):
@@ -65,8 +61,8 @@ def save_figures(out, figures):
     for name, figure in figures.items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=80)
-        with Image.open(path) as image:  # 64 colours are enough for lines, at a third of the bytes
-            small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        with Image.open(path) as image:  # colours enough for lines, at a third of the bytes
+            small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
         small.save(path, optimize=True)
         paths.append(path)
     return paths
@@ -85,20 +81,24 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data:
         categories = [c for root in args.data for c in evaluate.read_dataset(root)[1]]
-        measured = [real_features.measure(category) for category in categories]
-        measured.append(real_features.control())
+        measured = []
         print_head()
-        for one in measured:
-            for row in real_features.table(one):
-                print(line(row))
+        for category in (*categories, None):
+            measured.append(
+                real_features.measure(category) if category else real_features.control()
+            )
+            print_rows(real_features.table(measured[-1]))
         figures = {"real_features": draw.real_features_figure(measured)}
     else:
         torch.set_num_threads(1)  # matrices this small run slower on more
-        errors, results = learned_field.run()
-        print_table(errors, results)
-        figures = draw.figures(errors, results)
+        learnt = learned_field.run()
+        print_head()
+        for claims in CLAIMS:
+            print_rows(claims.table())
+        print_rows(learned_field.table(*learnt))
+        figures = draw.figures(*learnt)
     print(f"figures: {', '.join(map(str, save_figures(args.out, figures)))}")
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.exit_cleanly(main)

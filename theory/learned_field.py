@@ -1,10 +1,11 @@
-"""A field learnt with wtflow's own loss, where the exact one is known: S3, C2, W5, B2, B3, W6.
+"""A field learnt with wtflow's own loss, where the exact one is known: S3, W5, W6, O3, B6.
 
 Data at 0, noise at 1, in R^16 at m2 = d.
 (a) The error by time, for a circle (a set of one dimension) and for N(0, I).
-(b) One step from t = 0, by rho, of time-conditioned and time-unconditional fields. The data are
-    the circle with noise N(0, 0.2^2 I), anomalies lying off it; and the two scales of B3, SMALL and
-    LARGE, anomalies being larger than both or between them.
+(b) The residual at t = 0 by rho, for time-conditioned and other fields. The data are the circle
+    with noise N(0, 0.2^2 I), the anomalies lie off its plane.
+(c) The residual of a step from the middle, by t, of rFM's time-conditioned field. The same data,
+    and anomalies that lie in the plane, inside the circle: a Gaussian of x_0 does not see them.
 v_theta is a small network [ours]; the loss, path and couplings are wtflow's. Results and their
 limits: README.md. Figure: draw.learned_field_figure.
 """
@@ -15,15 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ive, softmax
+from scipy.special import ive
 from torch import nn
 
 import wtflow
 from theory import Row, mean_se
 from theory.local_transport import early_residual
-from theory.singularity import slope
-from theory.unconditional_field import LARGE, SMALL, radial_field
-from theory.worst_transport import gaussian_coupling
+from theory.singularity import slope, variance
+from theory.unconditional_field import gaussian_score
 
 # Data. RADIUS = sqrt(D), so that m2 = d for the circle as for N(0, I).
 D = 16
@@ -36,11 +36,12 @@ STEPS = 1000
 BATCH = 256
 RATE = 1e-2
 SEED = 0
-# The measurements: rho of the coupling, networks for each, edges of the bins of t.
+# The measurements: rho of the coupling, networks for each, edges of the bins of t, times of (c).
 RHOS = (-0.9, 0.0, 0.5, 0.9, 0.97)
 REPEATS = 3
 EDGES = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0])
 POINTS = 2000  # measured in each bin of t and of each kind
+TIMES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 EARLY = 0.05
 MODES = {  # time_conditioned; the range of t
     "time-conditioned": (True, 1.0),
@@ -50,18 +51,23 @@ MODES = {  # time_conditioned; the range of t
 
 
 # ---- Closed forms -----------------------------------------------------------------------------
-def circle_field(x, t):
-    """u_t(x) (N, D) of rFM for the circle; t (N,), 0 < t <= 1 (S3). [derived]
+def circle_field(x, t, thickness=0.0):
+    """u_t(x) (N, D) of rFM for the circle with N(0, thickness^2 I) added; t (N,), 0 < t <= 1 (S3).
 
-    E[x_0 | x_t = x] = RADIUS I_1(k) / I_0(k) y/|y| (mean of a von Mises distribution), y the part
-    of x in the plane of the circle, k = (1-t) RADIUS |y| / t^2, I_0, I_1 modified Bessel functions.
+    [derived] (x - E[x_0 | x_t = x]) / t, written so that it holds at t = 0 if thickness > 0:
+    E[point of the circle | x] is mean_on_circle, and a(t) is that of N(0, thickness^2 I).
     """
     t = np.asarray(t)[:, None]
-    return (x - mean_on_circle(x, (1 - t) / t**2)) / t
+    a = slope(t, thickness)
+    return a * x - (1 + (1 - t) * a) * mean_on_circle(x, (1 - t) / variance(t, thickness))
 
 
 def mean_on_circle(x, power):
-    """E[x_0 | x] (N, D) for x_0 on the circle, weight exp(power <x, x_0>); power (N, 1) or 1."""
+    """E[x_0 | x] (N, D) for x_0 on the circle, weight exp(power <x, x_0>); power (N, 1) or 1.
+
+    RADIUS I_1(k) / I_0(k) y/|y| (mean of a von Mises distribution), y the part of x in the plane of
+    the circle, k = power RADIUS |y|, I_0, I_1 modified Bessel functions.
+    """
     mean = np.zeros_like(x)
     radius = np.linalg.norm(x[:, :2], axis=1, keepdims=True)
     k = power * RADIUS * radius
@@ -72,13 +78,6 @@ def mean_on_circle(x, power):
 def thick_circle_grad_log_q(x):
     """grad log q (N, D) of the thick circle: (E[point of the circle | x] - x) / THICKNESS^2."""
     return (mean_on_circle(x, THICKNESS**-2) - x) / THICKNESS**2
-
-
-def two_scales_grad_log_q(x):
-    """grad log q (N, d) of the two scales: -x over the scales^2, weighted as they are likely."""
-    scales = np.array([SMALL, LARGE])
-    log_weights = -(x**2).sum(1, keepdims=True) / (2 * scales**2) - x.shape[1] * np.log(scales)
-    return -x * (softmax(log_weights, axis=1) @ scales**-2)[:, None]
 
 
 def gaussian_field(x, t):
@@ -92,44 +91,28 @@ def initial_radius():
 
 
 # ---- Estimators -------------------------------------------------------------------------------
-def circle(n, generator, off=0.0):
-    """n points (n, D) at distance `off` from the circle |x_0| = RADIUS in the first two axes."""
+def circle(n, generator, off=0.0, radius=RADIUS):
+    """n points (n, D) at distance `off` from a circle of this radius in the first two axes."""
     angle = 2 * torch.pi * torch.rand(n, 1, generator=generator)
     direction = nn.functional.normalize(torch.randn(n, D - 2, generator=generator))
-    return torch.cat([RADIUS * angle.cos(), RADIUS * angle.sin(), off * direction], 1)
+    return torch.cat([radius * angle.cos(), radius * angle.sin(), off * direction], 1)
 
 
-def thick_circle(n, generator, off=0.0):
+def thick_circle(n, generator, **where):
     """The same with N(0, THICKNESS^2 I) added, so that normal points have a density."""
-    return circle(n, generator, off) + THICKNESS * torch.randn(n, D, generator=generator)
+    return circle(n, generator, **where) + THICKNESS * torch.randn(n, D, generator=generator)
 
 
-def gaussian(n, generator, scale=1.0):
-    """n points (n, D) of N(0, scale^2 I)."""
-    return scale * torch.randn(n, D, generator=generator)
+def gaussian(n, generator):
+    """n points (n, D) of N(0, I)."""
+    return torch.randn(n, D, generator=generator)
 
 
-def two_scales(n, generator):
-    """n points (n, D), half of scale SMALL and half of scale LARGE."""
-    small = torch.rand(n, 1, generator=generator) < 0.5
-    return torch.where(small, SMALL, LARGE) * gaussian(n, generator)
-
-
-def shell(n, generator, scale):
-    """n points (n, D) of |x| = scale sqrt(D)."""
-    return scale * D**0.5 * nn.functional.normalize(gaussian(n, generator))
-
-
-# {data: {kind of point: sample(n, generator)}}; "normal" is what fields are trained on.
-DATA = {
-    "circle": {"normal": thick_circle, "off": partial(thick_circle, off=0.8)},
-    "two scales": {
-        "normal": two_scales,
-        "larger": partial(gaussian, scale=2.0),
-        "between": partial(gaussian, scale=0.85),
-        "small": partial(shell, scale=SMALL),
-        "large": partial(shell, scale=LARGE),
-    },
+# {kind of point: sample(n, generator)}; "normal" is what fields are trained on.
+KINDS = {
+    "normal": thick_circle,
+    "off": partial(thick_circle, off=0.8),
+    "inside": partial(thick_circle, radius=0.8 * RADIUS),
 }
 
 
@@ -160,7 +143,7 @@ class Fields(nn.Module):
 def train(sample, couplings, seed, time_conditioned=True, t_max=1.0, steps=STEPS):
     """Fields fitted to `sample`, one for each of `couplings`, by wtflow.flow_matching_loss.
 
-    AdamW and a one-cycle rate; sample(n, generator) gives n points (n, D). Without gradients.
+    t ~ U(0, t_max). AdamW and a one-cycle rate; sample(n, generator) gives n points (n, D).
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +159,8 @@ def train(sample, couplings, seed, time_conditioned=True, t_max=1.0, steps=STEPS
     for _ in range(steps):
         optimiser.zero_grad()
         x_0 = sample(count * BATCH, generator)
-        loss = wtflow.flow_matching_loss(v_theta, x_0, couple, generator, t_max=t_max)
+        t = t_max * torch.rand(len(x_0), generator=generator)
+        loss = wtflow.flow_matching_loss(v_theta, x_0, couple, generator, t)
         (count * loss.mean()).backward()  # the sum over fields: each is trained as if alone
         optimiser.step()
         schedule.step()
@@ -199,34 +183,6 @@ def error_by_time(v_theta, sample, exact, generator, n=POINTS):
     return np.array(bins)
 
 
-class OneStep(NamedTuple):
-    """One step from t = 0 under the REPEATS networks of one coupling.
-
-    x: {kind: points (N, D)}; x1_hat: {kind: (REPEATS, N, D)}; conditional_mean: {kind: (N, D)},
-    E[x_1 | x_0 = x], where the step of the exact time-conditioned field ends.
-    """
-
-    x: dict
-    x1_hat: dict
-    conditional_mean: dict
-
-    def inward(self):
-        """Part (REPEATS, N) of v_theta(x, 0) towards the origin at normal points."""
-        x = self.x["normal"]
-        v = self.x1_hat["normal"] - x
-        return -(v * x).sum(-1) / np.linalg.norm(x, axis=-1)
-
-    def score(self, kind, residual):
-        """|x1_hat| (REPEATS, N), or if residual |r|, r = v_theta(x, 0) - u_0(x) (W6)."""
-        centre = self.conditional_mean[kind] if residual else 0.0
-        return np.linalg.norm(self.x1_hat[kind] - centre, axis=-1)
-
-    def auroc(self, kind, residual):
-        """AUROC of `kind` by that score: mean over networks, standard error."""
-        scores = (self.score(k, residual) for k in ("normal", kind))
-        return mean_se([auroc(*pair) for pair in zip(*scores, strict=True)])
-
-
 def auroc(normal, anomalous):
     """P(normal < anomalous) for scores (N,) and (M,), ties one half."""
     ordered = np.sort(normal)
@@ -235,66 +191,75 @@ def auroc(normal, anomalous):
     return float((below + not_above).mean() / 2 / len(ordered))
 
 
-def exact_auroc(data, mode, rho, fit, kind, residual):
-    """AUROC of `kind` in the OneStep `fit` if v_theta were exact, nan where that is not known (W6).
-
-    One half if time-conditioned, as the score is the same at all points; near t = 0 to first order;
-    time-unconditional for the two scales and rFM, by B3's field.
-    """
-    scores = []
-    for name in ("normal", kind):
-        x = fit.x[name]
-        centre = np.zeros_like(x) if residual else fit.conditional_mean[name]
-        if mode == "time-conditioned":
-            scores.append(np.linalg.norm(centre, axis=1).round(3))
-        elif mode == f"t < {EARLY}":
-            grad_log_q = thick_circle_grad_log_q if data == "circle" else two_scales_grad_log_q
-            first_order = early_residual(x, grad_log_q(x), rho, EARLY)
-            scores.append(np.linalg.norm(centre + first_order, axis=1))
-        elif mode == "time-unconditional" and data == "two scales" and rho == 0:
-            radius = np.linalg.norm(x, axis=1)
-            grid = np.linspace(radius.min(), radius.max(), 60)
-            velocity = radial_field(grid, x.shape[1], (SMALL, LARGE))
-            scores.append(np.abs(radius + np.interp(radius, grid, velocity)))
-        else:
-            return np.nan
-    return auroc(*scores)
+def length(normal, r):
+    """|r| (N,) of residuals r (N, D), whatever the normal ones are."""
+    return np.linalg.norm(r, axis=1)
 
 
-def experiment(data, mode, rhos=RHOS, linear=False):
-    """(b) {rho: OneStep} of fields trained on `data` (of DATA) in `mode` (of MODES).
+def mahalanobis(normal, r):
+    """Distances (N,) of r (N, D) under wtflow's Gaussian of normal (M, D), in maps of 2 x 2."""
+    maps = [torch.as_tensor(rows).view(-1, 2, 2, D).permute(0, 3, 1, 2) for rows in (normal, r)]
+    return gaussian_score(*maps).flatten().numpy()
 
-    linear: the Gaussian coupling x_1 = -rho x_0 + sqrt(1 - rho^2) z in place of wtflow.worst; its
-    u_0 = -(1 + rho) x is linear.
-    """
-    if linear:
-        couplings = [partial(gaussian_coupling, s=1.0, rho=rho) for rho in rhos]
-    else:
-        couplings = [partial(wtflow.worst, rho=rho) for rho in rhos]
-    repeated = [couple for couple in couplings for _ in range(REPEATS)]
-    v_theta = train(DATA[data]["normal"], repeated, SEED, *MODES[mode])
-    generator = torch.Generator().manual_seed(1000 + SEED)  # not the points of the training
-    x = {kind: sample(POINTS, generator) for kind, sample in DATA[data].items()}
-    x1_hat = {
-        kind: wtflow.euler(v_theta, points.repeat(len(repeated), 1))
-        .view(len(rhos), REPEATS, POINTS, D)
-        .numpy()
-        for kind, points in x.items()
-    }
-    results = {}
-    for k, rho in enumerate(rhos):
-        conditional_mean = {
-            kind: (-rho * points if linear else wtflow.conditional_mean(points, rho)).numpy()
-            for kind, points in x.items()
-        }
-        points = {kind: values.numpy() for kind, values in x.items()}
-        ends = {kind: y[k] for kind, y in x1_hat.items()}
-        results[rho] = OneStep(points, ends, conditional_mean)
-    return results
+
+class Residuals(NamedTuple):
+    """Residuals r {kind: (networks, N, D)} at points x {kind: (N, D)}, of one coupling and time."""
+
+    x: dict
+    r: dict
+
+    def auroc(self, kind, score=length):
+        """AUROC of `kind` by score(normal r, r): mean over networks, standard error."""
+        pairs = zip(self.r["normal"], self.r[kind], strict=True)
+        areas = [auroc(score(normal, normal), score(normal, r)) for normal, r in pairs]
+        return mean_se(areas) if len(areas) > 1 else (areas[0], 0.0)
+
+    def inward(self, rho):
+        """Part (networks,) of v_theta(x, 0) = u_0 + r towards the origin, mean of normal points."""
+        x = torch.as_tensor(self.x["normal"])
+        v = self.r["normal"] + (wtflow.conditional_mean(x, rho) - x).numpy()
+        return -((v * self.x["normal"]).sum(-1) / np.linalg.norm(x, axis=1)).mean(1)
+
+
+def points():
+    """({kind: x (POINTS, D)}, {kind: z}): not the points of the training, and noise for each."""
+    generator = torch.Generator().manual_seed(1000 + SEED)
+    x = {kind: sample(POINTS, generator) for kind, sample in KINDS.items()}
+    return x, {kind: torch.randn(POINTS, D, generator=generator) for kind in KINDS}
+
+
+def residuals(v_theta, time, rhos=(0.0,), repeats=1):
+    """[Residuals at `time` for each of rhos], of `repeats` networks each, all in one v_theta."""
+    x, z = points()
+    count = len(rhos) * repeats
+    rho = torch.tensor(rhos).repeat_interleave(repeats * POINTS)[:, None]
+    r = {}
+    for kind in KINDS:
+        many = x[kind].repeat(count, 1), z[kind].repeat(count, 1)
+        of_all = wtflow.residual(v_theta, *many, time, rho)
+        r[kind] = of_all.view(len(rhos), repeats, POINTS, D).numpy()
+    arrays = {kind: points.numpy() for kind, points in x.items()}
+    return [Residuals(arrays, {kind: r[kind][k] for kind in KINDS}) for k in range(len(rhos))]
+
+
+def exact_residuals(time):
+    """(c) Residuals of the exact field of the thick circle."""
+
+    def exact(x, t):
+        return torch.as_tensor(circle_field(x.double().numpy(), t.double().numpy(), THICKNESS))
+
+    return residuals(exact, time)[0]
+
+
+def early_auroc(fit, kind, rho):
+    """AUROC of |r| of the exact field near t = 0, to first order, at the points of `fit` (W6)."""
+    x = (fit.x[name] for name in ("normal", kind))
+    first = [early_residual(y, thick_circle_grad_log_q(y), rho, EARLY) for y in x]
+    return auroc(*(length(None, r) for r in first))
 
 
 def run():
-    """What table and figure share: {data: error_by_time} and {(data, mode): {rho: OneStep}}."""
+    """What table and figure share: {data: error_by_time}, Residuals {mode: {rho: }}, and {t: }."""
     generator = torch.Generator().manual_seed(SEED)
     errors = {}
     for name, sample, exact in (
@@ -303,50 +268,40 @@ def run():
     ):
         v_theta = train(sample, [wtflow.independent], SEED)
         errors[name] = error_by_time(v_theta, sample, exact, generator)
-    results = {}
-    for mode in MODES:
-        results["circle", mode] = experiment("circle", mode)
-        results["two scales", mode] = experiment("two scales", mode, (0.0, 0.9))
-    for data, mode in (("circle", "time-conditioned"), ("two scales", f"t < {EARLY}")):
-        results[data, f"{mode}, linear u_0"] = experiment(data, mode, (0.9,), linear=True)
-    return errors, results
+    by_rho = {}
+    couplings = [partial(wtflow.worst, rho=rho) for rho in RHOS for _ in range(REPEATS)]
+    for mode, (time_conditioned, t_max) in MODES.items():
+        v_theta = train(thick_circle, couplings, SEED, time_conditioned, t_max)
+        by_rho[mode] = dict(zip(RHOS, residuals(v_theta, 0.0, RHOS, REPEATS), strict=True))
+    v_theta = train(thick_circle, [wtflow.independent] * REPEATS, SEED)
+    by_time = {t: residuals(v_theta, t, repeats=REPEATS)[0] for t in TIMES}
+    return errors, by_rho, by_time
 
 
 # ---- Table ------------------------------------------------------------------------------------
-def table(errors, results):
-    """Rows for (a) and (b) of what run returns.
+def table(errors, by_rho, by_time):
+    """Rows for (a) to (c) of what run returns.
 
     `predicted` is the value of the exact field, nan where it is not known. Standard errors are over
-    points in (a), over networks in (b).
+    points in (a), over networks in (b) and (c).
     """
     for name, bins in errors.items():
         yield Row("S3", f"learnt: mean square error / d at t < 0.02, {name}", 0, *bins[0])
         yield Row("S3", f"learnt:   at 0.4 < t < 0.7, {name}", 0, *bins[-2])
-    for rho, fit in results["circle", "time-conditioned"].items():
+    for rho, fit in by_rho["time-conditioned"].items():
         what = f"learnt: inward part of v_theta(x, 0), time-conditioned, rho={rho:g}"
-        inward = mean_se(fit.inward().mean(1))
-        yield Row("W5", what, initial_radius() + rho * RADIUS, *inward)
-    yield from rows_of_energy(results)
-    for (data, mode), fields in results.items():
-        for rho, fit in fields.items():
-            yield from rows_of_scores(data, mode, rho, fit)
-
-
-def rows_of_energy(results):
-    """B3: |x1_hat| of points of the small and of the large scale under rFM's fields."""
-    for kind, scale in (("small", SMALL), ("large", LARGE)):
-        radius = scale * D**0.5
-        unconditional = radius + radial_field(radius, D, (SMALL, LARGE))[0]
-        for mode, exact in (("time-conditioned", 0.0), ("time-unconditional", unconditional)):
-            ends = results["two scales", mode][0.0].score(kind, False)
-            what = f"learnt: |x1_hat| from |x| = {radius:.2f} ({kind}), {mode}"
-            yield Row("B3", what, exact, *mean_se(ends.mean(1)))
-
-
-def rows_of_scores(data, mode, rho, fit):
-    """W6: how well the scores of a OneStep separate anomalies from normal points."""
-    for kind in {"circle": ("off",), "two scales": ("larger", "between")}[data]:
-        for name, residual in (("|x1_hat|", False), ("|r|", True)):
-            exact = exact_auroc(data, mode, rho, fit, kind, residual)
-            what = f"learnt: AUROC of {name}, {kind}, {mode}, rho={rho:g}"
-            yield Row("W6", what, exact, *fit.auroc(kind, residual))
+        yield Row("W5", what, initial_radius() + rho * RADIUS, *mean_se(fit.inward(rho)))
+    for mode, fits in by_rho.items():
+        for rho, fit in fits.items():
+            exact = {"time-conditioned": 0.5, f"t < {EARLY}": early_auroc(fit, "off", rho)}
+            what = f"learnt: AUROC of |r| at t=0, off the circle, {mode}, rho={rho:g}"
+            yield Row("W6", what, exact.get(mode, np.nan), *fit.auroc("off"))
+    fit = by_time[0.0]
+    for kind in ("off", "inside"):
+        area = auroc(*(mahalanobis(fit.x["normal"], fit.x[name]) for name in ("normal", kind)))
+        what = f"AUROC of the Mahalanobis distance of x_0, {kind} the circle"
+        yield Row("B6", what, np.nan, area)
+    for t, kind in ((t, kind) for t in TIMES for kind in ("off", "inside")):
+        exact = exact_residuals(t).auroc(kind, mahalanobis)[0] if t else 0.5  # there r_t = 0, C2
+        what = f"learnt: AUROC of the score of r_t, t={t:g}, {kind} the circle"
+        yield Row("O3", what, exact, *by_time[t].auroc(kind, mahalanobis))

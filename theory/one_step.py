@@ -1,11 +1,12 @@
-"""O1, O2: one step is not the flow, and a score without the Jacobian is not the likelihood.
+"""O1-O3: one step is not the flow, nor its end a likelihood; residuals along the path are.
 
 [paper] WT-Flow detects "circumventing the need for exact distribution transformations". What the
 exact one is, what one step makes of it and what either ranks as. Data at 0, noise at 1. Formulas
 are [derived]; proofs in README.md.
 
 O1: q = N(0, s^2 I), Gaussian coupling of correlation -rho. O2: q = N(-m, s^2)/2 + N(m, s^2)/2 on a
-line, anomalies N(0, s^2) between the two modes. Figure: draw.one_step_figure.
+line, anomalies N(0, s^2) between the two modes. O3: every q; its integral is the pointwise I-MMSE
+relation of Kong et al. 2023 (arXiv 2302.03792). Figure: draw.one_step_figure.
 """
 
 from functools import partial
@@ -13,7 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri
+from scipy.special import logsumexp, ndtr, ndtri
+from scipy.stats import norm
 
 import wtflow
 from theory import Row, mean_se, normal
@@ -22,7 +24,8 @@ from theory.singularity import marginal_field, slope, variance
 from theory.unconditional_field import pairs_at_any_time, slope_on
 
 STEPS = 1000
-SEPARATIONS = (1.0, 2.0, 3.0)  # m / s
+SEPARATIONS = (2.0, 3.0)  # m / s
+EARLY = 0.3  # the time of a step from the middle, on a line
 
 
 # ---- Closed forms: O1 -------------------------------------------------------------------------
@@ -92,7 +95,7 @@ def centre_auroc(separation):
 
 def line_field(x, m, s):
     """v(x) (N,) of the time-unconditional field: (F(x) - Phi(x)) / int_0^1 p_t(x) dt (B, O2)."""
-    nodes, weights = np.polynomial.legendre.leggauss(100)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
     t = (1 + nodes) / 2
     p_t = np.exp(log_density(x[:, None], (1 - t) * m, variance(t, s) ** 0.5))
     return (distribution(x, m, s) - ndtr(x)) / (p_t @ weights / 2)
@@ -101,7 +104,7 @@ def line_field(x, m, s):
 def auroc_by_quadrature(score, separation):
     """AUROC of score(x, m, s), even in x, of N(0, s^2) against q, on a grid of x >= 0 (O2)."""
     m, s = modes(separation)
-    x = (np.arange(20_000) + 0.5) * (m + 8 * s) / 20_000
+    x = (np.arange(4000) + 0.5) * (m + 8 * s) / 4000
     normal_mass = np.exp(log_density(x, m, s))
     anomalous_mass = np.exp(log_density(x, 0.0, s))
     order = np.argsort(score(x, m, s))
@@ -119,7 +122,65 @@ def unconditional(x, m, s):
     return np.abs(x + line_field(x, m, s))
 
 
+# ---- Closed forms: O3 -------------------------------------------------------------------------
+def noise_power(squared, d, t):
+    """E|r_t|^2 over x_1 of rFM's exact field for N(0, I_d), at |x_0|^2 = squared (O3).
+
+    (t^2 |x_0|^2 + (1-t)^2 d) / ((1-t)^2 + t^2)^2: d at t = 0, |x_0|^2 at t = 1.
+    """
+    return (t**2 * squared + (1 - t) ** 2 * d) / variance(t, 1.0) ** 2
+
+
 # ---- Estimators -------------------------------------------------------------------------------
+def step_residual(v_theta, x_0, x_1, time):
+    """r_t = v_theta(x_t, t) - (x_1 - x_0), (N, d), at `time` of the path from x_0 to x_1 (O3)."""
+    t = torch.full((len(x_0),), time, dtype=x_0.dtype)
+    return v_theta(wtflow.path(x_0, x_1, t), t) - (x_1 - x_0)
+
+
+def log_density_by_noise(v_theta, x_0, x_1, nodes=60):
+    """(N,) numbers whose mean over x_1 (N, d) is log q at each x_0 (N, d), v_theta exact rFM (O3).
+
+    log N(x_0; 0, I) - int_0^1 (1-t)/t (|r_t|^2 - |r_t of N(0, I)|^2) dt, by Gauss-Legendre. Both
+    residuals are of the same x_1, which keeps the spread finite.
+    """
+    times, weights = np.polynomial.legendre.leggauss(nodes)
+    log_q = -x_0.square().sum(1) / 2 - x_0.shape[1] / 2 * np.log(2 * np.pi)
+    for t, weight in zip((1 + times) / 2, weights / 2, strict=True):
+        r = step_residual(v_theta, x_0, x_1, t)
+        of_noise = step_residual(lambda x, t: slope(t, 1.0)[:, None] * x, x_0, x_1, t)
+        log_q -= weight * (1 - t) / t * (r.square() - of_noise.square()).sum(1)
+    return log_q.numpy()
+
+
+def exact_field(mu, s):
+    """v_theta of the exact rFM field of the mixture of N(mu_k, s^2 I), mu (K, d) (S2)."""
+    return lambda x, t: torch.as_tensor(marginal_field(x.numpy(), t[0].item(), mu, s))
+
+
+# Noise on a line, so fine that sums by these weights are integrals over x_1 ~ N(0, 1), to rounding.
+NOISE = np.linspace(-8, 8, 161)
+NOISE_WEIGHTS = norm.pdf(NOISE) / norm.pdf(NOISE).sum()
+
+
+def over_noise(function, x, m, s):
+    """function(v_theta, x_0, x_1) (N, 161) of the two modes, for each x (N,) and each of NOISE."""
+    pairs = np.broadcast_arrays(np.atleast_1d(x)[:, None], NOISE)
+    x_0, x_1 = (torch.tensor(values.reshape(-1, 1)) for values in pairs)
+    field = exact_field(np.array([[m], [-m]]), s)
+    return np.asarray(function(field, x_0, x_1)).reshape(-1, len(NOISE))
+
+
+def mean_square(x, m, s, t):
+    """E|r_t|^2 (N,) over x_1 at x (N,), two modes (O3)."""
+    return over_noise(partial(step_residual, time=t), x, m, s) ** 2 @ NOISE_WEIGHTS
+
+
+def square_of_mean(x, m, s, t):
+    """|E r_t|^2 (N,) of the same: 0 at a centre of symmetry, whatever its density is (O3)."""
+    return (over_noise(partial(step_residual, time=t), x, m, s) @ NOISE_WEIGHTS) ** 2
+
+
 def measured_factor(steps, s, rho=0.0, a=slope):
     """What wtflow's Euler steps of the velocity a(t) x multiply x by; a has slope's arguments."""
     x = torch.ones(1, 1, dtype=torch.float64)
@@ -128,11 +189,7 @@ def measured_factor(steps, s, rho=0.0, a=slope):
 
 def end_of_flow(x, m, s, steps):
     """End (N,) of wtflow's Euler steps of rFM's exact field from x (N,); one step is x1_hat."""
-    mu = np.array([[m], [-m]])
-
-    def u_t(x, t):
-        return torch.as_tensor(marginal_field(x.numpy(), t[0].item(), mu, s))
-
+    u_t = exact_field(np.array([[m], [-m]]), s)
     return wtflow.euler(u_t, torch.as_tensor(x)[:, None], steps)[:, 0].numpy()
 
 
@@ -147,7 +204,7 @@ def sample(n, m, s, generator):
     return (m * sign + s * normal(generator, n)).numpy()
 
 
-def measured_auroc(score, separation, generator, n=1000, repeats=20):
+def measured_auroc(score, separation, generator, n=500, repeats=20):
     """AUROC of score(x, m, s) for n points of q and n of N(0, s^2): mean, standard error."""
     m, s = modes(separation)
     points = [(sample(n, m, s, generator), sample(n, 0, s, generator)) for _ in range(repeats)]
@@ -156,9 +213,10 @@ def measured_auroc(score, separation, generator, n=1000, repeats=20):
 
 # ---- Table ------------------------------------------------------------------------------------
 def table(seed=0):
-    """Rows for O1 and O2."""
+    """Rows for O1-O3."""
     yield from rows_O1()
     yield from rows_O2(torch.Generator().manual_seed(seed))
+    yield from rows_O3(torch.Generator().manual_seed(seed))
 
 
 def rows_O1():
@@ -178,7 +236,7 @@ def rows_O2(generator):
     m, s = modes(2.0)
     end = end_of_flow(np.array([m / 2]), m, s, 3 * STEPS)
     yield Row("O2", "end of rFM's flow from x=m/2, m=2s", flow_map(m / 2, m, s), end[0])
-    x_0 = torch.as_tensor(sample(40_000, m, s, generator))[:, None]
+    x_0 = torch.as_tensor(sample(20_000, m, s, generator))[:, None]
     x_t, u = pairs_at_any_time(x_0, wtflow.independent, generator)
     v = torch.as_tensor(line_field(x_t[:, 0].numpy(), m, s))[:, None]
     yield Row("O2", "factor of the time-unconditional field in u, m=2s", 1, *slope_on(u, v))
@@ -194,3 +252,25 @@ def rows_O2(generator):
             yield Row("O2", what, predicted, *measured_auroc(score, separation, generator))
     below = rarity(sample(20_000, m, s, generator), m, s) < rarity(0.0, m, s)
     yield Row("O2", "AUROC of the likelihood at x=0, m=2s", centre_auroc(2.0), *mean_se(below))
+
+
+def rows_O3(generator):
+    """Rows for O3."""
+    m, s = modes(3.0)
+    for x, where in ((0.0, "between two modes"), (m, "at one"), (2 * m, "beyond one")):
+        log_q = over_noise(log_density_by_noise, x, m, s)[0] @ NOISE_WEIGHTS
+        yield Row("O3", f"log q {where}, m=3s, from E|r_t|^2", log_density(x, m, s), log_q)
+    d, s = 16, 0.7
+    mu = normal(generator, 3, d).numpy()
+    x_0 = torch.as_tensor(mu[:1] + 0.5).expand(4000, d)
+    log_q = log_density_by_noise(exact_field(mu, s), x_0, normal(generator, 4000, d))
+    exponents = -((x_0[0].numpy() - mu) ** 2).sum(1) / (2 * s**2)
+    predicted = logsumexp(exponents) - np.log(3) - d / 2 * np.log(2 * np.pi * s**2)
+    yield Row("O3", "log q of three Gaussians, d=16, from |r_t|^2", predicted, *mean_se(log_q))
+    for separation in SEPARATIONS:
+        for name, power in (("E|r_t|^2", mean_square), ("|E r_t|^2", square_of_mean)):
+            score = partial(power, t=EARLY)
+            predicted = auroc_by_quadrature(score, separation)
+            what = f"AUROC of {name}, t={EARLY}, m={separation:g}s"
+            measured = measured_auroc(score, separation, generator)
+            yield Row("O3", what, predicted, *measured)

@@ -21,7 +21,6 @@ normal limit holds.
 
 import inspect
 from functools import cache
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,8 +28,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import wtflow
-from theory import learned_field, local_transport, normal, singularity, unconditional_field
+from theory import normal, singularity
 
 EPS = np.finfo(float).eps
 Z = 7.0
@@ -175,49 +173,3 @@ def field_condition(x, t, mu, s):
     log_weights = ((x - (1 - t) * mu) ** 2).sum(-1).max() / v
     size = 1 + np.abs(x).max() + np.abs(mu).max()
     return (1 + log_weights) * size**2 * (1 + 1 / t) * (1 + t / v) / (1 - t)
-
-
-def exact_train(sample, couplings, seed, time_conditioned=True, t_max=1.0):
-    """In place of learned_field.train: fields that are exact where the table predicts a value."""
-    if sample in EXACT:
-        return lambda x, t: torch.as_tensor(EXACT[sample](x.double().numpy(), t.double().numpy()))
-
-    def field(couple, x):
-        rho, radius = couple.keywords["rho"], np.linalg.norm(x, axis=1, keepdims=True)
-        if not time_conditioned and t_max == 1 and sample is learned_field.two_scales:
-            grid = np.linspace(radius.min(), radius.max(), 60)
-            scales = unconditional_field.SMALL, unconditional_field.LARGE
-            velocity = unconditional_field.radial_field(grid, x.shape[1], scales)
-            return np.interp(radius, grid, velocity) * x / radius
-        if couple.func is wtflow.worst:
-            u_0 = local_transport.initial_field(x, rho)
-        else:
-            u_0 = -(1 + rho / couple.keywords["s"]) * x
-        if time_conditioned or t_max == 1:
-            return u_0
-        grad_log_q = GRAD_LOG_Q[sample](x)
-        return u_0 + local_transport.early_residual(x, grad_log_q, rho, t_max)
-
-    def v_theta(x, t):
-        assert (t == 0).all() and len(t) == len(x)
-        parts = zip(couplings, x.numpy().reshape(len(couplings), -1, x.shape[1]), strict=True)
-        return torch.as_tensor(np.concatenate([field(*part) for part in parts]))
-
-    return v_theta
-
-
-EXACT = {
-    learned_field.circle: learned_field.circle_field,
-    learned_field.gaussian: learned_field.gaussian_field,
-}
-GRAD_LOG_Q = {
-    learned_field.thick_circle: learned_field.thick_circle_grad_log_q,
-    learned_field.two_scales: learned_field.two_scales_grad_log_q,
-}
-
-
-@cache
-def run_of_exact_fields():
-    """What learned_field.run returns with exact_train."""
-    with mock.patch.object(learned_field, "train", exact_train):
-        return learned_field.run()
