@@ -346,6 +346,7 @@ def test_W9_spread(spread, tau, d, rho, narrow, seed):
     widths = widths / widths.square().mean() ** 0.5
     generator = rng(seed)
     x = (tau * normal(generator, 8000, 1)).exp() * widths * normal(generator, 8000, d)
+    close(spread(tau, d, rho, d) * (1 + rho), (tau**2 + 1 / (2 * d)) ** 0.5, 10)  # S = I
     predicted = spread(tau, d, rho, d / widths.pow(4).mean().item())
     within(std_se(local_transport.log_scores(x, rho)), predicted, slack=0.02 * predicted)
 

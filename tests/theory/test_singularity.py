@@ -114,12 +114,7 @@ def test_S2_jacobian(jacobian, d, t, s, seed):
 
 
 test_S2_jacobian_rejects = rejects(
-    test_S2_jacobian,
-    jacobian={
-        "sign of Cov": lambda x, t, mu, s: (
-            2 * np.eye(x.shape[1]) / t - singularity.jacobian(x, t, mu, s)
-        )
-    },
+    test_S2_jacobian, jacobian={"no Cov": lambda x, t, mu, s: np.eye(x.shape[1])[None] / t}
 )
 
 
@@ -223,14 +218,8 @@ def test_S3_loss(loss, d, t, s, seed):
         within(mean_se(values), s**2 / singularity.variance(time, s))
 
 
-def loss_of_opposite_target(v_theta, x_0, couple, generator, t):
-    x_1 = couple(x_0, generator)
-    return (v_theta(wtflow.path(x_0, x_1, t), t) - (x_0 - x_1)).square().flatten(1).mean(1)
-
-
 test_S3_loss_rejects = rejects(
-    test_S3_loss,
-    loss={"target from noise to data": loss_of_opposite_target},
+    test_S3_loss, loss={"no 1/d": lambda *x: x[1].shape[1] * wtflow.flow_matching_loss(*x)}
 )
 
 
@@ -292,29 +281,6 @@ test_S4_ends_and_middle_rejects = rejects(
     power={"s^-2": -2},
     mitigation={"odd in rho": lambda rho: (1 - rho) / (1 + rho)},
     in_the_middle={"for every rho": lambda s, rho: True},
-)
-
-
-@claim(
-    singularity.collapse_time,
-    examples=4,
-    n=st.integers(200, 1000),
-    d=st.integers(40, 80),
-    s=st.floats(0.5, 1.5),
-    seed=seeds,
-)
-def test_S4_collapse(collapse, n, d, s, seed):
-    """Where an atom's own weight is one half, to 10 % (limit of large d); ln n = I(x_0; x_t)."""
-    t = collapse(n, d, s)
-    information = d / 2 * np.log(singularity.variance(t, s) / t**2)
-    close(information, np.log(n), 1e4)
-    measured = singularity.measured_collapse(n, d, s, 200, rng(seed))
-    assert abs(measured / t - 1) < 0.1
-
-
-test_S4_collapse_rejects = rejects(
-    test_S4_collapse,
-    collapse={"distance to the nearest": lambda n, d, s: s * n ** (-1 / d)},
 )
 
 
