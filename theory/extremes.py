@@ -269,5 +269,5 @@ def rows_E3(generator):
 def rows_E4(generator):
     """Rows for E4."""
     for good in (25, 150, 1000):
-        above = coverage(by_rank, good_sets(600, good, generator))
+        above = coverage(by_rank, good_sets(1000, good, generator))
         yield Row("E4", f"share above, {good} good images", rank_rates(good)[0], *above)

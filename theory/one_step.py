@@ -267,6 +267,10 @@ def rows_O3(generator):
     exponents = -((x_0[0].numpy() - mu) ** 2).sum(1) / (2 * s**2)
     predicted = logsumexp(exponents) - np.log(3) - d / 2 * np.log(2 * np.pi * s**2)
     yield Row("O3", "log q of three Gaussians, d=16, from |r_t|^2", predicted, *mean_se(log_q))
+    x_0 = wtflow.independent(torch.zeros(1, d, dtype=torch.float64), generator).expand(4000, d)
+    r = step_residual(exact_field(np.zeros((1, d)), 1.0), x_0, normal(generator, 4000, d), 0.6)
+    power = noise_power(x_0[0].square().sum().item(), d, 0.6)
+    yield Row("O3", "E|r_t|^2 of N(0, I), d=16, t=0.6", power, *mean_se(r.square().sum(1)))
     for separation in SEPARATIONS:
         for name, power in (("E|r_t|^2", mean_square), ("|E r_t|^2", square_of_mean)):
             score = partial(power, t=EARLY)

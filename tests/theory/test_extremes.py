@@ -142,15 +142,6 @@ test_E2_in_score_rejects = rejects(
 )
 
 
-@claim(extremes.one_line, examples=20, n=st.integers(600, 3000), d=features, nu=lights_and_heavies)
-def test_E2_one_family(threshold, n, d, nu):
-    """Light or heavy, at most 1 % are above the line in log M, and not far fewer."""
-    assert 0.0035 < extremes.at_infinity(threshold, n, d, nu) < 0.0101
-
-
-test_E2_one_family_rejects = rejects(test_E2_one_family, threshold={"in M": extremes.in_score})
-
-
 # ---- E3 ---------------------------------------------------------------------------------------
 @claim(
     evaluate.fit_tail,
@@ -167,11 +158,6 @@ def test_E3_equivariant(fit, good, c, k, seed):
     assert other.suspects == tail.suspects
     close(np.log(other.threshold(RATE)), np.log(c * tail.threshold(RATE) ** k), 1e4)
     close(tail.p_value(np.array(tail.threshold(RATE))), RATE, 1e3)
-
-
-test_E3_equivariant_rejects = rejects(
-    test_E3_equivariant, fit={"in M": lambda s: evaluate.fit_tail(np.exp(s))}
-)
 
 
 @claim(

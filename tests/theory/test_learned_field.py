@@ -48,12 +48,6 @@ def test_auroc(auroc, n, seed):
     close(auroc(normal, anomalous), (below + 0.5 * tied).mean(), n)
 
 
-test_auroc_rejects = rejects(
-    test_auroc,
-    auroc={"anomalous for normal": lambda normal, anom: learned_field.auroc(anom, normal)},
-)
-
-
 @claim(learned_field.thick_circle_grad_log_q, examples=4, seed=seeds)
 def test_grad_log_q(grad_log_q, seed):
     """By autograd of log q, 4000 atoms of width THICKNESS."""
@@ -64,11 +58,6 @@ def test_grad_log_q(grad_log_q, seed):
     squares = (x[:, None] - atoms).square().sum(-1)
     (gradient,) = torch.autograd.grad(torch.logsumexp(-squares / (2 * THICKNESS**2), 1).sum(), x)
     assert np.allclose(grad_log_q(x.detach().numpy()), gradient, rtol=1e-6, atol=1e-6)
-
-
-test_grad_log_q_rejects = rejects(
-    test_grad_log_q, grad_log_q={"sign": lambda x: -learned_field.thick_circle_grad_log_q(x)}
-)
 
 
 # ---- The data ---------------------------------------------------------------------------------

@@ -136,12 +136,6 @@ def test_B1_no_jump_across_one_direction(limit, log):
     assert abs(limit(delta) / exact - 1) < 0.5 / abs(log)
 
 
-test_B1_no_jump_across_one_direction_rejects = rejects(
-    test_B1_no_jump_across_one_direction,
-    limit={"a jump": lambda delta: unconditional_field.chi_mean(1)},
-)
-
-
 @claim(radial_field, examples=6, d=st.integers(2, 40), s=st.floats(0.1, 1.5), rho=rhos, seed=seeds)
 def test_B1_thickness(field, d, s, rho, seed):
     """N(0, s^2 I) by pairs of wtflow's loss, at a Gaussian coupling."""
@@ -210,18 +204,6 @@ test_B2_nothing_rejects = rejects(
         "T = 0.9": lambda x, couple, g: pairs_at_any_time(x, couple, g, 0.9),
         "data narrower than noise": lambda x, couple, g: pairs_at_any_time(0.9 * x, couple, g),
     },
-)
-
-
-@claim(radial_field, examples=10, d=dims, r=st.floats(0.1, 8), rho=rhos)
-def test_B2_divergence(field, d, r, rho):
-    """As many sources as sinks within each radius."""
-    close(field(r, d, (1.0,), rho), 0)
-
-
-test_B2_divergence_rejects = rejects(
-    test_B2_divergence,
-    field={"narrower": lambda r, d, scales, rho: radial_field(r, d, (0.9,), rho)},
 )
 
 
