@@ -1,7 +1,15 @@
-"""Data sets, metrics and pictures for WT-Flow, and the commands that read saved models.
+"""Data sets, metrics, files and pictures for WT-Flow, and the commands that read saved models.
 
     python evaluate.py --run DIR --data DIR          the table again, from saved models
     python evaluate.py --model FILE --image PATH     one image (or a folder): score and picture
+
+1. Data sets   read_dataset   a folder -> [Category] of the layouts of the field; leave_out
+   Images      as_image       a file, PIL image or array -> RGB; more than 8 bits; masks_of: masks
+2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
+   Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
+   Metrics     measure        maps, scores and masks of a category -> rows of its table
+3. Pictures and files: the only room that writes
+4. Commands
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Metrics are in percent.
@@ -11,6 +19,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import hashlib
 import io
 import json
 import logging
@@ -18,7 +27,7 @@ import math
 import os
 import re
 import signal
-import struct
+import stat
 import sys
 import time
 import warnings
@@ -28,15 +37,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
-# Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
-# others. Longer costs a shared machine far more than its share, no spin at all makes training alone
-# take half as long again (python -m tests.benchmark speed, with GOMP_SPINCOUNT=300000 or 0).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
+    # others. Longer costs a shared machine far more than its share, no spin at all makes training
+    # alone take half as long again (python -m tests.benchmark speed, GOMP_SPINCOUNT=300000 or 0).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -48,23 +58,17 @@ import wtflow
 from wtflow import InputError
 
 Array = np.ndarray
-if hasattr(os, "register_at_fork"):  # a forked child has none of the threads that torch counts on
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads, writes nothing -----------------
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".split())
 # Names of folders and ends of names, in any case.
 GOOD = ("good", "ok", "normal")
 TRUTH = ("ground_truth", "masks", "mask", "gt")  # folders of masks
-MASK_ENDS = ("_mask", "_gt")  # of a mask, after the stem of its image
+LABELS = (*TRUTH, "labels", "annotations", "segmentationclass", "segmentationobject")  # of tools
+MASK_END = re.compile(r"_(mask|gt)(_?\d+)?$")  # of a mask, after the stem of its image
 # Words in the name of a folder of test that may mean good images: such a folder is refused.
 MAYBE_GOOD = {*GOOD, *"normals okay io pass passed fine free healthy intact image images".split()}
 IGNORED = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
-BATCH = 16  # images that are read and turned into features together
-ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
-
-Image.MAX_IMAGE_PIXELS = 1 << 28  # a strip of 2048 x 131072; open_image refuses what has more
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Item(NamedTuple):
@@ -85,8 +89,341 @@ class Category(NamedTuple):
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
+    """(name, [Category]) of a data set's root, or of one category's folder.
+
+    wanted: names of categories, all by default. Raises InputError naming what was looked for.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
+    data = data.resolve()
+    if read := reader_of(data):
+        name, readers = data.parent.name, {data.name: read}
+    else:
+        name = data.name
+        readers = {f.name: read for f in folders_in(data) if (read := reader_of(f))}
+        beside = [p for p in images_under(data) if p.relative_to(data).parts[0] not in readers]
+        if readers:
+            say_unread(name, beside)
+        elif is_good(data) or any(path.parent == data for path in beside):
+            product = data
+            while product.name.casefold() in (*GOOD, "train"):
+                product = product.parent
+            name, readers = product.parent.name, {product.name: partial(read_good, data, product)}
+    if not readers:
+        raise InputError(
+            f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
+            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA), or give --data a folder "
+            "that holds good images and nothing else"
+        )
+    for asked in wanted:
+        if asked not in readers:
+            raise InputError(f"{data}: no category '{asked}': choose from {', '.join(readers)}")
+    return name or "data", [readers[key]() for key in readers if not wanted or key in wanted]
+
+
+def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
+    """Categories without the training images that a file names, and these names.
+
+    The file has one name a line, with its suffix and as much of its path as is needed; or it is a
+    train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
+    InputError for a name that is not that of exactly one training image, and if there is none.
+    """
+    if file is None:
+        return categories, []
+    own, lines = categories, [line.strip() for line in text_of(Path(file)).splitlines()]
+    if lines and re.match(r"\W*image\W", lines[0] + " "):
+        rows = rows_of(Path(file))
+        if any("leave_out" not in row for row in rows):
+            raise InputError(f"--leave-out {file}: has no column leave_out: give a "
+                             "train-scores.csv with commas between its columns, or names alone")  # fmt: skip
+        lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
+        place = Path(file).resolve().parent.name
+        own = [category for category in categories if category.name == place] or categories
+    names, dropped = [name for line in lines if (name := line.strip('"'))], set()
+    if not names:
+        raise InputError(f"--leave-out {file}: leaves nothing out: put a mark into its column "
+                         "leave_out, or write a name a line")  # fmt: skip
+    every = [path for category in own for path in category.train]
+    for name in names:
+        path = PureWindowsPath(name)  # whose separators are both / and \
+        parts = path.relative_to(path.anchor).parts
+        found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
+        if len(found) != 1:
+            what = f"is that of {len(found)}: write more of its path" if found else "is of none"
+            raise InputError(
+                f"--leave-out {file}: {name} {what}, it has to name one training image"
+            )
+        dropped.update(found)
+    say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
+    kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
+    for category in kept:
+        if not category.train:
+            raise InputError(f"--leave-out {file}: no training image of {category.name} is left")
+    return kept, names
+
+
+# Layouts
+def reader_of(root: Path) -> Callable | None:
+    """What reads the category in a folder; None if it holds none."""
+    if (root / "Data/Images/Normal").is_dir():
+        return partial(read_visa, root)
+    train = child(root, "train")
+    if train and (any(map(is_good, folders_in(train))) or images_under(train)):
+        return partial(read_mvtec, root, train)
+    return None
+
+
+def read_mvtec(root: Path, train: Path) -> Category:
+    """MVTec AD, MPDD, BTAD: {train,test}/<kind>/, ground_truth/<kind>/<id>_mask.png.
+
+    Three others have the same folders by other names. MVTec AD 2: test_public, which holds
+    ground_truth. MVTec LOCO AD: ground_truth/<kind>/<id>/*.png, and saturation thresholds.
+    MVTec 3D-AD, of which RGB images are read: test/<kind>/rgb, test/<kind>/gt.
+    """
+    test = child(root, "test_public") or child(root, "test") or root / "test"
+    truth = [found for place in (root, test) for name in TRUTH if (found := child(place, name))]
+    config, rgb = root / "defects_config.json", (train / "good/rgb").is_dir()
+    loco = config.is_file() or (test / "logical_anomalies").is_dir()
+    good = [folder for folder in folders_in(train) if is_good(folder)]
+    if not good:
+        raise InputError(
+            f"{train}: no folder good, ok or normal in it: put the good images into train/good, "
+            "defects into test/<defect>, their masks into ground_truth/<defect>"
+        )
+    inner, items = "rgb" if rgb else "", []
+    for folder in folders_in(test):
+        images = images_under(folder / inner)
+        if is_good(folder):
+            items += [Item(path, "good", ()) for path in images]
+        elif folder not in truth[:1]:
+            own = (
+                folder / "gt"
+                if rgb
+                else truth and (child(truth[0], folder.name) or truth[0] / folder.name)
+            )
+            masks = masks_of_images(images, folder / inner, own, loco) if own else None
+            items += [Item(path, folder.name, masks and masks[path]) for path in images]
+    kinds = sorted({item.kind for item in items})
+    if kinds and "good" not in kinds:
+        say_once(f"{root.name}: no good images in test: {listed(kinds)} are defects")
+    layout = "MVTec LOCO AD" if loco else "MVTec 3D-AD" if rgb else "MVTec AD"
+    images = [path for folder in good for path in images_under(folder / inner)]
+    saturation = saturation_of(config) if loco else None
+    return checked(Category(root.name, layout, images, items, saturation), root, folders_in(root))
+
+
+def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> dict[Path, tuple]:
+    """{image: its masks} of the images in a folder, by the place that they have in `own`.
+
+    A mask has the name of its image, with an end like _mask or _GT or without; those of LOCO lie in
+    a folder of this name. Of a missing one the path is that where it should be. Raises InputError
+    for two masks of one image.
+    """
+
+    def key(path, above):
+        return str(path.relative_to(above).with_suffix("")).casefold()
+
+    stems, masks = {key(path, folder): path for path in images}, {}
+    for mask in images_under(own):
+        stem = key(mask.parent if loco else mask, own)
+        image = stems.get(stem) or stems.get(MASK_END.sub("", stem))
+        if image is None:
+            continue  # of an image that is not there: named with what is not read
+        if image in masks and not loco:
+            raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
+                             "remove one, or put both into one file")  # fmt: skip
+        masks[image] = (*masks.get(image, ()), mask)
+    for path in images:
+        end = "/000.png" if loco else "_mask.png"
+        masks.setdefault(path, (own / f"{path.relative_to(folder).with_suffix('')}{end}",))
+    return masks
+
+
+def saturation_of(config: Path) -> dict:
+    """{pixel value of a mask: (threshold, whether it is a share of the area)} of LOCO."""
+    try:
+        return {
+            int(d["pixel_value"]): (
+                float(d["saturation_threshold"]),
+                bool(d["relative_saturation"]),
+            )
+            for d in json.loads(text_of(config))
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
+        ) from None
+
+
+def read_visa(root: Path) -> Category:
+    """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
+    split, train, test = root.parent / "split_csv/1cls.csv", [], []
+    try:
+        for row in [row for row in rows_of(split) if row["object"] == root.name]:
+            image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
+            good = row["label"].casefold() in GOOD
+            if row["split"] != "train":
+                test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
+            elif good:
+                train.append(image)
+    except (KeyError, AttributeError) as e:
+        raise InputError(
+            f"{split}: not the split file of VisA ({e}): "
+            "restore split_csv/1cls.csv from the download"
+        ) from None
+    return checked(Category(root.name, "VisA", train, test, None), root, folders_in(root))
+
+
+def read_good(folder: Path, product: Path) -> Category:
+    """A folder of good images, of a product. Raises InputError if not all may be good."""
+    inside = [inner for inner in folders_in(folder) if images_under(inner)]
+    if inside and not is_good(folder):
+        raise InputError(
+            f"{folder}: good images beside {listed(inside)}: put the good ones into train/good, "
+            "defects into test/<defect>"
+        )
+    category = Category(product.name, "folder of good images", images_under(folder), [], None)
+    names = ("labels", "Labels", "annotations", "Annotations")  # beside it, of tools
+    places = [parent / name for parent in folder.parents[:2] for name in names]
+    return checked(category, folder.parent, [folder, *places])
+
+
+def checked(category: Category, root: Path, folders: list[Path]) -> Category:
+    """The category in a folder, if nothing in it may be misread; says what is not read in folders.
+
+    The one gate for all layouts. Raises InputError naming a file and a remedy.
+    """
+    name = category.name
+    if name == "mean" or name.startswith(("-", "+", "=", "@")):
+        raise InputError(f"{root}: {name} is no name for a category: rename its folder")
+    if not category.train:
+        suffixes = ", ".join(SUFFIXES)
+        raise InputError(f"{root}: no training images ({suffixes}) in train/good: add some")
+    images = [*category.train, *(item.path for item in category.test)]
+    masks = {mask: item.path for item in category.test for mask in item.masks or ()}
+    for path in [*images, *masks]:
+        if not path.is_relative_to(root) or ".." in path.parts:
+            raise InputError(f"{path}: lies outside of {root}: mend the split file")
+    for mask, image in masks.items():
+        if not mask.is_file():
+            raise InputError(f"{mask}: mask of {image.name} is missing: restore it, or remove "
+                             "ground_truth to go without pixel metrics")  # fmt: skip
+    for folder in {path.parent for path in images}:
+        if "anomaly_maps" in folder.parts or (folder / "train-scores.csv").exists():
+            raise InputError(f"{folder}: was written by train.py: give another --data, or --out")
+    stems, names = {(path.parent, path.stem.casefold()) for path in images}, {}
+    place = cache(os.path.realpath)
+    for path in images:
+        above, stem = path.relative_to(root).parts[:-1], path.stem.casefold()
+        owner = MASK_END.sub("", stem)
+        if owner != stem and (stem.endswith(("_mask", "_gt")) or (path.parent, owner) in stems):
+            raise InputError(f"{path}: is named as a mask: rename it, or put masks into "
+                             "ground_truth/<defect> beside train and test")  # fmt: skip
+        if {*LABELS}.intersection(map(str.casefold, above)):
+            raise InputError(f"{path.parent}: masks among images: put them into "
+                             "ground_truth/<defect> beside train and test")  # fmt: skip
+        other = names.setdefault((place(path.parent), stem), path)
+        if other is not path:
+            raise InputError(
+                f"{path}: {other} has the same name, or is the same file by a link: two images, or "
+                f"an image and its mask? Rename or remove one; a mask is called {stem}_mask.png"
+            )
+    for kind in {item.kind for item in category.test} - {"good"}:
+        words = re.findall(r"[^\W\d_]+", kind.casefold())
+        if MAYBE_GOOD.intersection(words) and words[0] not in ("not", "no", "non"):
+            raise InputError(f"{root}: test/{kind}: good images, or a defect? Put good ones into "
+                             "test/good, or name the folder as the defect")  # fmt: skip
+    bad = {
+        (item.path.parent, item.path.stem.casefold())
+        for item in category.test
+        if item.kind != "good"
+    }
+    used = {*images, *masks}
+    unread = [path for folder in folders for path in all_files(folder) if path not in used]
+    for path in unread:
+        beside = (path.parent, path.stem.casefold()) in stems - bad
+        of_tool = path.parent.name.casefold() in LABELS
+        named = of_tool or beside or path.name.startswith("_annotations")
+        if named and path.suffix.lower() in (".json", ".txt", ".xml"):
+            raise InputError(
+                f"{path}: an annotation, so not all images may be good: put good ones into "
+                "train/good, defects into test/<defect>, and remove the annotations"
+            )
+    say_unread(name, unread)
+    return category
+
+
+# Folders
+def folders_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def child(folder: Path, name: str) -> Path | None:
+    """The folder of this name, in any case, in a folder."""
+    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
+
+
+def is_good(folder: Path) -> bool:
+    return folder.name.casefold() in GOOD
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
+
+    A folder to which several links lead is read once. A dangling link is kept, so that reading it
+    names it.
+    """
+
+    def stop(error):
+        raise error
+
+    seen, found = set(), []
+    if not folder.is_dir():
+        return found
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(here, name) for name in sorted(names) if name[0] != "."]
+    return found
+
+
+def images_under(folder: Path) -> list[Path]:
+    """Image files at any depth in a folder."""
+    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def text_of(path: Path) -> str:
+    """The text of a small file. Raises InputError if it is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a folder, a pipe or a device")
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Rows of a CSV file by its first line. Raises InputError if it is none."""
+    try:
+        return list(csv.DictReader(io.StringIO(text_of(path), newline="")))
+    except csv.Error as e:
+        raise InputError(f"{path}: cannot be read as a table ({e}): mend or restore it") from None
+
+
+def say_unread(name: str, files: list[Path]) -> None:
+    """Say that files are not read: none is dropped silently."""
+    files = [path for path in files if path.name.casefold() not in IGNORED]
+    if files:
+        names = listed([f"{path.parent.name}/{path.name}" for path in files])
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
+        say_once(f"{name}: {len(files)} files are not read: {names} ({suffixes})")
 
 
 SAID = set()  # what say_once has spoken of
@@ -99,7 +436,7 @@ def say_once(text: str, about: Any = None) -> None:
     """
     if (about or text) not in SAID:
         SAID.add(about or text)
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def listed(items: list) -> str:
@@ -108,484 +445,41 @@ def listed(items: list) -> str:
     return ", ".join(names + ["..."] * (len(items) > 4))
 
 
-# Folders
-def folders_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-
-
-def all_files(folder: Path, above: tuple = ()) -> list[Path]:
-    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
-
-    above: folders that lead here; a link back to one of them is not followed. A dangling link is
-    kept, so that reading it names it.
-    """
-    here = folder.resolve()
-    if here in above or not folder.is_dir():
-        return []
-    found = sorted(p for p in folder.iterdir() if p.name[0] != "." and not p.is_dir())
-    for inner in folders_in(folder):
-        found += all_files(inner, (*above, here))
-    return found
-
-
-def images_under(folder: Path) -> list[Path]:
-    """Image files at any depth in a folder."""
-    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder, without those of the folders in it."""
-    return [path for path in images_under(folder) if path.parent == folder]
-
-
-def child(folder: Path, name: str) -> Path | None:
-    """The folder of this name, in any case, in a folder."""
-    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
-
-
-def is_good(folder: Path) -> bool:
-    return folder.name.casefold() in GOOD
-
-
-def refuse_unclear(folder: Path) -> None:
-    """Raises InputError if a folder of test may hold good images and is not called so."""
-    words = re.findall(r"[^\W\d_]+", folder.name.casefold())
-    if MAYBE_GOOD.intersection(words) and words[0] not in ("not", "no", "non"):
-        raise InputError(
-            f"{folder}: good images, or a defect? Put good ones into {folder.parent / 'good'}, or "
-            "name the folder as the defect"
-        )
-
-
-def mask_owner(path: Path) -> str | None:
-    """The stem, in lower case, of the image that a file like 003_GT.png is the mask of."""
-    stem = path.stem.casefold()
-    return next((stem.removesuffix(end) for end in MASK_ENDS if stem.endswith(end)), None)
-
-
-def images_and_masks(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    """Images of a folder and of all folders in it, and {image: the mask beside it}.
-
-    Raises InputError for a folder of masks, and for a mask beside no image.
-    """
-    paths, masks = images_under(folder), {}
-    images = {(p.parent, p.stem.casefold()): p for p in paths if mask_owner(p) is None}
-    for path in paths:
-        if any(name.casefold() in TRUTH for name in path.relative_to(folder.parent).parts[:-1]):
-            raise InputError(
-                f"{path.parent}: masks among images: put them into ground_truth/<defect> beside "
-                "train and test"
-            )
-        if owner := mask_owner(path):
-            image = images.get((path.parent, owner))
-            if image is None:
-                raise InputError(f"{path}: is named as a mask, but no image {owner} is beside it: "
-                                 "rename or remove it")  # fmt: skip
-            masks[image] = path
-    return [path for path in paths if mask_owner(path) is None], masks
-
-
-def good_images(folder: Path) -> list[Path]:
-    """Images of a folder of good ones. Raises InputError if one has a mask."""
-    images, masks = images_and_masks(folder)
-    if masks:
-        raise InputError(
-            f"{min(masks.values())}: a mask among good images: put defects, with their masks, into "
-            "test/<defect>"
-        )
-    return images
-
-
-def masks_in(folder: Path) -> dict[str, Path]:
-    """{stem of the image, in lower case: file} of a folder of masks."""
-    masks = {}
-    for path in images_in(folder):
-        other = masks.setdefault(mask_owner(path) or path.stem.casefold(), path)
-        if other != path:
-            raise InputError(f"{path}: {other.name} is a mask of the same image: remove one")
-    return masks
-
-
-def defective_items(folder: Path, truth: Path | None) -> list[Item]:
-    """Items of a folder of defective images; their masks are beside them or in truth/<defect>.
-
-    truth: the folder of the category's masks. A mask that is missing is expected where others are.
-    """
-    images, beside = images_and_masks(folder)
-    own = truth and (child(truth, folder.name) or truth / folder.name)
-    masks_of_folder, items = cache(masks_in), []  # each folder is read once
-    for path in images:
-        mask, name = beside.get(path), f"{path.stem}_mask.png"
-        if mask is None and own:
-            place = own / path.parent.relative_to(folder)
-            mask = masks_of_folder(place).get(path.stem.casefold(), place / name)
-        elif mask is None and beside:
-            mask = path.with_name(name)
-        items.append(Item(path, folder.name, None if mask is None else (mask,)))
-    return items
-
-
-ANNOTATIONS = {"labels", "Labels", "annotations", "Annotations"}  # folders of YOLO, COCO, VOC
-
-
-def name_unread(category: Category, folders: list[Path]) -> None:
-    """Say which files of folders are not read, with their number: none is dropped silently.
-
-    Raises InputError if one is an annotation of a good image: x.json beside x.png, say.
-    """
-    good = [*category.train, *(item.path for item in category.test if item.kind == "good")]
-    stems = {(path.parent, path.stem.casefold()) for path in good}
-    used = {*category.train, *(item.path for item in category.test)}
-    used |= {mask for item in category.test for mask in item.masks or ()}
-    unread = []
-    for folder in folders:
-        for path in [path for path in all_files(folder) if path not in used]:
-            unread.append(path)
-            tool = ANNOTATIONS.intersection(path.relative_to(folder.parent).parts)
-            beside = (path.parent, path.stem.casefold()) in stems
-            named = tool or beside or path.name.startswith("_annotations")
-            if named and path.suffix.lower() in (".json", ".txt", ".xml"):
-                raise InputError(
-                    f"{path}: an annotation, so not all images may be good: put good ones into "
-                    "train/good, defects into test/<defect>, and remove the annotations"
-                )
-    say_unread(category.name, unread)
-
-
-def say_unread(name: str, files: list[Path]) -> None:
-    """Say that files are not read, of which kinds and how many they are."""
-    files = [path for path in files if path.name.casefold() not in IGNORED]
-    if files:
-        names = listed([f"{path.parent.name}/{path.name}" for path in files])
-        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
-        say_once(f"{name}: {len(files)} files are not read: {names} ({suffixes})")
-
-
-# Layouts
-def read_mvtec(root: Path, train: Path, test: Path) -> Category:
-    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
-
-    MVTec AD 2: test_public/<defect>, and the folder of masks in test_public.
-    """
-    places = (child(place, name) for place in (root, test) for name in TRUTH)
-    truth = next(filter(None, places), None)
-    good = [path for folder in folders_in(train) if is_good(folder) for path in good_images(folder)]
-    items = []
-    for folder in folders_in(test):
-        if folder == truth:
-            continue
-        if is_good(folder):
-            items += [Item(path, "good", ()) for path in good_images(folder)]
-        else:
-            refuse_unclear(folder)
-            items += defective_items(folder, truth)
-    kinds = sorted({item.kind for item in items})
-    if kinds and "good" not in kinds:
-        say_once(f"{root.name}: no good images in test: {listed(kinds)} are defects")
-    category = Category(root.name, "MVTec AD", good, items, None)
-    name_unread(category, folders_in(root))
-    return category
-
-
-def read_kolektor(root: Path, train: Path, test: Path) -> Category:
-    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
-    items = {}
-    for part in (train, test):
-        images, masks = images_and_masks(part)
-        for path in images:
-            if path not in masks:
-                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
-                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
-        bad = {path: (masks[path],) for path in images if mask_values(masks[path]).any()}
-        items[part] = [Item(p, "defect" if p in bad else "good", bad.get(p, ())) for p in images]
-    good = [item.path for item in items[train] if item.kind == "good"]
-    if left_out := len(items[train]) - len(good):
-        say_once(f"{root.name}: {left_out} defective images in train are left out")
-    others = [path for part in (train, test) for path in all_files(part)]
-    say_unread(root.name, [path for path in others if path.suffix.lower() not in SUFFIXES])
-    return Category(root.name, "KolektorSDD2", good, items[test], None)
-
-
-def read_mvtec_loco(root: Path, train: Path, test: Path) -> Category:
-    """MVTec LOCO AD: several masks per image, saturation thresholds; validation is not used."""
-    config, items = root / "defects_config.json", []
-    for folder in folders_in(test):
-        for path in images_in(folder):
-            truth = root / "ground_truth" / folder.name / path.stem
-            masks = tuple(images_in(truth))
-            if folder.name != "good" and not masks:
-                raise InputError(f"{truth}: no masks for {path.name}: restore them")
-            items.append(Item(path, folder.name, masks))
-    try:
-        saturation = {
-            d["pixel_value"]: (d["saturation_threshold"], d["relative_saturation"])
-            for d in json.loads(config.read_text())
-        }
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
-        ) from None
-    category = Category(root.name, "MVTec LOCO AD", images_in(train / "good"), items, saturation)
-    name_unread(category, [train, test])
-    return category
-
-
-def read_mvtec_3d(root: Path) -> Category:
-    """MVTec 3D-AD, its RGB images: {train,test}/<label>/{rgb,gt}; validation, xyz are not used."""
-    items = []
-    for folder in folders_in(root / "test"):
-        for path in images_in(folder / "rgb"):
-            mask = folder / "gt" / (path.stem + ".png")
-            items.append(Item(path, folder.name, () if folder.name == "good" else (mask,)))
-    train = images_in(root / "train/good/rgb")
-    category = Category(root.name, "MVTec 3D-AD", train, items, None)
-    labels = [label for part in ("train", "test") for label in folders_in(root / part)]
-    name_unread(category, [child(label, "rgb") or label for label in labels])
-    return category
-
-
-def read_visa(root: Path) -> Category:
-    """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
-    split, train, test = root.parent / "split_csv/1cls.csv", [], []
-    try:
-        with open(split, newline="", encoding="utf-8-sig") as f:
-            rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
-        for row in rows:
-            image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
-            good = row["label"].casefold() in GOOD
-            if row["split"] != "train":
-                test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
-            elif good:
-                train.append(image)
-    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as e:
-        raise InputError(
-            f"{split}: not the split file of VisA ({e}): "
-            "restore split_csv/1cls.csv from the download"
-        ) from None
-    category = Category(root.name, "VisA", train, test, None)
-    name_unread(category, [root / "Data/Images"])
-    return category
-
-
-def read_category(root: Path) -> Category | None:
-    """The category in a folder, or None if no layout fits. The first sign that fits decides.
-
-    Raises InputError if images to train on are there and are not called good.
-    """
-    if (root / "Data/Images/Normal").is_dir():
-        return read_visa(root)
-    if (root / "train/good/rgb").is_dir():
-        return read_mvtec_3d(root)
-    train, test = (child(root, name) or root / name for name in ("train", "test"))
-    test = child(root, "test_public") or test  # of MVTec AD 2
-    if not any(is_good(folder) for folder in folders_in(train)):
-        if images_in(train):
-            return read_kolektor(root, train, test)
-        if images_under(train):
-            raise InputError(
-                f"{train}: no folder good, ok or normal in it: put the good images into train/good"
-            )
-        return None
-    if (test / "logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
-        return read_mvtec_loco(root, train, test)
-    return read_mvtec(root, train, test)
-
-
-def read_images_only(folder: Path) -> tuple[str, Category]:
-    """A folder of good images: (name of the data set, category), named after the product.
-
-    Of screw/train/good the product is screw. Raises InputError if not all may be good.
-    """
-    inside = [inner for inner in folders_in(folder) if images_under(inner)]
-    if inside and not is_good(folder):
-        raise InputError(
-            f"{folder}: good images beside {listed(inside)}: put the good ones into train/good, "
-            "defects into test/<defect>"
-        )
-    product = folder
-    while product.name.casefold() in (*GOOD, "train"):
-        product = product.parent
-    images = good_images(folder)
-    category = Category(product.name, "folder of good images", images, [], None)
-    above = [parent / name for parent in folder.parents[:2] for name in ANNOTATIONS]
-    name_unread(category, [folder, *above])
-    return product.parent.name, category
-
-
-def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
-    """(name, [Category]) of a data set's root, or of one category's folder.
-
-    wanted: names of categories, all by default. Raises InputError naming what was looked for.
-    """
-    data = Path(data)
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
-    data = data.resolve()
-    one, name = read_category(data), data.name
-    found = [one] if one else [c for c in map(read_category, folders_in(data)) if c]
-    if one:
-        name = data.parent.name
-    elif found:
-        inside = {data / category.name for category in found}
-        beside = [path for path in images_under(data) if not inside.intersection(path.parents)]
-        say_unread(data.name, beside)
-    elif images_in(data) or is_good(data):
-        name, one = read_images_only(data)
-        found = [one]
-    if not found:
-        raise InputError(
-            f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
-            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA; train/<id>_GT: "
-            "KolektorSDD2), or give --data a folder that holds good images and nothing else"
-        )
-    names = [c.name for c in found]
-    for asked in wanted:
-        if asked not in names:
-            raise InputError(f"{data}: no category '{asked}': choose from {', '.join(names)}")
-    found = [c for c in found if not wanted or c.name in wanted]
-    for category in found:
-        check_category(category, data if one else data / category.name)
-    return name or "data", found
-
-
-def check_category(category: Category, folder: Path) -> None:
-    """Raises InputError without images to train on, if a mask is missing, or for equal names."""
-    if not category.train:
-        suffixes = ", ".join(SUFFIXES)
-        raise InputError(f"{folder}: no training images ({suffixes}) in train/good: add some")
-    for item in category.test:
-        for mask in item.masks or ():
-            if not mask.is_file():
-                raise InputError(
-                    f"{mask}: mask of {item.path.name} is missing: "
-                    "restore it, or remove ground_truth to go without pixel metrics"
-                )
-    names = {}
-    for path in [*category.train, *(item.path for item in category.test)]:
-        other = names.setdefault((path.parent, path.stem.casefold()), path)
-        if other != path:
-            raise InputError(
-                f"{path}: {other.name} has the same name: two images, or an image and its mask? "
-                f"Rename one; a mask is called {path.stem}_mask.png"
-            )
-
-
-def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
-    """Categories without the training images that a file names, and these names.
-
-    The file has one name a line, with its suffix and as much of its path as is needed; or it is a
-    train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
-    InputError for a name that is not that of exactly one training image.
-    """
-    if file is None:
-        return categories, []
-    try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            lines, own = [line.strip() for line in f], []
-    except OSError as e:
-        raise InputError(f"--leave-out {file}: cannot be read ({e.strerror})") from None
-    if lines and lines[0].startswith("image,"):
-        rows = list(csv.DictReader(lines))
-        marked = [row for row in rows if (row.get("leave_out") or "").strip()]
-        lines = [unquoted(row["image"]) for row in marked]
-        own = [c for c in categories if c.name == Path(file).resolve().parent.name]
-    names, dropped = [line for line in lines if line], set()
-    every = [path for category in own or categories for path in category.train]
-    for name in names:
-        parts = Path(name).parts
-        found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
-        if len(found) != 1:
-            what = f"is that of {len(found)}: write more of its path" if found else "is of none"
-            raise InputError(
-                f"--leave-out {file}: {name} {what}, it has to name one training image"
-            )
-        dropped.update(found)
-    kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
-    for category in kept:
-        if not category.train:
-            raise InputError(f"--leave-out {file}: no training image of {category.name} is left")
-    return kept, names
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # Images
-@contextlib.contextmanager
-def unreadable(path: str | Path) -> Iterator[None]:
-    """Turn what Pillow's decoders raise on damaged files into InputError naming the file."""
-    try:
-        yield
-    except (
-        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError),
-        *(OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError),
-        struct.error,
-    ) as e:
-        raise InputError(
-            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
-        ) from None
-
-
+# The formats of SUFFIXES alone: no PostScript, which starts a program. MPO: JPEG of a telephone
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
+BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
-FULL_SIZE = "full_size"  # in image.info: width and height of a JPEG that was decoded smaller
+ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
+FULL_SIZE = "full_size"  # in image.info: (H, W) as shown, of a JPEG that may be decoded smaller
 
 
-def open_image(path: str | Path, enough: int = 0) -> Image.Image:
-    """PIL image, decoded. Raises InputError naming the file, one of several frames too.
+class Reading(NamedTuple):
+    """How the image files of a category become what the network sees; kept with its model."""
 
-    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
-    side: of 4000 x 4000 in a fifth of the time.
-    """
-    with unreadable(path):
-        image = Image.open(path)
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # of which the others are previews
-            raise ValueError(f"it has {frames} frames: save each as an image of its own")
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            size = f"{image.width} x {image.height}"
-            raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-        full_size = image.size
-        if enough and image.format == "JPEG":
-            image.draft(None, (enough, enough))
-        image.load()
-        if image.size != full_size:
-            image.info[FULL_SIZE] = full_size
-        return image
-
-
-def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image as a person sees it. Raises InputError naming the file.
-
-    EXIF orientation applied, as masks are drawn on the turned picture; palette and CMYK converted;
-    alpha dropped; more than 8 bits scaled to 8, from 0 to `white_level` (white_level_of), by
-    default that of this file alone. enough: see open_image.
-    """
-    image = open_image(path, enough)
-    if has_levels(image):
-        image = to_8_bits(path, image, white_level or white_level_of([path]))
-    with unreadable(path):
-        if FULL_SIZE in image.info and image.getexif().get(ORIENTATION, 1) >= 5:
-            image.info[FULL_SIZE] = image.info[FULL_SIZE][::-1]
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-LOADING = Lock()
+    white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
+    ignore: Array | None = None  # pixels (H, W) that are painted over
+    make: dict = {}  # of the training images: "aspect", the lowest and the highest height / width
 
 
 def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
     """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
 
-    white_level: see read_image; enough: see open_image. Raises InputError that says how to convert
-    anything else.
+    white_level, enough: see read_image. Raises InputError that says how to convert anything else.
     """
     if isinstance(value, (str, os.PathLike)):
         return read_image(Path(value), white_level, enough)
     if isinstance(value, Image.Image):
-        if has_levels(value):
+        if is_deep(value) or value.mode == "F":
             mode = f"a PIL image of mode {value.mode}"
             raise InputError(f"{mode}: give its path, or convert it to 8 bits")
         with unreadable("a PIL image"):
-            with LOADING:  # it may be in the list twice
+            with LOADING:
                 value.load()
             return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
     if not isinstance(value, np.ndarray):
@@ -597,6 +491,9 @@ def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> I
     if fault := fault_of(value):
         raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
     return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
+
+
+LOADING = Lock()  # of a PIL image that is in a list twice
 
 
 def fault_of(array: Array) -> str:
@@ -616,51 +513,125 @@ def fault_of(array: Array) -> str:
     return ""
 
 
+def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
+    """RGB PIL image as a person sees it. Raises InputError naming the file.
+
+    EXIF orientation applied; palette and CMYK converted; alpha dropped; more than 8 bits scaled to
+    8, from 0 to `white_level` (white_level_of), by default that of this file alone.
+    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
+    side: of 4000 x 4000 in a fifth of the time.
+    """
+    image = open_image(path, enough)
+    if is_deep(image):
+        image = to_8_bits(path, image, white_level or white_level_of([path]))
+    with unreadable(path):
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path: str | Path, enough: int = 0) -> Image.Image:
+    """PIL image of a file, decoded and turned as its EXIF says: of a picture or of a mask.
+
+    enough: see read_image. Raises InputError naming the file.
+    """
+    with unreadable(path):
+        image = head_of(path)
+        full_size = shown_size(image)
+        if enough and image.format == "JPEG":
+            image.draft(None, (enough, enough))
+        image.load()
+        if image.format == "JPEG" and ends_early(path, image):
+            raise ValueError("it ends early, and the rest is grey")
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
+        if image.format != "JPEG" and image.size != full_size[::-1]:
+            raise ValueError("it is turned by EXIF after its pixels: save it anew")
+        image.info[FULL_SIZE] = full_size
+        return image
+
+
+@contextlib.contextmanager
+def unreadable(path: str | Path) -> Iterator[None]:
+    """The one place that catches what decoders and parsers raise: InputError naming the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
+    except Exception as e:  # damaged files raise a dozen types; none of them is ours
+        raise InputError(
+            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
+        ) from None
+
+
+def head_of(path: str | Path) -> Image.Image:
+    """PIL image of a file, not decoded yet. Raises what Pillow does, and ValueError.
+
+    Of several frames the first alone would be seen.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe or a device")
+    image = Image.open(path, formats=FORMATS)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # of which the others are previews
+        raise ValueError(f"it has {frames} frames: save each as an image of its own")
+    if image.mode == "F":
+        raise ValueError("floating-point values: save whole numbers, of 16 bits say")
+    need = image.width * image.height * (16 if is_deep(image) else 4)
+    if need > MAX_BYTES:
+        raise ValueError(f"{image.width} x {image.height} pixels take {need >> 20} MiB, more than "
+                         f"{MAX_BYTES >> 20}")  # fmt: skip
+    return image
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """(H, W) of an image as it is shown, from its head alone."""
+    # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
+    plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+    turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
+    return image.size if turned else image.size[::-1]
+
+
+def ends_early(path: str | Path, image: Image.Image) -> bool:
+    """Whether a JPEG has fewer data than pixels. libjpeg makes the rest grey, without a word.
+
+    Then other data, put before the end, change the picture; after all pixels they are not read.
+    """
+    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
+        return False
+    data = Path(path).read_bytes()
+    end = data.rfind(b"\xff\xd9")
+    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
+    longer.draft(None, image.size)
+    return longer.tobytes() != image.tobytes()
+
+
+def image_sizes(images: list) -> list[tuple[int, int]]:
+    """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
+    sizes = []
+    for image in images:
+        if not isinstance(image, (str, os.PathLike)):
+            sizes.append(as_image(image).size[::-1])
+            continue
+        with unreadable(image), head_of(image) as head:
+            sizes.append(shown_size(head))
+    return sizes
+
+
 def name_of(image: Any) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
-def read_resized(
-    value: Any, shape: tuple, white_level: float | None = None, ignore: Array | None = None
-) -> tuple:
-    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
-
-    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
-    image without contrast: blank, or of a range that is not that of the training images.
-    ignore (H, W): pixels of the original that are painted over with grey.
-    """
-    image = as_image(value, white_level, enough=2 * max(shape) if ignore is None else 0)
-    if ignore is not None:
-        if image.size != ignore.shape[::-1]:
-            raise InputError(
-                f"{name_of(value)}: is {image.width} x {image.height}, the mask of --ignore "
-                f"{ignore.shape[1]} x {ignore.shape[0]}: give images of its size"
-            )
-        image.paste((127, 127, 127), mask=Image.fromarray(ignore))
-    pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
-    low, high = pixels.min(), pixels.max()
-    if high - low <= FEW_LEVELS:
-        name = name_of(value)
-        say_once(
-            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
-            f"{white_level or 255:g}; of 16 bits a colour the upper 8): if that is too few, mend "
-            "images that reach higher, or rescale all of them",
-            about=(Path(name).parent, "levels"),
-        )
-    return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
-
-
-def batches_of(
-    images: list, shape: tuple, white_level: float | None = None, ignore: Array | None = None
-) -> Iterator[list]:
+def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
     """What read_resized gives of each BATCH of images, in turn, or the InputError it raises.
 
     The next batch is read while the caller works on one. images: a list of what as_image takes.
     """
+    if os.getpid() != PROCESS:  # a forked child has none of the threads that torch counts on
+        torch.set_num_threads(1)
 
     def read(image):
         try:
-            return read_resized(image, shape, white_level, ignore)
+            return read_resized(image, shape, reading)
         except InputError as e:
             return e
 
@@ -672,6 +643,38 @@ def batches_of(
             yield found
 
 
+PROCESS = os.getpid()
+
+
+def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
+    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
+
+    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
+    image without contrast: blank, or of a range that is not that of the training images.
+    """
+    name, ignore = name_of(value), reading.ignore
+    with unreadable(name):
+        enough = 2 * max(shape) if ignore is None else 0
+        image = as_image(value, reading.white_level, enough)
+        if ignore is not None:
+            if image.size != ignore.shape[::-1]:
+                raise InputError(
+                    f"{name}: is {image.width} x {image.height}, the mask of --ignore "
+                    f"{ignore.shape[1]} x {ignore.shape[0]}: give images of its size"
+                )
+            image.paste((127, 127, 127), mask=Image.fromarray(ignore))
+        pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
+    low, high = pixels.min(), pixels.max()
+    if high - low <= FEW_LEVELS:
+        say_once(
+            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
+            f"{reading.white_level:g}; of 16 bits a colour the upper 8): if that is too few, mend "
+            "images that reach higher, or rescale all of them",
+            about=(Path(name).parent, "levels"),
+        )
+    return pixels, image.info.get(FULL_SIZE, image.size[::-1])
+
+
 def stacked(read: list) -> tuple[Tensor, list]:
     """Pixels uint8 (B, 3, *shape) and original sizes [(H, W)] of a batch; raises its InputError."""
     for found in read:
@@ -681,116 +684,90 @@ def stacked(read: list) -> tuple[Tensor, list]:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
 
 
-def image_sizes(images: list) -> list[tuple[int, int]]:
-    """(H, W) of what as_image takes, of files from their headers, as shown. Raises InputError."""
-    sizes = []
-    for path in images:
-        if not isinstance(path, (str, os.PathLike)):
-            sizes.append(as_image(path).size[::-1])
-            continue
-        with unreadable(path), Image.open(path) as image:
-            jpeg = image.format in ("JPEG", "MPO")
-            turned = jpeg and image.getexif().get(ORIENTATION, 1) >= 5
-            sizes.append(image.size if turned else image.size[::-1])
-    return sizes
-
-
 # More than 8 bits
 WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 
 
-def has_levels(image: Image.Image) -> bool:
-    """Whether a PIL image has more than 8 bits, or is floating-point."""
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def levels_of(path: str | Path, image: Image.Image) -> Array:
-    """Values (H, W) float64 of an image that has_levels, as they are in the file."""
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: has values that are not finite: mend or remove it")
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
-    return values
+def is_deep(image: Image.Image) -> bool:
+    """Whether a PIL image has whole numbers of more than 8 bits."""
+    return image.mode.startswith("I")
 
 
 def white_level_of(paths: list) -> float:
     """The white level of a data set, from its training images; it is kept with the model.
 
-    The smallest of 255, 1023, 4095, 16383, 65535, ... (of floating point, 1 too) that holds the
-    values of all of them, so that a value is the same grey in every image. An image of 8 bits is
-    read as it is.
+    The smallest of 255, 1023, 4095, 16383, 65535, ... that holds the values of all of them, so that
+    a value is the same grey in every image. An image of 8 bits is read as it is.
     """
-    highest, real = 0.0, None
-    for path in map(Path, paths):
-        with unreadable(path), Image.open(path) as image:
-            deep = has_levels(image)
+    highest = 0
+    for path in paths:
+        with unreadable(path), head_of(path) as head:
+            deep = is_deep(head)
         if deep:
-            image = open_image(path)
-            real = real or image.mode == "F"
-            highest = max(highest, float(levels_of(path, image).max()))
-    if real is None:
-        return 255.0
-    usual = (1, *WHITE_LEVELS) if real else WHITE_LEVELS
-    return float(next((w for w in usual if highest <= w * (1 + OVERSHOOT * real)), highest))
+            highest = max(highest, int(levels_of(path, open_image(path)).max()))
+    return float(next(level for level in WHITE_LEVELS if highest <= level))
+
+
+def levels_of(path: str | Path, image: Image.Image) -> Array:
+    """Values (H, W) of an image that is_deep, as they are in the file."""
+    values = np.asarray(image)
+    if values.min() < 0:
+        raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
+        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
+    return values
 
 
 def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
-    """An image that has_levels in 8 bits, 0..white_level -> 0..255, with its EXIF."""
-    values, real = levels_of(path, image), image.mode == "F"
-    lowest, highest = values.min(), values.max()
-    if lowest < -OVERSHOOT * white_level:
-        raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
+    """An image that is_deep in 8 bits, 0..white_level -> 0..255."""
+    values = levels_of(path, image)
     if np.median(values) > white_level:
         raise InputError(
             f"{path}: half of its values are above {white_level:g}, the white level of the "
             "training images: save it with their depth"
         )
-    if highest > white_level * (1 + OVERSHOOT * real):
-        say_once(f"{path}: values up to {highest:g} are cut at {white_level:g}, the white level")
-    values = np.clip(values / white_level, 0, 1)
-    small = Image.fromarray(np.round(255 * values).astype(np.uint8))
-    small.getexif().update(image.getexif())
-    return small
+    if values.max() > white_level:
+        say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
+    values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 # Masks
-BRIGHT, FAINT = 128, 1 / 8  # of a mask as high as BRIGHT, values below a share FAINT are no labels
+LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
+BRIGHT, FAINT = 128, 1 / 8  # values below a share FAINT of one as high as BRIGHT are refused
 
 
-def mask_values(path: Path) -> Array:
-    """Values (H, W) of a mask, non-zero where it is defective.
+def masks_of(
+    item: Item, size: tuple, saturation: dict | None = None, ignore: Array | None = None
+) -> tuple[list, Array]:
+    """Regions [(box, bool (h, w) in it, pixels that saturate it)] and union (H, W) of the masks.
 
-    Of the channels the largest, but for alpha; a palette is read by its colours. Numbers are
-    labels, all of them defective; but where a bright mask has faint values too, JPEG or resizing
-    left them, and it is read from half of its largest value on, with a note.
+    box: the slices of a region's bounding box, so that many small regions take little memory.
+    Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
+    with it (LOCO) a mask is one region, saturated at its threshold. Raises InputError.
     """
-    image = open_image(path)
-    values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    if values.ndim == 3:
-        colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
-        values = values[..., :colours].max(2)
-    highest = values.max()
-    bright = highest >= BRIGHT or values.dtype.kind == "f"
-    if bright and ((values > 0) & (values < FAINT * highest)).any():
-        say_once(
-            f"{path}: a mask with faint values, read as defective from {float(highest) / 2:g} on",
-            about=(path.parent, "faint"),
-        )
-        values = np.where(values >= float(highest) / 2, values, 0)
-    return values
+    from scipy import ndimage  # here: 0.3 s, which an image alone need not wait for
 
-
-def read_ignored(path: str | None) -> Array | None:
-    """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
-    if path is None:
-        return None
-    ignore = mask_values(Path(path)) != 0
-    if ignore.all() or not ignore.any():
-        raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
-    return ignore
+    union, regions = np.zeros(size, bool), []
+    for path in item.masks or ():
+        values = read_mask(path, size)
+        mask = values != 0 if ignore is None else (values != 0) & ~ignore
+        union |= mask
+        if saturation is None:
+            labels, _ = ndimage.label(mask, np.ones((3, 3)))
+            for k, box in enumerate(ndimage.find_objects(labels), 1):
+                region = labels[box] == k
+                regions.append((box, region, region.sum()))
+        elif mask.any():
+            if (value := int(values.max())) not in saturation:
+                raise InputError(f"{path}: its value {value} is not in defects_config.json: "
+                                 "restore both from the download")  # fmt: skip
+            threshold, relative = saturation[value]
+            area = mask.sum()
+            most = min(area, max(1, int(threshold * area) if relative else threshold))
+            regions.append((np.s_[:, :], mask, most))
+    return regions, union
 
 
 def read_mask(path: Path, size: tuple) -> Array:
@@ -813,44 +790,120 @@ def read_mask(path: Path, size: tuple) -> Array:
     return values
 
 
-def masks_of(
-    item: Item, size: tuple, saturation: dict | None = None, ignore: Array | None = None
-) -> tuple[list, Array]:
-    """Regions [(box, bool (h, w) in it, pixels that saturate it)] and union (H, W) of the masks.
+def mask_values(path: Path) -> Array:
+    """Values (H, W) of a mask, turned as its EXIF says; not zero where it is defective.
 
-    box: the slices of a region's bounding box, so that many small regions take little memory.
-    Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
-    with it (LOCO) a mask is one region, saturated at its threshold.
+    Of the channels the largest, but for alpha; a palette is read by its colours. Raises InputError
+    for a format that may have changed the values, and for faint values beside bright ones.
     """
-    from scipy import ndimage  # here: 0.3 s, which an image alone need not wait for
+    image = open_image(path)
+    if image.format not in LOSSLESS:
+        raise InputError(f"{path}: a mask as {image.format}, which may change it: save it as PNG")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values[..., : values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))].max(2)
+    faint = values[(values > 0) & (values < FAINT * values.max())]
+    if values.max() >= BRIGHT and faint.size:
+        raise InputError(
+            f"{path}: {faint.max()} beside {values.max()}: a label beside a border that does not "
+            "count, or what JPEG or resizing left? Save the mask with 0 and 255 alone"
+        )
+    return np.asarray(image.convert("RGB")).max(2) if image.mode == "P" else values
 
-    union, regions = np.zeros(size, bool), []
-    for path in item.masks or ():
-        values = read_mask(path, size)
-        mask = values != 0 if ignore is None else (values != 0) & ~ignore
-        union |= mask
-        if saturation is None:
-            labels, _ = ndimage.label(mask, np.ones((3, 3)))
-            for k, box in enumerate(ndimage.find_objects(labels), 1):
-                region = labels[box] == k
-                regions.append((box, region, region.sum()))
-        elif mask.any():
-            threshold, relative = saturation.get(int(values.max()), (1.0, True))
-            area, everywhere = mask.sum(), np.s_[:, :]
-            most = min(area, int(threshold * area) if relative else threshold)
-            regions.append((everywhere, mask, most))
-    return regions, union
+
+def read_ignored(path: str | None) -> Array | None:
+    """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
+    if path is None:
+        return None
+    ignore = mask_values(Path(path)) != 0
+    if ignore.all() or not ignore.any():
+        raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
+    return ignore
 
 
 # ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
-class Reading(NamedTuple):
-    """How the image files of a category become what the network sees; kept with its model."""
+class Prediction(NamedTuple):
+    """What is predicted of one image; without a threshold no verdict, and the p-value is nan."""
 
-    white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
-    ignore: Array | None = None  # pixels (H, W) that are painted over
-    make: dict = {}  # what the training images have in common (make_of)
+    score: float
+    p_value: float  # how rarely a good image scores as high, by the fitted tail
+    verdict: str  # "defect", "good" or "none"
+    threshold: float = math.nan  # map > threshold is where the image is called defective
+    map: Array | None = None  # (H, W) at the image's own size, in the units of the score
 
 
+def score(
+    detector: wtflow.Detector, images: Any, fpr: float = 1.0, threshold: str | float = "tail"
+) -> Prediction | list:
+    """Score images from Python: a Prediction of one image, or a list of them for a list.
+
+    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
+    it. fpr: percent of good images that may be called defective; threshold: "tail", "rank" or a
+    score (Calibration). Raises InputError.
+
+        detector = evaluate.load_model("runs/parts/screw/model.pt")
+        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
+        result.score, result.p_value, result.verdict, result.map > result.threshold
+    """
+    if not isinstance(detector, wtflow.Detector):
+        kind = type(detector).__name__
+        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
+    check_threshold(fpr, threshold)
+    known = calibration_of(detector, fpr, threshold)
+    alone = not isinstance(images, (list, tuple))
+    images, out = [images] if alone else images, []
+    if not images:
+        raise InputError("no images: give at least one")
+    for found, y, size in predictions_of(detector, images, known):
+        if isinstance(found, InputError):
+            raise found
+        out.append(found._replace(map=at_size(y, size)))
+    return out[0] if alone else out
+
+
+def predictions_of(
+    detector: wtflow.Detector, images: list, known: "Calibration"
+) -> Iterator[tuple]:
+    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
+
+    Of an image that cannot be read it is (InputError, None, None).
+    """
+    shape, done = wtflow.image_shape(detector.recipe), 0
+    for read in batches_of(images, shape, detector.reading):
+        items, done = images[done : done + len(read)], done + len(read)
+        out = [(found, None, None) for found in read]
+        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
+        if readable:
+            batch, sizes = stacked([read[k] for k in readable])
+            maps, scores = detector.score(detector.features(batch))
+            predictions = classify(scores.numpy(), known)
+            for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
+                say_another_aspect(detector.reading, items[k], size)
+                out[k] = found, y, size
+                if not math.isfinite(found.score):
+                    text = "its score is not finite: check the weights and this image"
+                    out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
+        yield from out
+
+
+def at_size(y: Tensor, size: tuple) -> Array:
+    """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
+    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
+
+
+def say_another_aspect(reading: Reading, image: Any, size: tuple) -> None:
+    """Name the first image that is squeezed otherwise than those of training."""
+    low, high = reading.make.get("aspect", (0, math.inf))
+    aspect = size[0] / size[1]
+    if not low / 1.1 <= aspect <= 1.1 * high:
+        say_once(
+            f"{name_of(image)}: height / width is {aspect:.3g}, of the training images {low:.3g} "
+            f"to {high:.3g}: its score, and those of others like it, may not compare",
+            about=("aspect", low, high),
+        )
+
+
+# Images -> features
 def new_detector(
     images: list,
     recipe: wtflow.Recipe,
@@ -862,10 +915,12 @@ def new_detector(
 
     Its recipe has their aspect and size (wtflow.recipe_for); detector.reading is a Reading.
     """
-    recipe = wtflow.recipe_for(recipe, image_sizes(images))
+    sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
-    detector.reading = Reading(white_level_of(files), ignore)
+    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
+    aspects = [h / w for h, w in sizes]
+    make = {"aspect": (min(aspects), max(aspects))}
+    detector.reading = Reading(white_level_of(files), ignore, make)
     return detector
 
 
@@ -891,15 +946,15 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
-    """Features (n, d, h, w) float16 of images, original sizes, thumbnails; None of no images.
+    """Features (n, d, h, w) float16 of images, None of no images; original sizes; digests.
 
-    images: a list of what as_image takes. The features are on the detector's device; thumbnails
-    (n, 3, THUMBNAIL, THUMBNAIL), for copies_of, on the CPU. One pass; report(done) after each
-    batch. Raises InputError naming the image that cannot be read or whose features are not finite.
+    images: a list of what as_image takes. The features are on the detector's device; a digest, for
+    copies_of, is that of an image's pixels. One pass; report(done) after each batch. Raises
+    InputError naming the image that cannot be read or whose features are not finite.
     """
-    out, sizes, thumbnails = None, [], []
-    shape, reading = wtflow.image_shape(detector.recipe), detector.reading
-    for read in batches_of(images, shape, reading.white_level, reading.ignore):
+    out, sizes, digests = None, [], []
+    shape = wtflow.image_shape(detector.recipe)
+    for read in batches_of(images, shape, detector.reading):
         batch, batch_sizes = stacked(read)
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
@@ -912,89 +967,49 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
-        thumbnails.append(thumbnails_of(batch))
+        digests += [hashlib.sha256(pixels).digest() for pixels, _ in read]
         if report is not None:
             report(len(sizes))
-    return out, sizes, torch.cat(thumbnails) if thumbnails else None
+    return out, sizes, digests
 
 
 def extract_good(
     detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
 ) -> tuple[Tensor, Array]:
-    """Features of good images without copies, and what copies_of says of all; sets reading.make.
+    """Features of good images without copies, and what copies_of says of all.
 
     names: paths or names of the images, for a note on stderr; the rest is as in extract.
     """
-    features, sizes, thumbnails = extract(detector, images, report)
-    detector.reading = detector.reading._replace(make=make_of(images, sizes, thumbnails))
-    first = copies_of(thumbnails, names)
+    features, _, digests = extract(detector, images, report)
+    first = copies_of(digests, names)
     kept = np.unique(first)
     return features if len(kept) == len(images) else features[kept], first  # indexing copies
 
 
-THUMBNAIL = 32  # pixels a side
-COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
+def copies_of(digests: list, names: list) -> Array:
+    """For each of n images the first with the same pixels, mostly itself: (n,) indices.
 
-
-def thumbnails_of(batch: Tensor) -> Tensor:
-    """Images (B, 3, H, W) -> (B, 3, THUMBNAIL, THUMBNAIL) float32."""
-    return F.adaptive_avg_pool2d(batch.float(), THUMBNAIL)
-
-
-def copies_of(thumbnails: Tensor, images: list) -> Array:
-    """For each of n images the first that it is a copy of, or itself: (n,) indices.
-
-    Copies say nothing new and spoil the good scores. An image is a copy if the squared distance of
-    its thumbnail, without its mean, to that of an earlier one, mirrored or not, is at most COPY of
-    the upper quartile of its distances: files that are there twice, mirror images, and shots of a
-    part that does not move, unless it makes three quarters of the set. images, paths or names, are
-    for a note on stderr.
+    Copies say nothing new, and held-out scores of images that were seen make the threshold too low.
+    names: paths or names, for a note on stderr.
     """
-    x = thumbnails - thumbnails.mean((2, 3), keepdim=True)
-    squares = x.flatten(1).square().sum(1)
-    mirrored = [x.flip(dims).flatten(1) for dims in ((), (2,), (3,), (2, 3))]
-
-    def near(rows, own):
-        """Which of all images rows (k, d) of squares own (k,) are near to: (k, n)."""
-        products = torch.stack([rows @ m.T for m in mirrored])
-        distances = own[:, None] + squares - 2 * products
-        limit = COPY * distances[0].quantile(0.75, 1) + 1e-6 * own  # rounding of equal ones
-        return distances.amin(0) <= limit[:, None]
-
-    parts = zip(x.flatten(1).split(256), squares.split(256), strict=True)
-    is_near = torch.cat([near(*part) for part in parts]).numpy()
-    first = np.arange(len(x))
-    for k in range(len(x)):
-        earlier = np.flatnonzero(is_near[k, :k] & (first[:k] == np.arange(k)))
-        first[k] = earlier[0] if len(earlier) else k
-    kept = np.unique(first)
-    if len(kept) < len(images):
+    where = {}
+    first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)], int)
+    if len(where) < len(first):
         example = np.flatnonzero(first == np.bincount(first).argmax())
-        print(
-            f"note: {len(images)} training images, of about {len(kept)} different parts: of copies "
-            f"like {listed([images[k] for k in example])} the first is used (shots of a part that "
-            "moved are not found)",
-            file=sys.stderr,
+        say_once(
+            f"{len(first)} training images, {len(where)} different ones: of equal ones like "
+            f"{listed([names[k] for k in example])} the first is used"
         )
     return first
 
 
-class Prediction(NamedTuple):
-    """What is predicted of one image; without a threshold no verdict, and p-values are nan."""
-
-    score: float
-    p_value: float  # how rarely a good image scores as high, by the fitted tail
-    p_rank: float  # the same by rank among the good training images
-    verdict: str  # "defect", "good" or "none"
-    threshold: float = math.nan  # map > threshold is where the image is called defective
-    map: Array | None = None  # (H, W) at the image's own size, in the units of the score
-
-
+# Threshold and verdict
 CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
 STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high are rarer than this
 FEW = 50  # good images: of fewer the mean rate is said
 EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
+LOWEST_RATE = 1e-6  # percent
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
 
@@ -1018,6 +1033,95 @@ class Tail(NamedTuple):
     def threshold(self, rate: float) -> float:
         """The score that a share `rate` of good images exceeds, 0 < rate < 1."""
         return math.exp(self.location - self.scale * math.log(-math.log1p(-rate)))
+
+
+class Calibration(NamedTuple):
+    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
+
+    Rank and tail both hold for new good images that are like the training images. The rank
+    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
+    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
+    extrapolates, and up to a tenth of defects do not spoil it.
+    """
+
+    good_scores: Array
+    tail: Tail | None
+    fpr: float  # percent
+    how: str | float  # "tail", "rank" or a threshold
+    threshold: float
+
+    def middle(self) -> float:
+        """The threshold, or where there is none the highest good score: the middle of pictures."""
+        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
+
+    def text(self) -> str:
+        """The threshold in words, and whether there are too few good images for it."""
+        n, text = len(self.good_scores), f"threshold {self.threshold:.4f}"
+        if not isinstance(self.how, str):
+            return f"{text}, as given"
+        if self.tail is None:
+            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
+        if self.fpr == 0:
+            return f"{text}, the highest good training image"
+        if self.how == "rank" and self.fpr * (n + 1) < 100:
+            rate, need = 100 / (n + 1), math.ceil(100 / self.fpr) - 1
+            text += f", the highest of {n} good images: a false positive rate of {rate:.2g} %"
+            return f"{text}, for {self.fpr:g} % give {need}"
+        text += f" at a false positive rate of {self.fpr:g} %"
+        if self.how == "rank" or n >= FEW:
+            return text
+        return f"{text} (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
+
+
+def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
+    """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
+
+    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
+    smallest: a new score that is exchangeable with them exceeds it with a probability of
+    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
+    """
+    known = np.sort(np.asarray(good_scores, float))
+    n = len(known)
+    if not n:
+        raise InputError("this detector is not fitted: train it, or load a trained one")
+    tail = fit_tail(known) if n >= FEWEST else None
+    if not isinstance(how, str):
+        threshold = float(how)
+    elif tail is None:
+        threshold = math.nan
+    elif how == "tail" and fpr > 0:
+        threshold = tail.threshold(fpr / 100)
+    else:
+        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
+        threshold = float(known[min(max(rank, 1), n) - 1])
+    return Calibration(known, tail, fpr, how, threshold)
+
+
+def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
+    return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
+
+
+def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
+    """The threshold of calibrate, nan of fewer than FEWEST scores."""
+    return calibrate(good_scores, fpr, how).threshold
+
+
+def check_threshold(percent: float, how: str | float) -> None:
+    """Raises InputError for what is no false positive rate and no way to a threshold."""
+    if not isinstance(percent, (int, float)) or not (percent == 0 or LOWEST_RATE <= percent < 100):
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST_RATE:g} to below 100")
+    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
+    if not number and how not in ("tail", "rank"):
+        raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
+
+
+def classify(scores: Array, known: Calibration) -> list[Prediction]:
+    """A Prediction of each score (m,); one that is nan is no good image."""
+    scores, threshold = np.asarray(scores, float), known.threshold
+    p_values = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
+    verdicts = np.where(scores <= threshold, "good", "defect" if threshold == threshold else "none")
+    rows = zip(scores.tolist(), p_values.tolist(), verdicts.tolist(), strict=True)
+    return [Prediction(*row, threshold) for row in rows]
 
 
 def fit_tail(good_scores: Array) -> Tail:
@@ -1053,198 +1157,8 @@ def central_line(x: Array) -> tuple[float, float]:
     return float(x.mean() - slope * y.mean()), slope
 
 
-class Calibration(NamedTuple):
-    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
-
-    Rank and tail both hold for new good images that are like the training images. The rank
-    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
-    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
-    extrapolates, and up to a tenth of defects do not spoil it.
-    """
-
-    good_scores: Array
-    tail: Tail | None
-    fpr: float  # percent
-    how: str | float  # "tail", "rank" or a threshold
-    threshold: float
-
-    def middle(self) -> float:
-        """The threshold, or where there is none the highest good score: the middle of pictures."""
-        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
-
-    def text(self) -> str:
-        """The threshold in words, and whether there are too few good images for it."""
-        n, given = len(self.good_scores), not isinstance(self.how, str)
-        if given:
-            return f"threshold {self.threshold:.4f}, as given"
-        if self.tail is None:
-            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
-        if self.fpr == 0:
-            return f"threshold {self.threshold:.4f}, the highest good training image"
-        if self.how == "rank" and self.fpr * (n + 1) < 100:
-            need = math.ceil(100 / self.fpr) - 1
-            return (
-                f"threshold {self.threshold:.4f}, the highest of {n} good images: a false positive "
-                f"rate of {100 / (n + 1):.2g} %, for {self.fpr:g} % give {need}"
-            )
-        few = ""
-        if self.how == "tail" and n < FEW:
-            few = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
-        return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{few}"
-
-
-def check_threshold(percent: float, how: str | float) -> None:
-    """Raises InputError for what is no false positive rate and no way to a threshold."""
-    if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
-    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
-    if not number and how not in ("tail", "rank"):
-        raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
-
-
-def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
-    """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
-
-    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
-    smallest: a new score that is exchangeable with them exceeds it with a probability of
-    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
-    """
-    known = np.sort(np.asarray(good_scores, float))
-    n = len(known)
-    if not n:
-        raise RuntimeError("this detector is not fitted: train it, or load a trained one")
-    tail = fit_tail(known) if n >= FEWEST else None
-    if not isinstance(how, str):
-        threshold = float(how)
-    elif tail is None:
-        threshold = math.nan
-    elif how == "tail" and fpr > 0:
-        threshold = tail.threshold(fpr / 100)
-    else:
-        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
-        threshold = float(known[min(max(rank, 1), n) - 1])
-    return Calibration(known, tail, fpr, how, threshold)
-
-
-def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
-    """The threshold of calibrate, nan of fewer than FEWEST scores."""
-    return calibrate(good_scores, fpr, how).threshold
-
-
-def classify(scores: Array, known: Calibration) -> list[Prediction]:
-    """A Prediction of each score (m,). By rank, p = (1 + good images that score as high) / (n + 1).
-
-    So the smallest p that n good images can give by rank is 1 / (n + 1).
-    """
-    scores = np.asarray(scores, float)
-    n = len(known.good_scores)
-    p_rank = (1 + n - np.searchsorted(known.good_scores, scores, side="left")) / (n + 1)
-    p_value = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
-    if known.tail is None:
-        p_rank = p_value
-    verdicts = np.where(scores <= known.threshold, "good", "defect")  # nan is no good image
-    if math.isnan(known.threshold):
-        verdicts = np.full(len(scores), "none")
-    columns = (scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist())
-    return [Prediction(*row, known.threshold) for row in zip(*columns, strict=True)]
-
-
-def at_size(y: Tensor, size: tuple) -> Array:
-    """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
-    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
-
-
-def make_of(images: list, sizes: list[tuple], thumbnails: Tensor) -> dict:
-    """What training images have in common: range of sides and aspects; grey, JPEG: all, none, None.
-
-    images, sizes (H, W) and thumbnails are those of extract.
-    """
-    sides = [math.sqrt(h * w) for h, w in sizes]
-    aspects = [h / w for h, w in sizes]
-    grey = (thumbnails.amax(1) - thumbnails.amin(1)).flatten(1).amax(1) < 1
-    paths = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
-    jpeg = [path.suffix.lower() in (".jpg", ".jpeg", ".jfif") for path in paths]
-    make = {"side": (min(sides), max(sides)), "aspect": (min(aspects), max(aspects))}
-    for name, values in (("grey", grey.tolist()), ("JPEG", jpeg)):
-        make[name] = values[0] if len({*values}) == 1 else None
-    return make
-
-
-def say_another_make(make: dict, images: list, sizes: list[tuple], thumbnails: Tensor) -> None:
-    """Name the first image that is not like those of training: its score may not compare."""
-    for k, image in enumerate(images if make else []):
-        own, unlike = make_of([image], sizes[k : k + 1], thumbnails[k : k + 1]), {}
-        for name, slack in (("side", 1.5), ("aspect", 1.1)):
-            (low, high), value = make[name], own[name][0]
-            if not low / slack <= value <= high * slack:
-                unlike[name] = f"{name} {value:.3g}, there {low:.3g} to {high:.3g}"
-        for name in ("grey", "JPEG"):
-            if None not in (make[name], own[name]) and make[name] != own[name]:
-                unlike[name] = name if own[name] else f"not {name}"
-        for name, what in unlike.items():
-            text = f"unlike the training images ({what}): its score, and those of others like it"
-            say_once(f"{name_of(image)}: {text}, may not compare", about=(id(make), name))
-
-
-def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
-    return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
-
-
-def predictions_of(detector: wtflow.Detector, images: list, known: Calibration) -> Iterator[tuple]:
-    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
-
-    Of an image that cannot be read it is (InputError, None, None).
-    """
-    shape, reading, done = wtflow.image_shape(detector.recipe), detector.reading, 0
-    for read in batches_of(images, shape, reading.white_level, reading.ignore):
-        items, done = images[done : done + len(read)], done + len(read)
-        out = [(found, None, None) for found in read]
-        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
-        if readable:
-            batch, sizes = stacked([read[k] for k in readable])
-            own = [items[k] for k in readable]
-            say_another_make(reading.make, own, sizes, thumbnails_of(batch))
-            maps, scores = detector.score(detector.features(batch))
-            predictions = classify(scores.numpy(), known)
-            for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
-                out[k] = found, y, size
-                if not math.isfinite(found.score):
-                    text = "its score is not finite: check the weights and this image"
-                    out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
-        yield from out
-
-
-def score(
-    detector: wtflow.Detector, images: Any, fpr: float = 1.0, threshold: str | float = "tail"
-) -> Prediction | list:
-    """Score images from Python: a Prediction of one image, or a list of them for a list.
-
-    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
-    it. fpr: percent of good images that may be called defective; threshold: "tail", "rank" or a
-    score (Calibration). Raises InputError.
-
-        detector = evaluate.load_model("runs/parts/screw/model.pt")
-        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
-        result.score, result.p_value, result.verdict, result.map > result.threshold
-    """
-    if not isinstance(detector, wtflow.Detector):
-        kind = type(detector).__name__
-        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
-    check_threshold(fpr, threshold)
-    known = calibration_of(detector, fpr, threshold)
-    alone = not isinstance(images, (list, tuple))
-    images, out = [images] if alone else images, []
-    if not images:
-        raise InputError("no images: give at least one")
-    for found, y, size in predictions_of(detector, images, known):
-        if isinstance(found, InputError):
-            raise found
-        out.append(found._replace(map=at_size(y, size)))
-    return out[0] if alone else out
-
-
-# What results.csv holds, and what metrics.csv holds beside it. None where it is not defined.
-METRICS = ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro")
+# Metrics. What results.csv holds, and what metrics.csv holds beside it; None where not defined
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SUMMED = ("train_images", "test_images", "seconds")
 COLUMNS = ("category", *METRICS, *SUMMED)
 LOCO = ("image_auroc_logical", "image_auroc_structural", "spro_logical", "spro_structural", "spro")
@@ -1263,37 +1177,105 @@ class Scored(NamedTuple):
     ignore: Array | None = None  # pixels (H, W) without a metric
 
 
-def auroc_ap(positive: Array, negative: Array) -> tuple:
-    """AUROC and average precision from histograms of scores, in rising order of score.
+def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
+    """Metrics of one category, a dict over COLUMNS and MORE, and "kinds": a row of each defect.
 
-    Ties count one half in the AUROC.
+    sizes: (H, W) of the test images. Says why some metrics are missing.
     """
-    P, N = positive.sum(), negative.sum()
-    if not P or not N:
-        return None, None
-    tp, fp = np.cumsum(positive[::-1]), np.cumsum(negative[::-1])
-    auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
-    precision = tp / np.maximum(tp + fp, 1)
-    return 100 * auroc, 100 * np.sum(np.diff(np.r_[0, tp]) / P * precision)
+    test, name, pixels = category.test, category.name, {}
+    defects = sorted({item.kind for item in test} - {"good"})
+    bad = sum(item.kind != "good" for item in test)
+    without = sum(item.masks is None for item in test)
+    if test and bad in (0, len(test)):
+        say_once(f"{name}: no {'good' if bad else 'defective'} test images: AUROC is not defined")
+    if 0 < without < bad:
+        say_once(f"{name}: {without} defective images have no folder of masks: no pixel metrics")
+    if test and not without:
+        pixels = pixel_counts(scored.maps, test, sizes, ignore=scored.ignore)
+    row = metrics_of(name, defects, test, scored, pixels)
+    row |= {"train_images": len(category.train), "test_images": len(test)}
+    kinds = {kind: metrics_of(f"{name}/{kind}", [kind], test, scored, pixels) for kind in defects}
+    if category.saturation is not None and pixels:
+        pixels = pixel_counts(scored.maps, test, sizes, category.saturation, scored.ignore)
+        for part in ("logical", "structural"):
+            kind = f"{part}_anomalies"
+            if kind in kinds:
+                row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"]
+                row[f"spro_{part}"] = pixel_metrics(total(pixels, [kind]), SPRO_LIMIT)[2]
+        row["image_auroc"] = mean_of([row["image_auroc_logical"], row["image_auroc_structural"]])
+        row["spro"] = mean_of([row["spro_logical"], row["spro_structural"]])
+    return row | {"kinds": list(kinds.values())}
 
 
-def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
-    """False positive rate and recall in percent, None without an image or without a verdict."""
-    if any(p.verdict == "none" for p in predictions):
-        return {"fpr": None, "recall": None}
-    flagged = np.array([p.verdict == "defect" for p in predictions], bool)
-    good = np.array([kind == "good" for kind in kinds], bool)
-    parts = {"fpr": flagged[good], "recall": flagged[~good]}
-    return {name: 100 * float(v.mean()) if len(v) else None for name, v in parts.items()}
+def metrics_of(name: str, defects: list, test: list, scored: Scored, pixels: dict) -> dict:
+    """A row of some kinds of defects beside the good images; pixels: of pixel_counts, or empty."""
+    chosen = [k for k, item in enumerate(test) if item.kind in ("good", *defects)]
+    kinds, found = [test[k].kind for k in chosen], [scored.predictions[k] for k in chosen]
+    bad = np.array([kind != "good" for kind in kinds], bool)
+    row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
+    row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
+    if pixels:
+        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(total(pixels, defects))
+    return row | rates(kinds, found)
 
 
-def image_metrics(scores: Array, defective: Array) -> tuple:
-    """AUROC and average precision of image scores, exact."""
-    _, rank = np.unique(scores, return_inverse=True)
-    defective = np.asarray(defective, bool)
-    levels = rank.max(initial=0) + 1
-    positive = np.bincount(rank[defective], minlength=levels)
-    return auroc_ap(positive, np.bincount(rank[~defective], minlength=levels))
+def total(pixels: dict, defects: list) -> Array:
+    """Of pixel_counts, the sum over the good images and those of some kinds of defects."""
+    return sum(pixels[kind] for kind in ("good", *defects) if kind in pixels)
+
+
+def pixel_counts(
+    maps: Tensor, items: list, sizes: list, saturation: dict | None = None, ignore: Any = None
+) -> dict[str, Array]:
+    """{kind: counts (3, bins)} of maps (n, h, w), each at its mask's size, by falling map value.
+
+    Counts are of pixels in masks, of pixels outside, and of regions the overlap with what is above
+    the bin. Values are binned, half the edges at quantiles and half evenly spaced: memory does not
+    grow with the set, and metrics, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
+    """
+    values = maps.reshape(-1)[:: max(1, maps.numel() // SAMPLE)].numpy()
+    quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
+    even = np.linspace(values.min(), values.max(), BINS // 2)
+    edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
+    bins = len(edges) + 1
+
+    def counts(scored):
+        y, item, size = scored
+        regions, union = masks_of(item, size, saturation, ignore)
+        index = bins - 1 - np.searchsorted(edges, at_size(y, size), side="right")
+        inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
+        for box, region, saturates_at in regions:
+            hits = np.cumsum(np.bincount(index[box][region], minlength=bins))
+            overlap += np.minimum(hits / saturates_at, 1)
+        rest = ~union if ignore is None else ~(union | ignore)
+        outside = np.bincount(index[rest], minlength=bins)
+        return np.stack([inside, outside, overlap])
+
+    totals = {item.kind: np.zeros((3, bins)) for item in items}
+    scored = list(zip(maps, items, sizes, strict=True))
+    for start in range(0, len(scored), BATCH):
+        part = scored[start : start + BATCH]
+        for (_, item, _), found in zip(
+            part, wtflow.parallel_map(counts, part, maps.device), strict=True
+        ):
+            totals[item.kind] += found
+    return totals
+
+
+def pixel_metrics(counts: Array, limit: float = PRO_LIMIT) -> tuple:
+    """(pixel AUROC, pixel AP, AUPRO or sPRO) of counts (3, bins) of pixel_counts.
+
+    PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
+    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
+    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022).
+    """
+    inside, outside, overlap = counts
+    auroc, ap = auroc_ap(inside, outside)
+    regions = overlap[-1]  # each is covered as a whole at last
+    if not regions or not outside.any():
+        return auroc, ap, None
+    false_positives = np.cumsum(outside) / outside.sum()
+    return auroc, ap, 100 * area_to(false_positives, overlap / regions, limit)
 
 
 def area_to(x: Array, y: Array, limit: float) -> float:
@@ -1306,120 +1288,38 @@ def area_to(x: Array, y: Array, limit: float) -> float:
     if k < len(x):
         at = y[k - 1] + (y[k] - y[k - 1]) * (limit - x[k - 1]) / (x[k] - x[k - 1])
         x, y = np.r_[x[:k], limit], np.r_[y[:k], at]
-    return np.trapezoid(y, x) / limit
+    return float(np.trapezoid(y, x)) / limit
 
 
-def pixel_metrics(
-    maps: Tensor,
-    items: list,
-    sizes: list,
-    saturation: dict | None = None,
-    limit: float = PRO_LIMIT,
-    ignore: Array | None = None,
-) -> tuple:
-    """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, h, w), each at its mask's size.
+def image_metrics(scores: Array, defective: Array) -> tuple:
+    """AUROC and average precision of image scores, exact."""
+    falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
+    defective = np.asarray(defective, bool)
+    positive = np.bincount(rank[defective], minlength=len(falling))
+    return auroc_ap(positive, np.bincount(rank[~defective], minlength=len(falling)))
 
-    PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
-    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
-    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022). Scores are
-    binned, half the edges at quantiles and half evenly spaced: memory does not grow with the set,
-    and the metrics, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
+
+def auroc_ap(positive: Array, negative: Array) -> tuple:
+    """AUROC and average precision from histograms of scores, in falling order of score.
+
+    Ties count one half in the AUROC. None without positives or negatives.
     """
-    values = maps.reshape(-1)[:: max(1, maps.numel() // SAMPLE)].numpy()
-    quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
-    even = np.linspace(values.min(), values.max(), BINS // 2)
-    edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
-    bins = len(edges) + 1
-
-    def counts(scored):
-        """Of one image: in each bin, pixels in its mask, others, overlap (3, bins); regions."""
-        y, item, size = scored
-        regions, union = masks_of(item, size, saturation, ignore)
-        index = np.searchsorted(edges, at_size(y, size), side="right")
-        inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
-        for box, region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[box][region], minlength=bins)[::-1])
-            overlap += np.minimum(hits / saturates_at, 1)
-        rest = ~union if ignore is None else ~(union | ignore)
-        outside = np.bincount(index[rest], minlength=bins)
-        return np.stack([inside, outside, overlap]), len(regions)
-
-    totals, n_regions = np.zeros((3, bins)), 0
-    scored = list(zip(maps, items, sizes, strict=True))
-    for start in range(0, len(scored), BATCH):
-        part = scored[start : start + BATCH]
-        for of_one, regions in wtflow.parallel_map(counts, part, maps.device):
-            totals += of_one
-            n_regions += regions
-    positive, negative, overlap = totals
-    auroc, ap = auroc_ap(positive, negative)
-    if not n_regions or not negative.sum():
-        return auroc, ap, None
-    false_positives = np.cumsum(negative[::-1]) / negative.sum()
-    return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
+    P, N = positive.sum(), negative.sum()
+    if not P or not N:
+        return None, None
+    tp, fp = np.cumsum(positive), np.cumsum(negative)
+    auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
+    precision = tp / np.maximum(tp + fp, 1)
+    return 100 * float(auroc), 100 * float(np.sum(np.diff(np.r_[0, tp]) / P * precision))
 
 
-def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
-    """Metrics of one category, a dict over COLUMNS and MORE; says why some are missing."""
-    kinds, maps = np.array([item.kind for item in category.test]), scored.maps
-    scores = np.array([p.score for p in scored.predictions])
-    bad, row = kinds != "good", dict.fromkeys(COLUMNS + MORE)
-    row.update(category=category.name, train_images=len(category.train))
-    row["test_images"] = len(kinds)
-    row |= rates(kinds, scored.predictions)
-    if len(kinds) and (bad.all() or not bad.any()):
-        missing = "good" if bad.all() else "defective"
-        say_once(f"{category.name}: no {missing} test images: AUROC is not defined")
-    elif len(kinds):
-        row["image_auroc"], row["image_ap"] = image_metrics(scores, bad)
-        row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
-    without = sum(item.masks is None for item in category.test)
-    if 0 < without < bad.sum():
-        text = f"{without} defective images have no folder of masks: no pixel metrics"
-        say_once(f"{category.name}: {text}")
-    if len(kinds) and not without:
-        metrics = pixel_metrics(maps, category.test, sizes, ignore=scored.ignore)
-        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
-    if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
-        row |= measure_loco(category, maps, scores, sizes)
-    return plain(row) | {"kinds": measure_kinds(category, scored.predictions)}
-
-
-def plain(row: dict) -> dict:
-    """A row without types of numpy."""
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-
-
-def measure_kinds(category: Category, predictions: list[Prediction]) -> list[dict]:
-    """A row for each kind of defect beside the good images: image AUROC, AP and recall."""
-    kinds = np.array([item.kind for item in category.test])
-    rows = []
-    for kind in sorted({*kinds} - {"good"}):
-        chosen = np.flatnonzero((kinds == kind) | (kinds == "good"))
-        found, bad = [predictions[j] for j in chosen], kinds[chosen] == kind
-        row = dict.fromkeys(COLUMNS + MORE) | {"category": f"{category.name}/{kind}"}
-        row["test_images"] = int(bad.sum())
-        row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
-        row["recall"] = rates(list(kinds[chosen]), found)["recall"]
-        rows.append(plain(row))
-    return rows
-
-
-def measure_loco(category: Category, maps: Tensor, scores: Array, sizes: list) -> dict:
-    """MVTec LOCO AD's own metrics: each kind of anomaly beside the good images, and their means."""
-    row = {}
-    for part in ("logical", "structural"):
-        kinds = ("good", part + "_anomalies")
-        chosen = [j for j, item in enumerate(category.test) if item.kind in kinds]
-        items = [category.test[j] for j in chosen]
-        bad = [item.kind != "good" for item in items]
-        row["image_auroc_" + part], _ = image_metrics(scores[chosen], bad)
-        part_sizes = [sizes[j] for j in chosen]
-        metrics = pixel_metrics(maps[chosen], items, part_sizes, category.saturation, SPRO_LIMIT)
-        row["spro_" + part] = metrics[2]
-    row["image_auroc"] = mean_of([row["image_auroc_logical"], row["image_auroc_structural"]])
-    row["spro"] = mean_of([row["spro_logical"], row["spro_structural"]])
-    return row
+def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
+    """False positive rate and recall in percent, None without an image or without a verdict."""
+    flagged = {"fpr": [], "recall": []}
+    for kind, p in zip(kinds, predictions, strict=True):
+        if p.verdict != "none":
+            flagged["fpr" if kind == "good" else "recall"].append(p.verdict == "defect")
+    return {name: 100 * float(np.mean(v)) if v else None for name, v in flagged.items()}
 
 
 def mean_of(values: list) -> float | None:
@@ -1427,6 +1327,7 @@ def mean_of(values: list) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+# Tables
 def mean_row(rows: list[dict]) -> dict:
     """The last row of a table: means of the metrics, sums of the counts and seconds."""
     row = {"category": "mean"}
@@ -1444,7 +1345,7 @@ def cell_text(value: Any) -> str:
 
 def print_table(columns: tuple | list, rows: list[dict]) -> None:
     """Rows as an aligned table on stdout."""
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+    lines = [columns] + [[one_line(cell_text(row[c])) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
@@ -1562,7 +1463,7 @@ def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
 
 
 # Columns of scores.csv
-SCORES = ("image", "kind", "score", "p_value", "p_rank", "verdict", "error")
+SCORES = ("image", "kind", "score", "p_value", "verdict", "error")
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
@@ -1570,7 +1471,7 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
     row = {"image": name, "kind": kind, **dict.fromkeys(SCORES[2:], "")}
     if isinstance(found, InputError):
         return row | {"error": str(found)}
-    numbers = {name: getattr(found, name) for name in ("score", "p_value", "p_rank")}
+    numbers = {name: getattr(found, name) for name in ("score", "p_value")}
     texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
     return row | texts | {"verdict": found.verdict}
 
@@ -1897,9 +1798,9 @@ def one_line(text: Any) -> str:
 
 
 def in_words(prediction: Prediction) -> str:
-    tail, rank = prediction.p_value, prediction.p_rank
-    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
-    return f"score {prediction.score:.4f}, {p}, by rank {rank:.2g}, {prediction.verdict}"
+    p = prediction.p_value
+    p = "p < 0.0001" if p < 1e-4 else f"p {p:.2g}"  # so far out nobody has seen the tail
+    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
 
 
 def draw_map(
@@ -2284,6 +2185,7 @@ def keep_memory() -> None:
 def exit_cleanly(main: Callable) -> None:
     """Run main; what the user can mend ends as one line on stderr and exit code 2."""
     keep_memory()
+    Image.MAX_IMAGE_PIXELS = None  # head_of has a limit of its own, in bytes
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
