@@ -64,7 +64,7 @@ SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".sp
 # Names of folders and ends of names, in any case.
 GOOD = ("good", "ok", "normal")
 TRUTH = ("ground_truth", "masks", "mask", "gt")  # folders of masks
-LABELS = (*TRUTH, "labels", "annotations", "segmentationclass", "segmentationobject")  # of tools
+LABELS = {*TRUTH, *"labels annotations segmentationclass segmentationobject".split()}  # of tools
 MASK_END = re.compile(r"_(mask|gt)(_?\d+)?$")  # of a mask, after the stem of its image
 # Words in the name of a folder of test that may mean good images: such a folder is refused.
 MAYBE_GOOD = {*GOOD, *"normals okay io pass passed fine free healthy intact image images".split()}
@@ -89,28 +89,29 @@ class Category(NamedTuple):
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
 
 
-def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
+def read_dataset(
+    data: str | Path, wanted: tuple | list = (), trained: bool = False
+) -> tuple[str, list[Category]]:
     """(name, [Category]) of a data set's root, or of one category's folder.
 
-    wanted: names of categories, all by default. Raises InputError naming what was looked for.
+    wanted: names of categories, all by default; trained: there may be no training images. Raises
+    InputError naming what was looked for.
     """
     data = Path(data)
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    if read := reader_of(data):
+    name, readers = data.name, {}
+    if read := reader_of(data, trained):
         name, readers = data.parent.name, {data.name: read}
-    else:
-        name = data.name
-        readers = {f.name: read for f in folders_in(data) if (read := reader_of(f))}
-        beside = [p for p in images_under(data) if p.relative_to(data).parts[0] not in readers]
-        if readers:
-            say_unread(name, beside)
-        elif is_good(data) or any(path.parent == data for path in beside):
-            product = data
-            while product.name.casefold() in (*GOOD, "train"):
-                product = product.parent
-            name, readers = product.parent.name, {product.name: partial(read_good, data, product)}
+    elif readers := {f.name: r for f in folders_in(data) if (r := reader_of(f, trained))}:
+        paths = images_under(data)
+        say_unread(name, [p for p in paths if p.relative_to(data).parts[0] not in readers])
+    elif is_good(data) or any(path.parent == data for path in images_under(data)):
+        product = next(
+            p for p in (data, *data.parents) if p.name.casefold() not in (*GOOD, "train")
+        )
+        name, readers = product.parent.name, {product.name: partial(read_good, data, product.name)}
     if not readers:
         raise InputError(
             f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
@@ -120,7 +121,7 @@ def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list
     for asked in wanted:
         if asked not in readers:
             raise InputError(f"{data}: no category '{asked}': choose from {', '.join(readers)}")
-    return name or "data", [readers[key]() for key in readers if not wanted or key in wanted]
+    return name or "data", [read() for key, read in readers.items() if key in (wanted or readers)]
 
 
 def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
@@ -128,16 +129,16 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
 
     The file has one name a line, with its suffix and as much of its path as is needed; or it is a
     train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
-    InputError for a name that is not that of exactly one training image, and if there is none.
+    InputError unless each name is that of exactly one training image, and if there is none.
     """
     if file is None:
         return categories, []
     own, lines = categories, [line.strip() for line in text_of(Path(file)).splitlines()]
-    if lines and re.match(r"\W*image\W", lines[0] + " "):
+    if lines and re.match(r"\W*image\b(?!\.)", lines[0]):
         rows = rows_of(Path(file))
         if any("leave_out" not in row for row in rows):
-            raise InputError(f"--leave-out {file}: has no column leave_out: give a "
-                             "train-scores.csv with commas between its columns, or names alone")  # fmt: skip
+            raise InputError(f"--leave-out {file}: no column leave_out, after a comma: give a "
+                             "train-scores.csv as it was written")  # fmt: skip
         lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
         place = Path(file).resolve().parent.name
         own = [category for category in categories if category.name == place] or categories
@@ -151,10 +152,9 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
         parts = path.relative_to(path.anchor).parts
         found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
         if len(found) != 1:
-            what = f"is that of {len(found)}: write more of its path" if found else "is of none"
-            raise InputError(
-                f"--leave-out {file}: {name} {what}, it has to name one training image"
-            )
+            what = f"that of {len(found)}: write more of its path" if found else "of none"
+            raise InputError(f"--leave-out {file}: {name} is {what}, it has to name one training "
+                             "image")  # fmt: skip
         dropped.update(found)
     say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
     kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
@@ -164,62 +164,59 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     return kept, names
 
 
-# Layouts
-def reader_of(root: Path) -> Callable | None:
+def reader_of(root: Path, trained: bool) -> Callable | None:
     """What reads the category in a folder; None if it holds none."""
     if (root / "Data/Images/Normal").is_dir():
         return partial(read_visa, root)
-    train = child(root, "train")
-    if train and (any(map(is_good, folders_in(train))) or images_under(train)):
-        return partial(read_mvtec, root, train)
+    train, test = child(root, "train"), child(root, "test_public") or child(root, "test")
+    good = [folder for folder in folders_in(train) if is_good(folder)]
+    if good or images_under(train) or (trained and folders_in(test)):
+        return partial(read_mvtec, root, good, test, trained)
     return None
 
 
-def read_mvtec(root: Path, train: Path) -> Category:
+def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Category:
     """MVTec AD, MPDD, BTAD: {train,test}/<kind>/, ground_truth/<kind>/<id>_mask.png.
 
-    Three others have the same folders by other names. MVTec AD 2: test_public, which holds
-    ground_truth. MVTec LOCO AD: ground_truth/<kind>/<id>/*.png, and saturation thresholds.
-    MVTec 3D-AD, of which RGB images are read: test/<kind>/rgb, test/<kind>/gt.
+    Three others differ in names. MVTec AD 2: test_public, which holds ground_truth. MVTec LOCO AD:
+    ground_truth/<kind>/<id>/*.png, and saturation thresholds. MVTec 3D-AD, of which RGB images are
+    read: test/<kind>/rgb, test/<kind>/gt. good: folders of training images.
     """
-    test = child(root, "test_public") or child(root, "test") or root / "test"
-    truth = [found for place in (root, test) for name in TRUTH if (found := child(place, name))]
-    config, rgb = root / "defects_config.json", (train / "good/rgb").is_dir()
-    loco = config.is_file() or (test / "logical_anomalies").is_dir()
-    good = [folder for folder in folders_in(train) if is_good(folder)]
-    if not good:
+    if not good and not trained:
         raise InputError(
-            f"{train}: no folder good, ok or normal in it: put the good images into train/good, "
-            "defects into test/<defect>, their masks into ground_truth/<defect>"
+            f"{root / 'train'}: no folder good, ok or normal in it: put the good images into "
+            "train/good, defects into test/<defect>, their masks into ground_truth/<defect>"
         )
-    inner, items = "rgb" if rgb else "", []
+    truth = next((t for p in (root, test) for name in TRUTH if (t := child(p, name))), None)
+    rgb = any((folder / "rgb").is_dir() for folder in [*good, *folders_in(test)])
+    loco, inner, items = (root / "defects_config.json").is_file(), "rgb" if rgb else "", []
+    loco = loco or (test / "logical_anomalies").is_dir()
     for folder in folders_in(test):
         images = images_under(folder / inner)
         if is_good(folder):
             items += [Item(path, "good", ()) for path in images]
-        elif folder not in truth[:1]:
+        elif folder != truth:
             own = (
                 folder / "gt"
                 if rgb
-                else truth and (child(truth[0], folder.name) or truth[0] / folder.name)
+                else truth and (child(truth, folder.name) or truth / folder.name)
             )
-            masks = masks_of_images(images, folder / inner, own, loco) if own else None
-            items += [Item(path, folder.name, masks and masks[path]) for path in images]
-    kinds = sorted({item.kind for item in items})
-    if kinds and "good" not in kinds:
-        say_once(f"{root.name}: no good images in test: {listed(kinds)} are defects")
+            masks = own and masks_of_images(images, folder / inner, own, loco)
+            items += [Item(path, folder.name, own and masks[path]) for path in images]
+    if items and all(item.kind != "good" for item in items):
+        kinds = listed(sorted({item.kind for item in items}))
+        say_once(f"{root.name}: no good images in test: {kinds} are defects")
     layout = "MVTec LOCO AD" if loco else "MVTec 3D-AD" if rgb else "MVTec AD"
     images = [path for folder in good for path in images_under(folder / inner)]
-    saturation = saturation_of(config) if loco else None
-    return checked(Category(root.name, layout, images, items, saturation), root, folders_in(root))
+    category = Category(root.name, layout, images, items, saturation_of(root) if loco else None)
+    return checked(category, root, folders_in(root), trained)
 
 
 def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> dict[Path, tuple]:
     """{image: its masks} of the images in a folder, by the place that they have in `own`.
 
     A mask has the name of its image, with an end like _mask or _GT or without; those of LOCO lie in
-    a folder of this name. Of a missing one the path is that where it should be. Raises InputError
-    for two masks of one image.
+    a folder of this name. Of a missing one it is the path that it should have.
     """
 
     def key(path, above):
@@ -229,9 +226,7 @@ def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> 
     for mask in images_under(own):
         stem = key(mask.parent if loco else mask, own)
         image = stems.get(stem) or stems.get(MASK_END.sub("", stem))
-        if image is None:
-            continue  # of an image that is not there: named with what is not read
-        if image in masks and not loco:
+        if image and image in masks and not loco:
             raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
                              "remove one, or put both into one file")  # fmt: skip
         masks[image] = (*masks.get(image, ()), mask)
@@ -241,8 +236,9 @@ def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> 
     return masks
 
 
-def saturation_of(config: Path) -> dict:
-    """{pixel value of a mask: (threshold, whether it is a share of the area)} of LOCO."""
+def saturation_of(root: Path) -> dict:
+    """LOCO's {pixel value of a mask: (threshold, whether it is a share of the area)}."""
+    config = root / "defects_config.json"
     try:
         return {
             int(d["pixel_value"]): (
@@ -253,8 +249,8 @@ def saturation_of(config: Path) -> dict:
         }
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
-        ) from None
+            f"{config}: not LOCO's thresholds ({e}): restore it from the download"
+        ) from e
 
 
 def read_visa(root: Path) -> Category:
@@ -269,100 +265,82 @@ def read_visa(root: Path) -> Category:
             elif good:
                 train.append(image)
     except (KeyError, AttributeError) as e:
-        raise InputError(
-            f"{split}: not the split file of VisA ({e}): "
-            "restore split_csv/1cls.csv from the download"
-        ) from None
+        raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from e
     return checked(Category(root.name, "VisA", train, test, None), root, folders_in(root))
 
 
-def read_good(folder: Path, product: Path) -> Category:
+def read_good(folder: Path, product: str) -> Category:
     """A folder of good images, of a product. Raises InputError if not all may be good."""
     inside = [inner for inner in folders_in(folder) if images_under(inner)]
     if inside and not is_good(folder):
-        raise InputError(
-            f"{folder}: good images beside {listed(inside)}: put the good ones into train/good, "
-            "defects into test/<defect>"
-        )
-    category = Category(product.name, "folder of good images", images_under(folder), [], None)
+        raise InputError(f"{folder}: good images beside {listed(inside)}: put the good ones into "
+                         "train/good, defects into test/<defect>")  # fmt: skip
     names = ("labels", "Labels", "annotations", "Annotations")  # beside it, of tools
-    places = [parent / name for parent in folder.parents[:2] for name in names]
-    return checked(category, folder.parent, [folder, *places])
+    beside = [parent / name for parent in folder.parents[:2] for name in names]
+    category = Category(product, "folder of good images", images_under(folder), [], None)
+    return checked(category, folder.parent, [folder, *beside])
 
 
-def checked(category: Category, root: Path, folders: list[Path]) -> Category:
-    """The category in a folder, if nothing in it may be misread; says what is not read in folders.
+def checked(category: Category, root: Path, looked_in: list, trained: bool = False) -> Category:
+    """The category of a folder, if nothing in it may be misread: the one gate for all layouts.
 
-    The one gate for all layouts. Raises InputError naming a file and a remedy.
+    Says which files of the folders looked_in are not read. Raises InputError.
     """
-    name = category.name
-    if name == "mean" or name.startswith(("-", "+", "=", "@")):
-        raise InputError(f"{root}: {name} is no name for a category: rename its folder")
-    if not category.train:
-        suffixes = ", ".join(SUFFIXES)
-        raise InputError(f"{root}: no training images ({suffixes}) in train/good: add some")
+
+    def need(holds, path, text):
+        if not holds:
+            raise InputError(f"{path}: {text}")
+
+    name, bad = category.name, [item for item in category.test if item.kind != "good"]
     images = [*category.train, *(item.path for item in category.test)]
-    masks = {mask: item.path for item in category.test for mask in item.masks or ()}
+    masks = {mask: item.path for item in bad for mask in item.masks or ()}
+    stems = {(path.parent, path.stem.casefold()) for path in images}
+    ours = name != "mean" and not name.startswith(("-", "+", "=", "@"))
+    need(ours, root, f"a category cannot be called {name}: rename its folder")
+    text = f"no training images ({', '.join(SUFFIXES)}) in train/good: add some"
+    need(category.train or trained, root, text)
     for path in [*images, *masks]:
-        if not path.is_relative_to(root) or ".." in path.parts:
-            raise InputError(f"{path}: lies outside of {root}: mend the split file")
+        inside = path.is_relative_to(root) and ".." not in path.parts
+        need(inside, path, f"lies outside of {root}: mend the split file")
     for mask, image in masks.items():
-        if not mask.is_file():
-            raise InputError(f"{mask}: mask of {image.name} is missing: restore it, or remove "
-                             "ground_truth to go without pixel metrics")  # fmt: skip
-    for folder in {path.parent for path in images}:
-        if "anomaly_maps" in folder.parts or (folder / "train-scores.csv").exists():
-            raise InputError(f"{folder}: was written by train.py: give another --data, or --out")
-    stems, names = {(path.parent, path.stem.casefold()) for path in images}, {}
-    place = cache(os.path.realpath)
+        text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
+        need(mask.is_file(), mask, f"{text} pixel metrics")
+    seen, place = {}, cache(os.path.realpath)
     for path in images:
-        above, stem = path.relative_to(root).parts[:-1], path.stem.casefold()
+        stem, text = path.stem.casefold(), "put masks into ground_truth/<defect> beside train, test"
         owner = MASK_END.sub("", stem)
-        if owner != stem and (stem.endswith(("_mask", "_gt")) or (path.parent, owner) in stems):
-            raise InputError(f"{path}: is named as a mask: rename it, or put masks into "
-                             "ground_truth/<defect> beside train and test")  # fmt: skip
-        if {*LABELS}.intersection(map(str.casefold, above)):
-            raise InputError(f"{path.parent}: masks among images: put them into "
-                             "ground_truth/<defect> beside train and test")  # fmt: skip
-        other = names.setdefault((place(path.parent), stem), path)
-        if other is not path:
-            raise InputError(
-                f"{path}: {other} has the same name, or is the same file by a link: two images, or "
-                f"an image and its mask? Rename or remove one; a mask is called {stem}_mask.png"
-            )
-    for kind in {item.kind for item in category.test} - {"good"}:
+        twin = (path.parent, owner) in stems or stem.endswith(("_mask", "_gt"))
+        need(owner == stem or not twin, path, f"is named as a mask: rename it, or {text}")
+        above = map(str.casefold, path.relative_to(root).parts[:-1])
+        need(not LABELS.intersection(above), path.parent, f"masks among images: {text}")
+        other = seen.setdefault((place(path.parent), stem), path)
+        text = f"{other} has the same name, or is the same file by a link: two images, or an image"
+        text += f" and its mask? Rename or remove one; a mask is called {stem}_mask.png"
+        need(other is path, path, text)
+    for kind in {item.kind for item in bad}:
         words = re.findall(r"[^\W\d_]+", kind.casefold())
-        if MAYBE_GOOD.intersection(words) and words[0] not in ("not", "no", "non"):
-            raise InputError(f"{root}: test/{kind}: good images, or a defect? Put good ones into "
-                             "test/good, or name the folder as the defect")  # fmt: skip
-    bad = {
-        (item.path.parent, item.path.stem.casefold())
-        for item in category.test
-        if item.kind != "good"
-    }
-    used = {*images, *masks}
-    unread = [path for folder in folders for path in all_files(folder) if path not in used]
-    for path in unread:
-        beside = (path.parent, path.stem.casefold()) in stems - bad
-        of_tool = path.parent.name.casefold() in LABELS
-        named = of_tool or beside or path.name.startswith("_annotations")
-        if named and path.suffix.lower() in (".json", ".txt", ".xml"):
-            raise InputError(
-                f"{path}: an annotation, so not all images may be good: put good ones into "
-                "train/good, defects into test/<defect>, and remove the annotations"
-            )
-    say_unread(name, unread)
+        clear = not MAYBE_GOOD.intersection(words) or words[0] in ("not", "no", "non")
+        text = "good images, or a defect? Put good ones into test/good, or name it as the defect"
+        need(clear, root / "test" / kind, text)
+    unread = {path for folder in looked_in for path in all_files(folder)} - {*images, *masks}
+    good = stems - {(item.path.parent, item.path.stem.casefold()) for item in bad}
+    for path in [path for path in unread if path.suffix.lower() in (".json", ".txt", ".xml")]:
+        of_tool = path.parent.name.casefold() in LABELS or path.name.startswith("_annotations")
+        beside = (path.parent, path.stem.casefold()) in good
+        text = "an annotation, so not all images may be good: put good ones into train/good, "
+        text += "defects into test/<defect>, and remove the annotations"
+        need(not of_tool and not beside, path, text)
+    say_unread(name, sorted(unread))
     return category
 
 
-# Folders
-def folders_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+def folders_in(folder: Path | None) -> list[Path]:
+    if not folder or not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
-def child(folder: Path, name: str) -> Path | None:
+def child(folder: Path | None, name: str) -> Path | None:
     """The folder of this name, in any case, in a folder."""
     return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
 
@@ -371,50 +349,47 @@ def is_good(folder: Path) -> bool:
     return folder.name.casefold() in GOOD
 
 
-def all_files(folder: Path) -> list[Path]:
+def all_files(folder: Path | None) -> list[Path]:
     """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
 
     A folder to which several links lead is read once. A dangling link is kept, so that reading it
     names it.
     """
-
-    def stop(error):
-        raise error
-
     seen, found = set(), []
-    if not folder.is_dir():
+    if not folder or not folder.is_dir():
         return found
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        if (real := os.path.realpath(here)) in seen:
-            folders.clear()
-            continue
+    for here, folders, names in os.walk(folder, onerror=raised, followlinks=True):
+        new = (real := os.path.realpath(here)) not in seen
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(here, name) for name in sorted(names) if name[0] != "."]
+        folders[:] = sorted(name for name in folders if new and name[0] != ".")
+        found += [Path(here, name) for name in sorted(names) if new and name[0] != "."]
     return found
 
 
-def images_under(folder: Path) -> list[Path]:
+def raised(error: Exception):
+    raise error
+
+
+def images_under(folder: Path | None) -> list[Path]:
     """Image files at any depth in a folder."""
     return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
-def text_of(path: Path) -> str:
-    """The text of a small file. Raises InputError if it is none."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("a folder, a pipe or a device")
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeError) as e:
-        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
-
-
 def rows_of(path: Path) -> list[dict]:
-    """Rows of a CSV file by its first line. Raises InputError if it is none."""
+    """Rows of a table, by the names in its first line. Raises InputError if it is none."""
     try:
         return list(csv.DictReader(io.StringIO(text_of(path), newline="")))
     except csv.Error as e:
         raise InputError(f"{path}: cannot be read as a table ({e}): mend or restore it") from None
+
+
+def text_of(path: Path) -> str:
+    try:
+        if path.is_fifo():
+            raise OSError("a pipe")
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
 
 
 def say_unread(name: str, files: list[Path]) -> None:
@@ -430,13 +405,24 @@ SAID = set()  # what say_once has spoken of
 
 
 def say_once(text: str, about: Any = None) -> None:
-    """A line on stderr about what was seen and how it is read, once in a run.
-
-    about: of many lines about the same, only the first is printed.
-    """
+    """A note on stderr about how something is read; of several about the same the first alone."""
     if (about or text) not in SAID:
         SAID.add(about or text)
-        print(f"note: {one_line(text)}", file=sys.stderr)
+        say(f"note: {text}", sys.stderr)
+
+
+def say(text: Any, file: Any = None) -> None:
+    """Print a line, whatever names are in it."""
+    print(one_line(text), file=file, flush=True)
+
+
+def one_line(text: Any) -> str:
+    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def listed(items: list) -> str:
@@ -445,18 +431,14 @@ def listed(items: list) -> str:
     return ", ".join(names + ["..."] * (len(items) > 4))
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 # Images
-# The formats of SUFFIXES alone: no PostScript, which starts a program. MPO: JPEG of a telephone
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # MPO: JPEG of a telephone
 MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
-FULL_SIZE = "full_size"  # in image.info: (H, W) as shown, of a JPEG that may be decoded smaller
+FULL_SIZE = "full_size"  # in image.info: (H, W) of a file as shown; a JPEG may be decoded smaller
+PROCESS, LOADING = os.getpid(), Lock()
 
 
 class Reading(NamedTuple):
@@ -465,160 +447,6 @@ class Reading(NamedTuple):
     white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
     ignore: Array | None = None  # pixels (H, W) that are painted over
     make: dict = {}  # of the training images: "aspect", the lowest and the highest height / width
-
-
-def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
-
-    white_level, enough: see read_image. Raises InputError that says how to convert anything else.
-    """
-    if isinstance(value, (str, os.PathLike)):
-        return read_image(Path(value), white_level, enough)
-    if isinstance(value, Image.Image):
-        if is_deep(value) or value.mode == "F":
-            mode = f"a PIL image of mode {value.mode}"
-            raise InputError(f"{mode}: give its path, or convert it to 8 bits")
-        with unreadable("a PIL image"):
-            with LOADING:
-                value.load()
-            return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
-    if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        raise InputError(f"an image of type {kind}: give a path, a PIL image, a numpy array, or a "
-                         "list of them")  # fmt: skip
-    if value.ndim == 3 and value.shape[2] == 1:
-        value = value[..., 0]
-    if fault := fault_of(value):
-        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
-    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
-
-
-LOADING = Lock()  # of a PIL image that is in a list twice
-
-
-def fault_of(array: Array) -> str:
-    """How to make an image of an array that is none, "" if it is one."""
-    shape = array.shape
-    if len(shape) == 4:
-        return "several images: give list(images)"
-    if len(shape) == 3 and shape[2] > 4 and shape[0] in (1, 3, 4):
-        return "channels come first: give image.transpose(1, 2, 0)"
-    if 0 in shape or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
-        return "give (H, W) or (H, W, 3) in RGB, without transparency"
-    if array.dtype != np.uint8:
-        return (
-            "give uint8 in 0..255, of values in 0..1 (255 * image).round().astype(np.uint8), of "
-            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
-        )
-    return ""
-
-
-def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image as a person sees it. Raises InputError naming the file.
-
-    EXIF orientation applied; palette and CMYK converted; alpha dropped; more than 8 bits scaled to
-    8, from 0 to `white_level` (white_level_of), by default that of this file alone.
-    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
-    side: of 4000 x 4000 in a fifth of the time.
-    """
-    image = open_image(path, enough)
-    if is_deep(image):
-        image = to_8_bits(path, image, white_level or white_level_of([path]))
-    with unreadable(path):
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(path: str | Path, enough: int = 0) -> Image.Image:
-    """PIL image of a file, decoded and turned as its EXIF says: of a picture or of a mask.
-
-    enough: see read_image. Raises InputError naming the file.
-    """
-    with unreadable(path):
-        image = head_of(path)
-        full_size = shown_size(image)
-        if enough and image.format == "JPEG":
-            image.draft(None, (enough, enough))
-        image.load()
-        if image.format == "JPEG" and ends_early(path, image):
-            raise ValueError("it ends early, and the rest is grey")
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
-        if image.format != "JPEG" and image.size != full_size[::-1]:
-            raise ValueError("it is turned by EXIF after its pixels: save it anew")
-        image.info[FULL_SIZE] = full_size
-        return image
-
-
-@contextlib.contextmanager
-def unreadable(path: str | Path) -> Iterator[None]:
-    """The one place that catches what decoders and parsers raise: InputError naming the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except MemoryError:
-        raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
-    except Exception as e:  # damaged files raise a dozen types; none of them is ours
-        raise InputError(
-            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
-        ) from None
-
-
-def head_of(path: str | Path) -> Image.Image:
-    """PIL image of a file, not decoded yet. Raises what Pillow does, and ValueError.
-
-    Of several frames the first alone would be seen.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("a folder, a pipe or a device")
-    image = Image.open(path, formats=FORMATS)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # of which the others are previews
-        raise ValueError(f"it has {frames} frames: save each as an image of its own")
-    if image.mode == "F":
-        raise ValueError("floating-point values: save whole numbers, of 16 bits say")
-    need = image.width * image.height * (16 if is_deep(image) else 4)
-    if need > MAX_BYTES:
-        raise ValueError(f"{image.width} x {image.height} pixels take {need >> 20} MiB, more than "
-                         f"{MAX_BYTES >> 20}")  # fmt: skip
-    return image
-
-
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """(H, W) of an image as it is shown, from its head alone."""
-    # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
-    plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
-    turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
-    return image.size if turned else image.size[::-1]
-
-
-def ends_early(path: str | Path, image: Image.Image) -> bool:
-    """Whether a JPEG has fewer data than pixels. libjpeg makes the rest grey, without a word.
-
-    Then other data, put before the end, change the picture; after all pixels they are not read.
-    """
-    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
-        return False
-    data = Path(path).read_bytes()
-    end = data.rfind(b"\xff\xd9")
-    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
-    longer.draft(None, image.size)
-    return longer.tobytes() != image.tobytes()
-
-
-def image_sizes(images: list) -> list[tuple[int, int]]:
-    """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
-    sizes = []
-    for image in images:
-        if not isinstance(image, (str, os.PathLike)):
-            sizes.append(as_image(image).size[::-1])
-            continue
-        with unreadable(image), head_of(image) as head:
-            sizes.append(shown_size(head))
-    return sizes
-
-
-def name_of(image: Any) -> str:
-    return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
 def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
@@ -643,7 +471,13 @@ def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
             yield found
 
 
-PROCESS = os.getpid()
+def stacked(read: list) -> tuple[Tensor, list]:
+    """Pixels uint8 (B, 3, *shape) and original sizes [(H, W)] of a batch; raises its InputError."""
+    for found in read:
+        if isinstance(found, InputError):
+            raise found
+    pixels, sizes = zip(*read, strict=True)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
 
 
 def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
@@ -658,10 +492,8 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
         image = as_image(value, reading.white_level, enough)
         if ignore is not None:
             if image.size != ignore.shape[::-1]:
-                raise InputError(
-                    f"{name}: is {image.width} x {image.height}, the mask of --ignore "
-                    f"{ignore.shape[1]} x {ignore.shape[0]}: give images of its size"
-                )
+                size = "{} x {}, the mask of --ignore {} x {}".format(*image.size, *ignore.T.shape)
+                raise InputError(f"{name}: is {size}: give images of its size")
             image.paste((127, 127, 127), mask=Image.fromarray(ignore))
         pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
     low, high = pixels.min(), pixels.max()
@@ -675,23 +507,143 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
     return pixels, image.info.get(FULL_SIZE, image.size[::-1])
 
 
-def stacked(read: list) -> tuple[Tensor, list]:
-    """Pixels uint8 (B, 3, *shape) and original sizes [(H, W)] of a batch; raises its InputError."""
-    for found in read:
-        if isinstance(found, InputError):
-            raise found
-    pixels, sizes = zip(*read, strict=True)
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
+def name_of(image: Any) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
-# More than 8 bits
+def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
+    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
+
+    white_level, enough: see read_image. Raises InputError that says how to convert anything else.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return read_image(value, white_level, enough)
+    if isinstance(value, Image.Image):
+        if value.mode[0] in "IF":
+            raise InputError(f"a PIL image of mode {value.mode}: give its path, or 8 bits")
+        with unreadable("a PIL image"):
+            with LOADING:  # it may be in the list twice
+                value.load()
+            return ImageOps.exif_transpose(value).convert("RGB")  # as open_image does
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"an image of type {type(value).__name__}: give a path, a PIL image, a "
+                         "numpy array, or a list of them")  # fmt: skip
+    shape = value.shape[:2] if value.shape[2:] == (1,) else value.shape
+    if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
+        raise InputError(
+            f"an image of shape {value.shape} and {value.dtype}: give uint8 (H, W) or (H, W, 3) in "
+            "RGB, without transparency; if channels come first image.transpose(1, 2, 0); of "
+            "several list(images); of values in 0..1 (255 * image).round().astype(np.uint8); of "
+            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
+        )
+    return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
+
+
+def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
+    """RGB PIL image of a file as a person sees it. Raises InputError naming the file.
+
+    Palette and CMYK are converted, alpha is dropped; more than 8 bits are scaled to 8, from 0 to
+    `white_level` (white_level_of), by default that of this file alone. enough: see open_image.
+    """
+    image = open_image(path, enough)
+    if image.mode[0] == "I":
+        image = to_8_bits(path, image, white_level or white_level_of([path]))
+    with unreadable(path):
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path: str | Path, enough: int = 0) -> Image.Image:
+    """PIL image of a file, a picture or a mask, decoded and turned as its EXIF says.
+
+    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
+    side: of 4000 x 4000 in a fifth of the time. Raises InputError naming the file.
+    """
+    with unreadable(path):
+        image = head_of(path)
+        size = shown_size(image)
+        if image.format == "JPEG":
+            if enough:
+                image.draft(None, (enough, enough))
+            if ends_early(path, image):
+                raise ValueError("it ends early, and the rest is grey")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
+        if image.format != "JPEG" and image.size != size[::-1]:
+            raise ValueError("EXIF that turns it comes after its pixels: save it anew")
+        image.info[FULL_SIZE] = size
+        return image
+
+
+@contextlib.contextmanager
+def unreadable(path: str | Path) -> Iterator[None]:
+    """The one place that catches what decoders and parsers raise: InputError naming the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
+    except Exception as e:  # damaged files raise a dozen types; none of them is ours
+        text = f"cannot be read as an image ({first_line(e)}): replace or remove it"
+        raise InputError(f"{path}: {text}") from None
+
+
+def head_of(path: str | Path) -> Image.Image:
+    """PIL image of a file, not decoded yet. Raises ValueError, or what Pillow does.
+
+    The formats of SUFFIXES alone: PostScript would start a program.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe or a device")
+    image = Image.open(path, formats=FORMATS)
+    frames, need = getattr(image, "n_frames", 1), 16 if image.mode[0] == "I" else 4
+    if frames > 1 and image.format != "MPO":  # of which the others are previews
+        raise ValueError(f"it has {frames} frames: save each as an image of its own")
+    if image.mode == "F":
+        raise ValueError("floating-point values: save whole numbers, of 16 bits, say")
+    if need * image.width * image.height > MAX_BYTES:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, more than {MAX_BYTES // need} of {need} bytes")
+    return image
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """(H, W) of an image as it is shown, from its head alone."""
+    # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
+    plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+    turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
+    return image.size if turned else image.size[::-1]
+
+
+def ends_early(path: str | Path, image: Image.Image) -> bool:
+    """Whether a JPEG has fewer data than pixels: libjpeg makes the rest grey, without a word.
+
+    Then more data before the end of the file change the picture; after all pixels nothing is read.
+    """
+    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
+        return False
+    data = Path(path).read_bytes()
+    end = data.rfind(b"\xff\xd9")
+    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
+    longer.draft(None, image.size)
+    return longer.tobytes() != image.tobytes()
+
+
+def image_sizes(images: list) -> list[tuple[int, int]]:
+    """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
+    sizes = []
+    for image in images:
+        if isinstance(image, (str, os.PathLike)):
+            with unreadable(image), head_of(image) as head:
+                sizes.append(shown_size(head))
+        else:
+            sizes.append(as_image(image).size[::-1])
+    return sizes
+
+
+# More than 8 bits: whole numbers
 WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether a PIL image has whole numbers of more than 8 bits."""
-    return image.mode.startswith("I")
 
 
 def white_level_of(paths: list) -> float:
@@ -703,14 +655,14 @@ def white_level_of(paths: list) -> float:
     highest = 0
     for path in paths:
         with unreadable(path), head_of(path) as head:
-            deep = is_deep(head)
+            deep = head.mode[0] == "I"
         if deep:
             highest = max(highest, int(levels_of(path, open_image(path)).max()))
     return float(next(level for level in WHITE_LEVELS if highest <= level))
 
 
 def levels_of(path: str | Path, image: Image.Image) -> Array:
-    """Values (H, W) of an image that is_deep, as they are in the file."""
+    """Values (H, W) of an image of more than 8 bits, as they are in the file."""
     values = np.asarray(image)
     if values.min() < 0:
         raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
@@ -720,13 +672,11 @@ def levels_of(path: str | Path, image: Image.Image) -> Array:
 
 
 def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
-    """An image that is_deep in 8 bits, 0..white_level -> 0..255."""
+    """An image of more than 8 bits in 8, 0..white_level -> 0..255."""
     values = levels_of(path, image)
     if np.median(values) > white_level:
-        raise InputError(
-            f"{path}: half of its values are above {white_level:g}, the white level of the "
-            "training images: save it with their depth"
-        )
+        text = f"half of its values are above {white_level:g}, the white level of the training"
+        raise InputError(f"{path}: {text} images: save it with their depth")
     if values.max() > white_level:
         say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
     values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
@@ -761,12 +711,10 @@ def masks_of(
                 regions.append((box, region, region.sum()))
         elif mask.any():
             if (value := int(values.max())) not in saturation:
-                raise InputError(f"{path}: its value {value} is not in defects_config.json: "
-                                 "restore both from the download")  # fmt: skip
+                raise InputError(f"{path}: value {value} is not in defects_config.json: restore it")
             threshold, relative = saturation[value]
-            area = mask.sum()
-            most = min(area, max(1, int(threshold * area) if relative else threshold))
-            regions.append((np.s_[:, :], mask, most))
+            most = max(1, int(threshold * mask.sum()) if relative else threshold)
+            regions.append((np.s_[:, :], mask, min(mask.sum(), most)))
     return regions, union
 
 
@@ -777,31 +725,27 @@ def read_mask(path: Path, size: tuple) -> Array:
     """
     values = mask_values(path)
     if values.shape != tuple(size):
-        raise InputError(
-            f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
-            f"{size[1]} x {size[0]}: masks must have the image's size"
-        )
+        text = "mask is {} x {}, its image {} x {}".format(*values.T.shape, *size[::-1])
+        raise InputError(f"{path}: {text}: masks must have the image's size")
     share = (values != 0).mean()
     if share == 0 or share > 0.5:
-        say_once(
-            f"{path}: {100 * share:.0f} % of this mask is defective: is it empty, or inverted?",
-            about=(path.parent, share == 0),
-        )
+        text = f"{100 * share:.0f} % of this mask is defective: is it empty, or inverted?"
+        say_once(f"{path}: {text}", about=(path.parent, share == 0))
     return values
 
 
 def mask_values(path: Path) -> Array:
-    """Values (H, W) of a mask, turned as its EXIF says; not zero where it is defective.
+    """Values (H, W) of a mask, not zero where it is defective.
 
     Of the channels the largest, but for alpha; a palette is read by its colours. Raises InputError
     for a format that may have changed the values, and for faint values beside bright ones.
     """
     image = open_image(path)
     if image.format not in LOSSLESS:
-        raise InputError(f"{path}: a mask as {image.format}, which may change it: save it as PNG")
+        raise InputError(f"{path}: a mask as {image.format}, which changes it: save it as PNG")
     values = np.asarray(image)
     if values.ndim == 3:
-        values = values[..., : values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))].max(2)
+        values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
     faint = values[(values > 0) & (values < FAINT * values.max())]
     if values.max() >= BRIGHT and faint.size:
         raise InputError(
@@ -866,41 +810,33 @@ def predictions_of(
 ) -> Iterator[tuple]:
     """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
 
-    Of an image that cannot be read it is (InputError, None, None).
+    Of an image that cannot be read it is (InputError, None, None). Names the first image that is
+    squeezed otherwise than those of training.
     """
     shape, done = wtflow.image_shape(detector.recipe), 0
+    low, high = detector.reading.make.get("aspect", (0, math.inf))
     for read in batches_of(images, shape, detector.reading):
         items, done = images[done : done + len(read)], done + len(read)
         out = [(found, None, None) for found in read]
         readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
-        if readable:
-            batch, sizes = stacked([read[k] for k in readable])
-            maps, scores = detector.score(detector.features(batch))
-            predictions = classify(scores.numpy(), known)
-            for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
-                say_another_aspect(detector.reading, items[k], size)
-                out[k] = found, y, size
-                if not math.isfinite(found.score):
-                    text = "its score is not finite: check the weights and this image"
-                    out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
+        batch, sizes = stacked([read[k] for k in readable]) if readable else (None, [])
+        maps, scores = detector.score(detector.features(batch)) if readable else ([], torch.ones(0))
+        predictions = classify(scores.numpy(), known)
+        for k, found, y, (h, w) in zip(readable, predictions, maps, sizes, strict=True):
+            out[k] = found, y, (h, w)
+            if not low / 1.1 <= h / w <= 1.1 * high:
+                text = f"its height is {h / w:.3g} times its width, of training images {low:.3g} to"
+                text += f" {high:.3g} times: its score, and those of others, may not compare"
+                say_once(f"{name_of(items[k])}: {text}", about=("aspect", low, high))
+            if not math.isfinite(found.score):
+                text = "its score is not finite: check the weights and this image"
+                out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
         yield from out
 
 
 def at_size(y: Tensor, size: tuple) -> Array:
     """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
     return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
-
-
-def say_another_aspect(reading: Reading, image: Any, size: tuple) -> None:
-    """Name the first image that is squeezed otherwise than those of training."""
-    low, high = reading.make.get("aspect", (0, math.inf))
-    aspect = size[0] / size[1]
-    if not low / 1.1 <= aspect <= 1.1 * high:
-        say_once(
-            f"{name_of(image)}: height / width is {aspect:.3g}, of the training images {low:.3g} "
-            f"to {high:.3g}: its score, and those of others like it, may not compare",
-            about=("aspect", low, high),
-        )
 
 
 # Images -> features
@@ -918,8 +854,8 @@ def new_detector(
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
     detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
-    aspects = [h / w for h, w in sizes]
-    make = {"aspect": (min(aspects), max(aspects))}
+    aspects = sorted(h / w for h, w in sizes)
+    make = {"aspect": (aspects[0], aspects[-1])}
     detector.reading = Reading(white_level_of(files), ignore, make)
     return detector
 
@@ -948,23 +884,21 @@ def pick_device(name: str | torch.device) -> torch.device:
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
     """Features (n, d, h, w) float16 of images, None of no images; original sizes; digests.
 
-    images: a list of what as_image takes. The features are on the detector's device; a digest, for
-    copies_of, is that of an image's pixels. One pass; report(done) after each batch. Raises
+    images: a list of what as_image takes. The features are on the detector's device; a digest is
+    that of the pixels that the network sees. One pass; report(done) after each batch. Raises
     InputError naming the image that cannot be read or whose features are not finite.
     """
     out, sizes, digests = None, [], []
-    shape = wtflow.image_shape(detector.recipe)
-    for read in batches_of(images, shape, detector.reading):
+    for read in batches_of(images, wtflow.image_shape(detector.recipe), detector.reading):
         batch, batch_sizes = stacked(read)
         x = detector.features(batch)
         bad = ~x.isfinite().flatten(1).all(1)
         if bad.any():
             name = name_of(images[len(sizes) + int(bad.nonzero()[0])])
             raise InputError(f"{name}: features are not finite: check the weights and this image")
-        if out is None:
-            layout = torch.channels_last  # a position's features side by side
-            shape = (len(images), *x.shape[1:])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        if out is None:  # a position's features side by side
+            how = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+            out = torch.empty((len(images), *x.shape[1:]), **how)
         out[len(sizes) : len(sizes) + len(x)] = x
         sizes += batch_sizes
         digests += [hashlib.sha256(pixels).digest() for pixels, _ in read]
@@ -976,10 +910,7 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
 def extract_good(
     detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
 ) -> tuple[Tensor, Array]:
-    """Features of good images without copies, and what copies_of says of all.
-
-    names: paths or names of the images, for a note on stderr; the rest is as in extract.
-    """
+    """Features of good images without copies, and what copies_of says of all; see extract."""
     features, _, digests = extract(detector, images, report)
     first = copies_of(digests, names)
     kept = np.unique(first)
@@ -989,17 +920,16 @@ def extract_good(
 def copies_of(digests: list, names: list) -> Array:
     """For each of n images the first with the same pixels, mostly itself: (n,) indices.
 
-    Copies say nothing new, and held-out scores of images that were seen make the threshold too low.
-    names: paths or names, for a note on stderr.
+    Held-out scores of what has a copy that was seen are too low. names: of the images, for a note.
     """
     where = {}
     first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)], int)
     if len(where) < len(first):
-        example = np.flatnonzero(first == np.bincount(first).argmax())
-        say_once(
-            f"{len(first)} training images, {len(where)} different ones: of equal ones like "
-            f"{listed([names[k] for k in example])} the first is used"
+        copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
+        text = (
+            f"{len(first)} training images, {len(where)} different: of equal ones, like {copies},"
         )
+        say_once(f"{text} the first is used")
     return first
 
 
@@ -1009,7 +939,7 @@ STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high ar
 FEW = 50  # good images: of fewer the mean rate is said
 EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
-LOWEST_RATE = 1e-6  # percent
+LOWEST = 1e-6  # percent: no lower false positive rate but 0
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
 
@@ -1064,13 +994,13 @@ class Calibration(NamedTuple):
         if self.fpr == 0:
             return f"{text}, the highest good training image"
         if self.how == "rank" and self.fpr * (n + 1) < 100:
-            rate, need = 100 / (n + 1), math.ceil(100 / self.fpr) - 1
-            text += f", the highest of {n} good images: a false positive rate of {rate:.2g} %"
-            return f"{text}, for {self.fpr:g} % give {need}"
-        text += f" at a false positive rate of {self.fpr:g} %"
-        if self.how == "rank" or n >= FEW:
-            return text
-        return f"{text} (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
+            text += (
+                f", the highest of {n} good images: a false positive rate of {100 / (n + 1):.2g}"
+            )
+            return f"{text} %, for {self.fpr:g} % give {math.ceil(100 / self.fpr) - 1}"
+        mean = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
+        few = mean if self.how == "tail" and n < FEW else ""
+        return f"{text} at a false positive rate of {self.fpr:g} %{few}"
 
 
 def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
@@ -1108,8 +1038,8 @@ def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail"
 
 def check_threshold(percent: float, how: str | float) -> None:
     """Raises InputError for what is no false positive rate and no way to a threshold."""
-    if not isinstance(percent, (int, float)) or not (percent == 0 or LOWEST_RATE <= percent < 100):
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST_RATE:g} to below 100")
+    if not isinstance(percent, (int, float)) or not (percent == 0 or LOWEST <= percent < 100):
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST:g} to below 100")
     number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
     if not number and how not in ("tail", "rank"):
         raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
@@ -1119,7 +1049,8 @@ def classify(scores: Array, known: Calibration) -> list[Prediction]:
     """A Prediction of each score (m,); one that is nan is no good image."""
     scores, threshold = np.asarray(scores, float), known.threshold
     p_values = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
-    verdicts = np.where(scores <= threshold, "good", "defect" if threshold == threshold else "none")
+    above = "none" if math.isnan(threshold) else "defect"
+    verdicts = np.where(scores <= threshold, "good", above)
     rows = zip(scores.tolist(), p_values.tolist(), verdicts.tolist(), strict=True)
     return [Prediction(*row, threshold) for row in rows]
 
@@ -1138,12 +1069,10 @@ def fit_tail(good_scores: Array) -> Tail:
     scores = np.sort(np.asarray(good_scores, float))
     x = np.log(np.maximum(scores, 1e-3 * max(np.median(scores), 1e-30)))  # 0 has no logarithm
     n = len(x)
-    first = Tail(*central_line(x), 0)
     most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
-    expected = n * first.p_value(np.exp(x[::-1][:most]))
+    expected = n * Tail(*central_line(x), 0).p_value(np.exp(x[::-1][:most]))
     as_many = gammainc(np.arange(1, most + 1), expected)  # P(Poisson(expected) >= k)
-    rare = np.flatnonzero(as_many < STANDS_OUT)
-    suspects = int(rare[-1]) + 1 if len(rare) else 0
+    suspects = 1 + max(np.flatnonzero(as_many < STANDS_OUT).tolist(), default=-1)
     return Tail(*central_line(x[: n - suspects]), suspects)
 
 
@@ -1198,12 +1127,12 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
     if category.saturation is not None and pixels:
         pixels = pixel_counts(scored.maps, test, sizes, category.saturation, scored.ignore)
         for part in ("logical", "structural"):
-            kind = f"{part}_anomalies"
-            if kind in kinds:
-                row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"]
-                row[f"spro_{part}"] = pixel_metrics(total(pixels, [kind]), SPRO_LIMIT)[2]
-        row["image_auroc"] = mean_of([row["image_auroc_logical"], row["image_auroc_structural"]])
-        row["spro"] = mean_of([row["spro_logical"], row["spro_structural"]])
+            alone = kinds.get(f"{part}_anomalies", {"image_auroc": None})
+            row[f"image_auroc_{part}"] = alone["image_auroc"]
+            counts = total(pixels, [f"{part}_anomalies"])
+            row[f"spro_{part}"] = pixel_metrics(counts, SPRO_LIMIT)[2]
+        for mean, of in (("image_auroc", "image_auroc_"), ("spro", "spro_")):
+            row[mean] = mean_of([row[f"{of}logical"], row[f"{of}structural"]])
     return row | {"kinds": list(kinds.values())}
 
 
@@ -1221,7 +1150,7 @@ def metrics_of(name: str, defects: list, test: list, scored: Scored, pixels: dic
 
 def total(pixels: dict, defects: list) -> Array:
     """Of pixel_counts, the sum over the good images and those of some kinds of defects."""
-    return sum(pixels[kind] for kind in ("good", *defects) if kind in pixels)
+    return sum(pixels.get(kind, np.zeros((3, 1))) for kind in ("good", *defects))
 
 
 def pixel_counts(
@@ -1248,17 +1177,15 @@ def pixel_counts(
             hits = np.cumsum(np.bincount(index[box][region], minlength=bins))
             overlap += np.minimum(hits / saturates_at, 1)
         rest = ~union if ignore is None else ~(union | ignore)
-        outside = np.bincount(index[rest], minlength=bins)
-        return np.stack([inside, outside, overlap])
+        return np.stack([inside, np.bincount(index[rest], minlength=bins), overlap])
 
     totals = {item.kind: np.zeros((3, bins)) for item in items}
     scored = list(zip(maps, items, sizes, strict=True))
     for start in range(0, len(scored), BATCH):
         part = scored[start : start + BATCH]
-        for (_, item, _), found in zip(
-            part, wtflow.parallel_map(counts, part, maps.device), strict=True
-        ):
-            totals[item.kind] += found
+        found = wtflow.parallel_map(counts, part, maps.device)
+        for (_, item, _), of_one in zip(part, found, strict=True):
+            totals[item.kind] += of_one
     return totals
 
 
@@ -1294,9 +1221,8 @@ def area_to(x: Array, y: Array, limit: float) -> float:
 def image_metrics(scores: Array, defective: Array) -> tuple:
     """AUROC and average precision of image scores, exact."""
     falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
-    defective = np.asarray(defective, bool)
-    positive = np.bincount(rank[defective], minlength=len(falling))
-    return auroc_ap(positive, np.bincount(rank[~defective], minlength=len(falling)))
+    parts = (rank[defective], rank[~defective])
+    return auroc_ap(*(np.bincount(part, minlength=len(falling)) for part in parts))
 
 
 def auroc_ap(positive: Array, negative: Array) -> tuple:
@@ -1318,8 +1244,8 @@ def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | 
     flagged = {"fpr": [], "recall": []}
     for kind, p in zip(kinds, predictions, strict=True):
         if p.verdict != "none":
-            flagged["fpr" if kind == "good" else "recall"].append(p.verdict == "defect")
-    return {name: 100 * float(np.mean(v)) if v else None for name, v in flagged.items()}
+            flagged["fpr" if kind == "good" else "recall"].append(100 * (p.verdict == "defect"))
+    return {name: mean_of(values) for name, values in flagged.items()}
 
 
 def mean_of(values: list) -> float | None:
@@ -1330,11 +1256,9 @@ def mean_of(values: list) -> float | None:
 # Tables
 def mean_row(rows: list[dict]) -> dict:
     """The last row of a table: means of the metrics, sums of the counts and seconds."""
-    row = {"category": "mean"}
-    for name in COLUMNS[1:] + MORE:
-        values = [r[name] for r in rows]
-        row[name] = sum(values) if name in SUMMED else mean_of(values)
-    return row
+    values = {name: [row[name] for row in rows] for name in COLUMNS[1:] + MORE}
+    means = {name: sum(v) if name in SUMMED else mean_of(v) for name, v in values.items()}
+    return {"category": "mean"} | means
 
 
 def cell_text(value: Any) -> str:
@@ -1349,21 +1273,20 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *numbers]), flush=True)
+        say("  ".join([first.ljust(widths[0]), *numbers]))
 
 
 def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
     """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
-    if known.tail is None:
-        return
     rows = []
-    for rate in RATES:
+    for rate in RATES if known.tail else ():
         at_rate = known._replace(threshold=known.tail.threshold(rate / 100))
         row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{at_rate.threshold:.4f}"}
         row["good_flagged_per_1000"] = f"{10 * rate:g}"
         found = rates(kinds, classify(scores, at_rate))
         rows.append(row | {f"test_{name}": value for name, value in found.items()})
-    print_table(tuple(rows[0]), rows)
+    if rows:
+        print_table(tuple(rows[0]), rows)
 
 
 # ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
@@ -1790,11 +1713,6 @@ def save_figure(fig: Any, path: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
         fig.savefig(file, format="png", dpi=100)
     write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
-
-
-def one_line(text: Any) -> str:
-    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def in_words(prediction: Prediction) -> str:
