@@ -392,7 +392,8 @@ def text_of(path: Path) -> str:
             raise OSError("a pipe")
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeError) as e:
-        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({reason}): mend it") from None
 
 
 def say_unread(name: str, files: list[Path]) -> None:
