@@ -83,7 +83,6 @@ class Category(NamedTuple):
     """One product: good images to train on, test images with what is known of them."""
 
     name: str
-    layout: str
     train: list[Path]
     test: list[Item]
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
@@ -207,9 +206,8 @@ def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Categ
     if items and all(item.kind != "good" for item in items):
         kinds = listed(sorted({item.kind for item in items}))
         say_once(f"{root.name}: no good images in test: {kinds} are defects")
-    layout = "MVTec LOCO AD" if loco else "MVTec 3D-AD" if rgb else "MVTec AD"
     images = [path for folder in good for path in images_under(folder / inner)]
-    category = Category(root.name, layout, images, items, saturation_of(root) if loco else None)
+    category = Category(root.name, images, items, saturation_of(root) if loco else None)
     return checked(category, root, folders_in(root), trained)
 
 
@@ -267,7 +265,7 @@ def read_visa(root: Path) -> Category:
                 train.append(image)
     except (KeyError, AttributeError) as e:
         raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from e
-    return checked(Category(root.name, "VisA", train, test, None), root, folders_in(root))
+    return checked(Category(root.name, train, test, None), root, folders_in(root))
 
 
 def read_good(folder: Path, product: str) -> Category:
@@ -278,7 +276,7 @@ def read_good(folder: Path, product: str) -> Category:
                          "train/good, defects into test/<defect>")  # fmt: skip
     names = ("labels", "Labels", "annotations", "Annotations")  # beside it, of tools
     beside = [parent / name for parent in folder.parents[:2] for name in names]
-    category = Category(product, "folder of good images", images_under(folder), [], None)
+    category = Category(product, images_under(folder), [], None)
     return checked(category, folder.parent, [folder, *beside])
 
 
@@ -634,14 +632,14 @@ def ends_early(path: str | Path, image: Image.Image) -> bool:
 
 def image_sizes(images: list) -> list[tuple[int, int]]:
     """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
-    sizes = []
-    for image in images:
-        if isinstance(image, (str, os.PathLike)):
-            with unreadable(image), head_of(image) as head:
-                sizes.append(shown_size(head))
-        else:
-            sizes.append(as_image(image).size[::-1])
-    return sizes
+
+    def size(image):
+        if not isinstance(image, (str, os.PathLike)):
+            return as_image(image).size[::-1]
+        with unreadable(image), head_of(image) as head:
+            return shown_size(head)
+
+    return [size(image) for image in images]
 
 
 # More than 8 bits: whole numbers
@@ -660,26 +658,22 @@ def white_level_of(paths: list) -> float:
         with unreadable(path), head_of(path) as head:
             deep = head.mode[0] == "I"
         if deep:
-            highest = max(highest, int(levels_of(path, open_image(path)).max()))
+            highest = max(highest, int(np.asarray(open_image(path)).max()))
     return float(next(level for level in WHITE_LEVELS if highest <= level))
-
-
-def levels_of(path: str | Path, image: Image.Image) -> Array:
-    """Values (H, W) of an image of more than 8 bits, as they are in the file."""
-    values = np.asarray(image)
-    if values.min() < 0:
-        raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
-    return values
 
 
 def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
     """An image of more than 8 bits in 8, 0..white_level -> 0..255."""
-    values = levels_of(path, image)
+    values, fault = np.asarray(image), ""
+    if values.min() < 0:
+        fault = f"has values down to {values.min()}: rescale it to 0 and more"
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
+        fault = "is a negative, its 0 is white: save it so that 0 is black"
     if np.median(values) > white_level:
-        text = f"half of its values are above {white_level:g}, the white level of the training"
-        raise InputError(f"{path}: {text} images: save it with their depth")
+        fault = f"half of its values are above {white_level:g}, the white level of the training "
+        fault += "images: save it with their depth"
+    if fault:
+        raise InputError(f"{path}: {fault}")
     if values.max() > white_level:
         say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
     values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
@@ -721,31 +715,19 @@ def masks_of(
     return regions, union
 
 
-def read_mask(path: Path, size: tuple) -> Array:
-    """mask_values of a defect's mask. Raises InputError if its image has another size, (H, W).
-
-    Says so if nothing or most of it is defective.
-    """
-    values = mask_values(path)
-    if values.shape != tuple(size):
-        text = "mask is {} x {}, its image {} x {}".format(*values.T.shape, *size[::-1])
-        raise InputError(f"{path}: {text}: masks must have the image's size")
-    share = (values != 0).mean()
-    if share == 0 or share > 0.5:
-        text = f"{100 * share:.0f} % of this mask is defective: is it empty, or inverted?"
-        say_once(f"{path}: {text}", about=(path.parent, share == 0))
-    return values
-
-
-def mask_values(path: Path) -> Array:
+def read_mask(path: Path, size: tuple | None = None) -> Array:
     """Values (H, W) of a mask, not zero where it is defective.
 
-    Of the channels the largest, but for alpha; a palette is read by its colours. Raises InputError
-    for a format that may have changed the values, and for faint values beside bright ones.
+    Of the channels the largest, but for alpha; a palette is read by its colours. Says so if nothing
+    or most of it is defective. Raises InputError for a format that may have changed the values, for
+    faint values beside bright ones, and if its image has another size, (H, W).
     """
     image = open_image(path)
     if image.format not in LOSSLESS:
         raise InputError(f"{path}: a mask as {image.format}, which changes it: save it as PNG")
+    if size and image.size != size[::-1]:
+        text = "mask is {} x {}, its image {} x {}".format(*image.size, *size[::-1])
+        raise InputError(f"{path}: {text}: masks must have the image's size")
     values = np.asarray(image)
     if values.ndim == 3:
         values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
@@ -755,14 +737,20 @@ def mask_values(path: Path) -> Array:
             f"{path}: {faint.max()} beside {values.max()}: a label beside a border that does not "
             "count, or what JPEG or resizing left? Save the mask with 0 and 255 alone"
         )
-    return np.asarray(image.convert("RGB")).max(2) if image.mode == "P" else values
+    if image.mode == "P":
+        values = np.asarray(image.convert("RGB")).max(2)
+    share = (values != 0).mean()
+    if share == 0 or share > 0.5:
+        text = f"{100 * share:.0f} % of this mask is defective: is it empty, or inverted?"
+        say_once(f"{path}: {text}", about=(path.parent, share == 0))
+    return values
 
 
 def read_ignored(path: str | None) -> Array | None:
     """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
     if path is None:
         return None
-    ignore = mask_values(Path(path)) != 0
+    ignore = read_mask(Path(path)) != 0
     if ignore.all() or not ignore.any():
         raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
     return ignore
@@ -1130,10 +1118,9 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
     if category.saturation is not None and pixels:
         pixels = pixel_counts(scored.maps, test, sizes, category.saturation, scored.ignore)
         for part in ("logical", "structural"):
-            alone = kinds.get(f"{part}_anomalies", {"image_auroc": None})
-            row[f"image_auroc_{part}"] = alone["image_auroc"]
-            counts = total(pixels, [f"{part}_anomalies"])
-            row[f"spro_{part}"] = pixel_metrics(counts, SPRO_LIMIT)[2]
+            kind = f"{part}_anomalies"
+            row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"] if kind in kinds else None
+            row[f"spro_{part}"] = pixel_metrics(pixels, [kind], SPRO_LIMIT)[2]
         for mean, of in (("image_auroc", "image_auroc_"), ("spro", "spro_")):
             row[mean] = mean_of([row[f"{of}logical"], row[f"{of}structural"]])
     return row | {"kinds": list(kinds.values())}
@@ -1147,13 +1134,8 @@ def metrics_of(name: str, defects: list, test: list, scored: Scored, pixels: dic
     row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
     row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
     if pixels:
-        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(total(pixels, defects))
+        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(pixels, defects)
     return row | rates(kinds, found)
-
-
-def total(pixels: dict, defects: list) -> Array:
-    """Of pixel_counts, the sum over the good images and those of some kinds of defects."""
-    return sum(pixels.get(kind, np.zeros((3, 1))) for kind in ("good", *defects))
 
 
 def pixel_counts(
@@ -1192,14 +1174,14 @@ def pixel_counts(
     return totals
 
 
-def pixel_metrics(counts: Array, limit: float = PRO_LIMIT) -> tuple:
-    """(pixel AUROC, pixel AP, AUPRO or sPRO) of counts (3, bins) of pixel_counts.
+def pixel_metrics(pixels: dict, defects: list, limit: float = PRO_LIMIT) -> tuple:
+    """(pixel AUROC, pixel AP, AUPRO or sPRO) of pixel_counts, some kinds of defects beside good.
 
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
     against the false positive rate over all defect-free pixels of the set, integrated to `limit`
     and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022).
     """
-    inside, outside, overlap = counts
+    inside, outside, overlap = sum(pixels.get(k, np.zeros((3, 1))) for k in ("good", *defects))
     auroc, ap = auroc_ap(inside, outside)
     regions = overlap[-1]  # each is covered as a whole at last
     if not regions or not outside.any():
@@ -1214,11 +1196,9 @@ def area_to(x: Array, y: Array, limit: float) -> float:
     The value at the limit is interpolated.
     """
     x, y = np.r_[0.0, x], np.r_[0.0, y]
-    k = np.searchsorted(x, limit, side="right")
-    if k < len(x):
-        at = y[k - 1] + (y[k] - y[k - 1]) * (limit - x[k - 1]) / (x[k] - x[k - 1])
-        x, y = np.r_[x[:k], limit], np.r_[y[:k], at]
-    return float(np.trapezoid(y, x)) / limit
+    below = x <= limit
+    y = np.r_[y[below], np.interp(limit, x, y)]
+    return float(np.trapezoid(y, np.r_[x[below], limit])) / limit
 
 
 def image_metrics(scores: Array, defective: Array) -> tuple:

@@ -23,14 +23,14 @@ from evaluate import InputError, Reading, read_dataset, read_image, read_mask
 
 def counts(category):
     kinds = [i.kind for i in category.test]
-    return category.layout, len(category.train), {k: kinds.count(k) for k in sorted(set(kinds))}
+    return len(category.train), {k: kinds.count(k) for k in sorted(set(kinds))}
 
 
 def test_mvtec_root_and_one_category(tmp_path):
     make_mvtec(tmp_path / "set", ("bolt", "nut"))
     name, found = read_dataset(tmp_path / "set")
     assert name == "set" and [c.name for c in found] == ["bolt", "nut"]
-    assert counts(found[0]) == ("MVTec AD", 6, {"good": 3, "dent": 3})
+    assert counts(found[0]) == (6, {"good": 3, "dent": 3})
     name, (one,) = read_dataset(tmp_path / "set/nut")
     assert name == "set" and counts(one) == counts(found[1])
     assert [c.name for c in read_dataset(tmp_path / "set", ["nut"])[1]] == ["nut"]
@@ -55,7 +55,7 @@ def test_visa(tmp_path):
     save(root / "split_csv/unused.png", picture(0)[0])
     (root / "split_csv/1cls.csv").write_text("\n".join(rows))
     name, (c,) = read_dataset(root)
-    assert name == "VisA" and counts(c) == ("VisA", 3, {"good": 2, "anomaly": 2})
+    assert name == "VisA" and counts(c) == (3, {"good": 2, "anomaly": 2})
     _, union = evaluate.masks_of(c.test[-1], (40, 48))
     assert union.sum() == 12 * 14  # masks hold 1 and 2, not 255
     by_hand = "\r\n".join(rows).replace("/", "\\").replace("normal", "Normal")
@@ -64,7 +64,7 @@ def test_visa(tmp_path):
     assert read_dataset(root)[1] == [c]
     mixed = by_hand.replace("test,anomaly", "train,anomaly")
     (root / "split_csv/1cls.csv").write_text(mixed)
-    assert counts(read_dataset(root)[1][0]) == ("VisA", 3, {"good": 2})
+    assert counts(read_dataset(root)[1][0]) == (3, {"good": 2})
     for outside in ("candle/../../x.png", "nut/0.png", str(tmp_path / "x.png")):
         (root / "split_csv/1cls.csv").write_text(
             "\n".join(rows) + f"\ncandle,test,normal,{outside},"
@@ -100,7 +100,7 @@ def test_loco(tmp_path):
     (root / "defects_config.json").write_text(config)
     (c,) = read_dataset(tmp_path / "loco")[1]
     kinds = {"good": 3, "logical_anomalies": 2, "structural_anomalies": 1}
-    assert counts(c) == ("MVTec LOCO AD", 6, kinds)
+    assert counts(c) == (6, kinds)
     regions, _ = evaluate.masks_of(c.test[-1], (40, 48), c.saturation)
     assert [saturates_at for *_, saturates_at in regions] == [84, 20]
     with pytest.raises(InputError, match="001.png: value 254 is not in defects_config.json"):
@@ -123,7 +123,7 @@ def test_mvtec_3d(tmp_path, capsys):
             save(root / part / f"gt/{k:03d}.png", mask * 255)
             (root / part / "xyz").mkdir(exist_ok=True)
     (c,) = read_dataset(tmp_path / "3d")[1]
-    assert counts(c) == ("MVTec 3D-AD", 4, {"good": 2, "hole": 3})
+    assert counts(c) == (4, {"good": 2, "hole": 3})
     assert [i.masks[0].parts[-3:] for i in c.test[2:]] == [
         ("hole", "gt", f"{k:03d}.png") for k in range(3)
     ]
@@ -209,7 +209,7 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path):
             k, n = rng.integers(rng.choice([head, len(blob)])), int(rng.integers(0, 5))
             blob[k : k + n] = rng.bytes(rng.choice([n, n, n, int(rng.integers(0, 9))]))
         path.write_bytes(blob[: rng.integers(1, len(blob))] if rng.random() < 0.2 else blob)
-        for read in (read_image, evaluate.mask_values, lambda p: evaluate.image_sizes([p])):
+        for read in (read_image, read_mask, lambda p: evaluate.image_sizes([p])):
             try:
                 read(path)
             except InputError as e:
@@ -436,7 +436,7 @@ def test_folders_called_good_are_good_and_those_called_defective_are_defects(
     renamed(root, "test/dent", f"test/{defect}")
     renamed(root, "ground_truth/dent", f"ground_truth/{defect}")
     (c,) = read_dataset(tmp_path / "d")[1]
-    assert counts(c)[1:] == (6, {"good": 3, defect: 3})
+    assert counts(c) == (6, {"good": 3, defect: 3})
 
 
 MAY_BE_GOOD = "good_monday ok-2 normal.1 all_ok io Pass Defect-Free images".split()
@@ -534,7 +534,7 @@ def test_images_lie_deeper_and_what_is_not_read_is_named(tmp_path, capsys):
     (root / "train/good/folder.png").mkdir()
     (root / "train/good/day2/loop").symlink_to(root / "train/good", target_is_directory=True)
     (c,) = read_dataset(tmp_path / "d")[1]
-    assert counts(c)[1:] == (11, {"good": 3, "dent": 4})
+    assert counts(c) == (11, {"good": 3, "dent": 4})
     assert evaluate.masks_of(c.test[3], (40, 48))[1].sum() == mask.sum()
     save(root / "train/new/0.png", picture(1)[0])
     save(root / "ground_truth/dent/999.png", mask * 255)
@@ -549,7 +549,7 @@ def test_what_lies_beside_the_categories_is_named_and_never_trained_on(tmp_path,
     save(tmp_path / "d/overview.png", picture(1)[0])
     save(tmp_path / "d/washer/1.png", picture(1)[0])
     name, found = read_dataset(tmp_path / "d")
-    assert name == "d" and [counts(c)[:2] for c in found] == [("MVTec AD", 6)] * 2
+    assert name == "d" and [counts(c)[0] for c in found] == [6, 6]
     assert "d: 2 files are not read: d/overview.png, washer/1.png" in capsys.readouterr().err
 
 
@@ -557,9 +557,9 @@ def test_train_and_test_in_capitals_and_no_folder_that_says_good(tmp_path, capsy
     root = make_mvtec(tmp_path / "d") / "bolt"
     renamed(renamed(root, "train", "Train"), "test", "TEST")
     shutil.rmtree(root / "ground_truth")
-    assert counts(read_dataset(root)[1][0])[1:] == (6, {"good": 3, "dent": 3})
+    assert counts(read_dataset(root)[1][0]) == (6, {"good": 3, "dent": 3})
     renamed(root, "TEST/good", "TEST/gut")
-    assert counts(read_dataset(root)[1][0])[2] == {"gut": 3, "dent": 3}
+    assert counts(read_dataset(root)[1][0])[1] == {"gut": 3, "dent": 3}
     assert "no good images in test: dent, gut are defects" in capsys.readouterr().err
 
 
@@ -598,7 +598,7 @@ def test_links_are_followed_once_and_no_image_counts_twice(tmp_path):
         for link in ("a", "b"):
             (place / link).symlink_to(place / "x", target_is_directory=True)
     save(place / "deep.png", picture(9)[0])
-    assert counts(read_dataset(root)[1][0])[1] == 7
+    assert counts(read_dataset(root)[1][0])[0] == 7
 
 
 def test_masks_of_many_kinds_are_read(tmp_path, capsys):
@@ -745,7 +745,7 @@ def test_mvtec_ad_2_is_read(tmp_path):
 
 def test_reasons_for_missing_metrics_are_kept_apart(capsys):
     items = [evaluate.Item(Path("a.png"), "dent", None), evaluate.Item(Path("b.png"), "hole", ())]
-    category = evaluate.Category("c", "MVTec AD", [], items, None)
+    category = evaluate.Category("c", [], items, None)
     known = evaluate.calibrate([1], how=1)
     scored = evaluate.Scored(torch.zeros(2, 4, 4), evaluate.classify([0, 0], known), known)
     evaluate.measure(category, scored, [(4, 4)] * 2)
@@ -762,7 +762,7 @@ def test_a_folder_of_good_images_is_named_after_the_product(tmp_path, folder):
     for name in ("screw", "nut"):
         dataset, (c,) = read_dataset(tmp_path / "parts" / name / folder.removesuffix("/day1"))
         assert (dataset, c.name) == ("parts", name)
-        assert counts(c) == ("folder of good images", 1, {})
+        assert counts(c) == (1, {})
 
 
 def test_many_regions_take_their_own_boxes_alone(tmp_path):
@@ -790,7 +790,7 @@ def test_a_trained_model_needs_test_images_alone(tmp_path):
         read_dataset(tmp_path / "d")
     for place in (root, root.parent):
         (c,) = read_dataset(place, trained=True)[1]
-        assert counts(c) == ("MVTec AD", 0, {"good": 3, "dent": 3})
+        assert counts(c) == (0, {"good": 3, "dent": 3})
 
 
 LEFT_OUT = [  # a file, how many images it leaves out or what the refusal says

@@ -48,9 +48,8 @@ def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
 
 
 def pixel_metrics(maps, items, sizes, saturation=None, limit=evaluate.PRO_LIMIT):
-    """evaluate.pixel_metrics of all kinds together."""
     counts = evaluate.pixel_counts(maps, items, sizes, saturation)
-    return evaluate.pixel_metrics(sum(counts.values()), limit)
+    return evaluate.pixel_metrics(counts, ["dent"], limit)
 
 
 def brute_pro(maps, masks, limit, saturate=lambda area: area):
@@ -108,7 +107,7 @@ def test_rows_of_kinds_and_of_loco_are_those_of_their_images_alone(tmp_path):
     scores = maps.flatten(1).amax(1).numpy()
     known = evaluate.calibrate([1.0], how=3.0)
     scored = evaluate.Scored(maps, evaluate.classify(scores, known), known)
-    category = evaluate.Category("c", "MVTec LOCO AD", [tmp_path], items, {255: (0.5, True)})
+    category = evaluate.Category("c", [tmp_path], items, {255: (0.5, True)})
     row = evaluate.measure(category, scored, sizes)
     for kind, of_kind in zip(kinds[1:], row["kinds"], strict=True):
         chosen = [k for k, item in enumerate(items) if item.kind in ("good", kind)]
