@@ -107,9 +107,8 @@ def read_dataset(
         paths = images_under(data)
         say_unread(name, [p for p in paths if p.relative_to(data).parts[0] not in readers])
     elif is_good(data) or any(path.parent == data for path in images_under(data)):
-        product = next(
-            p for p in (data, *data.parents) if p.name.casefold() not in (*GOOD, "train")
-        )
+        above = (data, *data.parents)
+        product = next(p for p in above if p.name.casefold() not in (*GOOD, "train"))
         name, readers = product.parent.name, {product.name: partial(read_good, data, product.name)}
     if not readers:
         raise InputError(
@@ -133,7 +132,7 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     if file is None:
         return categories, []
     own, lines = categories, [line.strip() for line in text_of(Path(file)).splitlines()]
-    if lines and re.match(r"\W*image\b(?!\.)", lines[0]):
+    if lines and re.match(r'"?image"?\s*([,;\t]|$)', lines[0]):
         rows = rows_of(Path(file))
         if any("leave_out" not in row for row in rows):
             raise InputError(f"--leave-out {file}: no column leave_out, after a comma: give a "
@@ -166,7 +165,7 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
 def reader_of(root: Path, trained: bool) -> Callable | None:
     """What reads the category in a folder; None if it holds none."""
     if (root / "Data/Images/Normal").is_dir():
-        return partial(read_visa, root)
+        return partial(read_visa, root, trained)
     train = child(root, "train")
     test = child(root, "test_public") or child(root, "test") or root / "test"
     good = [folder for folder in folders_in(train) if is_good(folder)]
@@ -188,19 +187,16 @@ def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Categ
             "train/good, defects into test/<defect>, their masks into ground_truth/<defect>"
         )
     truth = next((t for p in (root, test) for name in TRUTH if (t := child(p, name))), None)
-    rgb = any((folder / "rgb").is_dir() for folder in [*good, *folders_in(test)])
-    loco, inner, items = (root / "defects_config.json").is_file(), "rgb" if rgb else "", []
-    loco = loco or (test / "logical_anomalies").is_dir()
+    rgb = any((folder / "rgb").is_dir() for folder in good or folders_in(test))
+    loco = (root / "defects_config.json").is_file() or (test / "logical_anomalies").is_dir()
+    inner, items = "rgb" if rgb else "", []
     for folder in folders_in(test):
         images = images_under(folder / inner)
         if is_good(folder):
             items += [Item(path, "good", ()) for path in images]
         elif folder != truth:
-            own = (
-                folder / "gt"
-                if rgb
-                else truth and (child(truth, folder.name) or truth / folder.name)
-            )
+            own = folder / "gt" if rgb else child(truth, folder.name)
+            own = own or (truth and truth / folder.name)
             masks = own and masks_of_images(images, folder / inner, own, loco)
             items += [Item(path, folder.name, own and masks[path]) for path in images]
     if items and all(item.kind != "good" for item in items):
@@ -228,7 +224,7 @@ def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> 
         if image and image in masks and not loco:
             raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
                              "remove one, or put both into one file")  # fmt: skip
-        masks[image] = (*masks.get(image, ()), mask)
+        masks[image] = (*masks.get(image, ()), mask)  # None: of no image here
     for path in images:
         end = "/000.png" if loco else "_mask.png"
         masks.setdefault(path, (own / f"{path.relative_to(folder).with_suffix('')}{end}",))
@@ -239,20 +235,15 @@ def saturation_of(root: Path) -> dict:
     """LOCO's {pixel value of a mask: (threshold, whether it is a share of the area)}."""
     config = root / "defects_config.json"
     try:
-        return {
-            int(d["pixel_value"]): (
-                float(d["saturation_threshold"]),
-                bool(d["relative_saturation"]),
-            )
-            for d in json.loads(text_of(config))
-        }
+        keys = ("pixel_value", "saturation_threshold", "relative_saturation")
+        rows = [[d[key] for key in keys] for d in json.loads(text_of(config))]
+        return {int(value): (float(most), bool(relative)) for value, most, relative in rows}
     except (ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{config}: not LOCO's thresholds ({e}): restore it from the download"
-        ) from e
+        text = f"not LOCO's thresholds ({e}): restore it from the download"
+        raise InputError(f"{config}: {text}") from None
 
 
-def read_visa(root: Path) -> Category:
+def read_visa(root: Path, trained: bool) -> Category:
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
     split, train, test = root.parent / "split_csv/1cls.csv", [], []
     try:
@@ -264,8 +255,8 @@ def read_visa(root: Path) -> Category:
             elif good:
                 train.append(image)
     except (KeyError, AttributeError) as e:
-        raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from e
-    return checked(Category(root.name, train, test, None), root, folders_in(root))
+        raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from None
+    return checked(Category(root.name, train, test, None), root, folders_in(root), trained)
 
 
 def read_good(folder: Path, product: str) -> Category:
@@ -321,17 +312,18 @@ def checked(category: Category, root: Path, looked_in: list, trained: bool = Fal
     for mask, image in masks.items():
         text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
         need(mask.is_file(), mask, f"{text} pixel metrics")
-    unread = {path: folder for folder in looked_in for path in all_files(folder)}
-    unread = {path: unread[path] for path in unread.keys() - {*images, *masks}}
-    good = stems - {(item.path.parent, item.path.stem.casefold()) for item in bad}
-    for path, folder in unread.items():
+        whole = mask.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".webp")
+        need(whole, mask, "a mask in a format that changes it: save it as PNG")
+    used, good = {*images, *masks}, stems - {(i.path.parent, i.path.stem.casefold()) for i in bad}
+    unread = [(top, path) for top in looked_in for path in all_files(top) if path not in used]
+    for folder, path in unread:
         above = map(str.casefold, path.relative_to(folder.parent).parts)
         named = LABELS.intersection(above) or path.name.startswith("_annotations")
         named = named or (path.parent, path.stem.casefold()) in good
         text = "an annotation, so not all images may be good: put good ones into train/good, "
         text += "defects into test/<defect>, and remove the annotations"
         need(not named or path.suffix.lower() not in (".json", ".txt", ".xml"), path, text)
-    say_unread(name, sorted(unread))
+    say_unread(name, [path for _, path in unread])
     return category
 
 
@@ -439,7 +431,7 @@ MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
-FULL_SIZE = "full_size"  # in image.info: (H, W) of a file as shown; a JPEG may be decoded smaller
+FULL_SIZE = "full_size"  # in image.info: (H, W) as shown, of an image that may be decoded smaller
 PROCESS, LOADING = os.getpid(), Lock()
 
 
@@ -500,12 +492,9 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
         pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
     low, high = pixels.min(), pixels.max()
     if high - low <= FEW_LEVELS:
-        say_once(
-            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
-            f"{reading.white_level:g}; of 16 bits a colour the upper 8): if that is too few, mend "
-            "images that reach higher, or rescale all of them",
-            about=(Path(name).parent, "levels"),
-        )
+        text = f"has grey values {low} to {high} of 0 to 255 (white level {reading.white_level:g}):"
+        text += " if that is too few, mend images that reach higher, or rescale all of them"
+        say_once(f"{name}: {text}", about=(Path(name).parent, "levels"))
     return pixels, image.info.get(FULL_SIZE, image.size[::-1])
 
 
@@ -572,7 +561,8 @@ def open_image(path: str | Path, enough: int = 0) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
         if image.format != "JPEG" and image.size != size[::-1]:
             raise ValueError("EXIF that turns it comes after its pixels: save it anew")
-        image.info[FULL_SIZE] = size
+        if enough:
+            image.info[FULL_SIZE] = size
         return image
 
 
