@@ -288,7 +288,7 @@ def dies_at(name, call):
     [
         ("fsync", 1, "none"),
         ("replace", 5, "none"),
-        ("pixel_metrics", 1, "none"),
+        ("pixel_counts", 1, "none"),
         ("replace", 17, "none"),
         ("replace", 18, "worst"),
         ("draw_map", 1, "worst"),
@@ -389,7 +389,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
         (wtflow, "flow_matching_loss", 18),
         (wtflow.PositionGaussian, "fit", 5),
         (torch, "save", 3),
-        (evaluate, "pixel_metrics", 2),
+        (evaluate, "pixel_counts", 2),
         (evaluate, "draw_map", 6),
     ],
 )
