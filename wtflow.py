@@ -73,7 +73,7 @@ class Recipe:
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening, or "layer" norm of the map
     # Coupling
     coupling: str = "worst"  # [paper] "worst"; "independent": rFM; "optimal": OT-CFM
-    rho: float = 0.25  # [ours] of "worst", -1..1
+    rho: float = 0.1  # [ours] of "worst", -1..1
     # Vector field and its training
     field: str = "position"  # [ours] "position": an MLP at each position; "unet": over the map
     width: int = 384  # [ours] channels of its hidden layers; of the U-Net's first level
@@ -166,7 +166,7 @@ def independent(x_0: Tensor, generator: Generator | None = None) -> Tensor:
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
 
 
-def worst(x_0: Tensor, generator: Generator | None = None, rho: float = 0.25) -> Tensor:
+def worst(x_0: Tensor, generator: Generator | None = None, rho: float = 0.1) -> Tensor:
     """Local worst transport: x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z, z ~ N(0, I) (W5).
 
     [ours, as a reading of the paper's "local"]: at each position alone. E|x_1|^2 = d for every rho,

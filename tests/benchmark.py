@@ -302,9 +302,7 @@ COUPLINGS = {
     "OT-CFM": {"coupling": "optimal", "time": 0.65},
 }
 RATIO = 0.65 / 0.35  # of noise to signal at rFM's best time
-UNTRAINED = {
-    f"v = 0, rho = {rho:g}": partial(fit_untrained, rho=rho) for rho in (0, 0.25, 0.5, 0.9)
-}
+UNTRAINED = {f"v = 0, rho = {rho:g}": partial(fit_untrained, rho=rho) for rho in (0, 0.1, 0.5, 0.9)}
 OTHERS = {
     "PatchCore 1 %": partial(fit_patchcore, share=0.01),
     "PatchCore 10 %": partial(fit_patchcore, share=0.1),
@@ -361,7 +359,9 @@ def rho(args):
 
     With --released, the same couplings under the released recipe at a width that trains here.
     """
-    couplings = {f"rho={r}": {"rho": r, "time": time_at(RATIO, r)} for r in (-0.5, 0.25, 0.5, 0.9)}
+    couplings = {
+        f"rho={r}": {"rho": r, "time": time_at(RATIO, r)} for r in (-0.5, 0.1, 0.25, 0.5, 0.9)
+    }
     couplings |= {name: COUPLINGS[name] for name in ("rFM", "OT-CFM")}
     base = Recipe()
     if args.released:
@@ -378,9 +378,10 @@ def rho(args):
 ABLATION = (
     {},
     {"coupling": "independent", "time": 0.65},
+    {"rho": 0.25, "time": 0.55},
     {"rho": 0.5, "time": 0.48},
-    {"time": 0.45},
-    {"time": 0.65},
+    {"time": 0.5},
+    {"time": 0.7},
     {"time_conditioned": False},
     {"steps": 400},
     {"steps": 1600},

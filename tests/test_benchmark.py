@@ -18,7 +18,7 @@ def quick(monkeypatch):
 
 
 OF_COMPARE = ("WT-Flow", "rFM", "OT-CFM", "PatchCore 1 %", "PatchCore 10 %, 256 px")
-OF_RHO = ("rho=-0.5", "rho=0.25", "rho=0.5", "rho=0.9", "rFM", "OT-CFM")
+OF_RHO = ("rho=-0.5", "rho=0.1", "rho=0.25", "rho=0.5", "rho=0.9", "rFM", "OT-CFM")
 
 
 @pytest.mark.parametrize(
