@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
+import hashlib
 import io
 import json
 import logging
@@ -23,7 +25,8 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -89,6 +92,16 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def one_line(text: Any) -> str:
+    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text: Any, file: Any = None) -> None:
+    """Print a line, whatever names are in it."""
+    print(one_line(text), file=file, flush=True)
+
+
 SAID = set()  # what say_once has spoken of
 
 
@@ -99,7 +112,7 @@ def say_once(text: str, about: Any = None) -> None:
     """
     if (about or text) not in SAID:
         SAID.add(about or text)
-        print(f"note: {text}", file=sys.stderr)
+        say(f"note: {text}", sys.stderr)
 
 
 def listed(items: list) -> str:
@@ -369,7 +382,7 @@ def read_visa(root: Path) -> Category:
     return category
 
 
-def read_category(root: Path) -> Category | None:
+def read_category(root: Path, trained: bool = False) -> Category | None:
     """The category in a folder, or None if no layout fits. The first sign that fits decides.
 
     Raises InputError if images to train on are there and are not called good.
@@ -387,7 +400,8 @@ def read_category(root: Path) -> Category | None:
             raise InputError(
                 f"{train}: no folder good, ok or normal in it: put the good images into train/good"
             )
-        return None
+        if not (trained and folders_in(test)):
+            return None
     if (test / "logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
         return read_mvtec_loco(root, train, test)
     return read_mvtec(root, train, test)
@@ -414,17 +428,21 @@ def read_images_only(folder: Path) -> tuple[str, Category]:
     return product.parent.name, category
 
 
-def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
+def read_dataset(
+    data: str | Path, wanted: tuple | list = (), trained: bool = False
+) -> tuple[str, list[Category]]:
     """(name, [Category]) of a data set's root, or of one category's folder.
 
-    wanted: names of categories, all by default. Raises InputError naming what was looked for.
+    wanted: names of categories, all by default; trained: there may be no training images. Raises
+    InputError naming what was looked for.
     """
     data = Path(data)
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    one, name = read_category(data), data.name
-    found = [one] if one else [c for c in map(read_category, folders_in(data)) if c]
+    read = partial(read_category, trained=trained)
+    one, name = read(data), data.name
+    found = [one] if one else [c for c in map(read, folders_in(data)) if c]
     if one:
         name = data.parent.name
     elif found:
@@ -446,13 +464,13 @@ def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list
             raise InputError(f"{data}: no category '{asked}': choose from {', '.join(names)}")
     found = [c for c in found if not wanted or c.name in wanted]
     for category in found:
-        check_category(category, data if one else data / category.name)
+        check_category(category, data if one else data / category.name, trained)
     return name or "data", found
 
 
-def check_category(category: Category, folder: Path) -> None:
+def check_category(category: Category, folder: Path, trained: bool = False) -> None:
     """Raises InputError without images to train on, if a mask is missing, or for equal names."""
-    if not category.train:
+    if not category.train and not trained:
         suffixes = ", ".join(SUFFIXES)
         raise InputError(f"{folder}: no training images ({suffixes}) in train/good: add some")
     for item in category.test:
@@ -489,7 +507,7 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     if lines and lines[0].startswith("image,"):
         rows = list(csv.DictReader(lines))
         marked = [row for row in rows if (row.get("leave_out") or "").strip()]
-        lines = [unquoted(row["image"]) for row in marked]
+        lines = [row["image"].removeprefix("./") for row in marked]
         own = [c for c in categories if c.name == Path(file).resolve().parent.name]
     names, dropped = [line for line in lines if line], set()
     every = [path for category in own or categories for path in category.train]
@@ -1448,7 +1466,7 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *numbers]), flush=True)
+        say("  ".join([first.ljust(widths[0]), *numbers]))
 
 
 def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
@@ -1465,241 +1483,277 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
     print_table(tuple(rows[0]), rows)
 
 
-# ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
+# ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
 FORMAT = 7  # of checkpoints; another one is refused
+RESULT = "WT-Flow result"  # in the first bytes of every file from here; a table has its head
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-def no_memory(e: Exception) -> bool:
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+def write_whole(path: Path, write: Callable, mark: str = RESULT) -> None:
+    """write(open file), flush to disk, rename: the old file or the new one.
 
-
-def write_whole(path: Path, write: Callable) -> None:
-    """write(temporary path beside `path`), flush to disk, rename: the old file or the new one."""
+    Raises InputError if that cannot be, or if the old file is without the mark: not from here.
+    """
+    refuse_foreign(path, mark)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):  # where the folder is a file
+        if temporary.is_file() and not temporary.is_symlink():
+            temporary.unlink()  # of a killed run
+        file = open(temporary, "xb")  # which follows no link
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
             temporary.unlink(missing_ok=True)
-        if no_memory(e):
             raise
-        remedy = "free some space or change --out, --run, --export"
-        raise InputError(f"{path}: cannot be written ({e}): {remedy}") from None
-
-
-def hold(file: Any) -> None:
-    """Lock an open file until it is closed. Raises OSError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on this platform: two runs are told apart by the user
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into an InputError that names the path."""
+    """Turn what stands against writing into an InputError that names the path and a remedy."""
     try:
         yield
     except OSError as e:
-        reason = e.strerror or e
-        raise InputError(f"{path}: cannot be written ({reason}): give another --out") from None
+        full = e.errno in NO_SPACE
+        remedy = "free some space" if full else "give another --out, --run or --export"
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}): {remedy}") from None
+
+
+def written_here(path: Path, mark: str) -> bool:
+    """Whether a file begins as those from here do; an empty one has nothing to lose."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(2048)
+    return not head or mark.encode() in head
+
+
+def refuse_foreign(path: Path, mark: str = RESULT) -> None:
+    with writing(path):
+        if os.path.lexists(path) and not written_here(path, mark):
+            raise InputError(
+                f"{path}: is no such file of this version's: move it, or write elsewhere"
+            )
+
+
+def refuse_foreign_results(folder: Path) -> None:
+    """Raises InputError if a file in a folder of results has the name of one and is not from here.
+
+    Before the work, for what would be written after it.
+    """
+    heads = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
+    for name in ("model.pt", "state.pt", FINISHED):
+        refuse_foreign(folder / name)
+    for name, columns in heads.items():
+        refuse_foreign(folder / f"{name}.csv", head_of(columns))
+
+
+def refuse_results(paths: list[Path]) -> None:
+    """Raises InputError if one of the images is a picture that was written here."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # which its reader names
+            if path.stat().st_size and written_here(path, RESULT):
+                raise InputError(f"{path}: a result of this program, no image for it: move it")
+
+
+def remove_results(paths: Iterable[Path]) -> None:
+    """Remove those of the files that were written here."""
+    for path in paths:
+        with writing(path):
+            if written_here(path, RESULT):
+                path.unlink()
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """folder / name. Raises InputError for a name that leads out of the folder."""
+    path = Path(os.path.normpath(folder / name))
+    if Path(os.path.normpath(folder)) not in path.parents:
+        raise InputError(f"{name}: a name that leads out of {folder}: give it another")
+    return path
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    with writing(folder):
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a lock in a folder. Raises InputError, with its process id, if another process does."""
+    path, flags = folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
+        lock = open(os.open(path, flags, 0o666), "r+b", buffering=0)
     with lock:
-        try:
-            hold(lock)
-        except OSError as e:  # held by another, or of a file system without locks
-            lock.seek(0)
+        holder = lock.read(20).decode("ascii", "replace")
+        if holder and not holder.isdigit():
+            raise InputError(f"{path}: not written by this program: move it, or write elsewhere")
+        # A lock that is gone from the folder is no longer anybody's
+        if (
+            not hold(lock)
+            or not path.exists()
+            or not os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
+        ):
             raise InputError(
-                f"{folder}: cannot be locked ({e.strerror}): process {lock.read().strip()} may be "
-                "writing here: wait for it, or give another --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield  # the file stays: another process may have opened it, and not locked it yet
+                f"{folder}: process {holder or 'unknown'} is writing here: wait for it, or give "
+                "another --out"
+            )
+        try:
+            with writing(path):
+                lock.truncate(0)
+                lock.seek(0)
+                lock.write(str(os.getpid()).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def hold(file: Any) -> bool:
+    """Lock an open file until it is closed; False if another process has locked it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError) as e:  # Windows, or a file system without locks
+        say_once(f"no lock here ({first_line(e)}): see to it that no second run writes here too")
+    return True
 
 
 # Tables
-FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a cell that begins so
+TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins so
 
 
 def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
-    """A table for any spreadsheet: see csv_text; a byte order mark where a name is not ASCII."""
-    text = csv_text(columns, rows)
-    data = encoded(text, mark=not text.isascii())
-    write_whole(path, lambda to: to.write_bytes(data))
+    """A table in UTF-8, which a table of other columns is not replaced by."""
+    data = encoded(csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+    write_whole(path, lambda file: file.write(data), head_of(columns))
 
 
-def encoded(text: str, mark: bool = False) -> bytes:
-    """UTF-8, with a byte order mark or not; a name that is not UTF-8 as it is on the disk."""
-    return text.encode("utf-8-sig" if mark else "utf-8", "surrogateescape")
+def head_of(columns: tuple) -> str:
+    return ",".join(columns) + "\r\n"
 
 
-def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
-    """Lines of a CSV file. Text that a spreadsheet would run as a formula begins with '."""
-    file = io.StringIO(newline="")
-    table = csv.writer(file)
-    if head:
-        table.writerow(columns)
-    for row in rows:
-        cells = [cell_text(row[c]) for c in columns]
-        text = [isinstance(row[c], str) and cell.lstrip("'").startswith(FORMULA)
-                for c, cell in zip(columns, cells, strict=True)]  # fmt: skip
-        table.writerow(["'" * t + cell for t, cell in zip(text, cells, strict=True)])
-    return file.getvalue()
+def encoded(text: str) -> bytes:
+    """UTF-8; a name that is not is written as it is on the disk."""
+    return text.encode("utf-8", "surrogateescape")
 
 
-# Columns of scores.csv
-SCORES = ("image", "kind", "score", "p_value", "p_rank", "verdict", "error")
+def csv_text(columns: tuple, rows: list[dict]) -> str:
+    """Rows as lines of a CSV file, for separators of any country."""
+
+    def cell(value):
+        text = harmless(value) if isinstance(value, str) else cell_text(value)
+        quoted = any(c in text for c in ',;\t\r\n"')
+        return '"' + text.replace('"', '""') + '"' if quoted else text
+
+    return "".join(",".join(cell(row[c]) for c in columns) + "\r\n" for row in rows)
+
+
+def harmless(text: str) -> str:
+    """A name as the path ./name where a spreadsheet would run it; numbers stay."""
+    if text.startswith(TOLD):
+        with contextlib.suppress(ValueError):
+            float(text)
+            return text
+        return f"./{text}"
+    return text
+
+
+def read_csv(path: Path, columns: tuple) -> list[dict]:
+    """Rows of a table that write_csv wrote, but a last one that is half written; [] of none.
+
+    Raises InputError for a table of other columns, or one that was changed since.
+    """
+    if not os.path.lexists(path):
+        return []
+    refuse_foreign(path, head_of(columns))
+    with writing(path):
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    text = text[: text.rfind("\n") + 1]
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        if rows and None in rows[-1].values():  # a line break in its name
+            rows.pop()
+        if any(None in (*row, *row.values()) for row in rows):
+            raise ValueError("a row with more or fewer cells")
+        for row in rows:
+            float(row.get("score") or 0)
+    except (csv.Error, ValueError) as e:
+        raise InputError(f"{path}: not as it was written ({first_line(e)}): move it") from None
+    return rows
+
+
+SCORES = ("image", "kind", "score", "p_value", "verdict")  # columns of a category's scores.csv
+# And of that of --image FOLDER: what a row is of, to the image's time in nanoseconds
+FOLDER_SCORES = (*SCORES, "threshold", "folder", "modified", "error")
+TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")  # of train-scores.csv
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
-    """A row of scores.csv: of a prediction, or of the error that left the image without one."""
-    row = {"image": name, "kind": kind, **dict.fromkeys(SCORES[2:], "")}
+    """A row of scores: of a prediction, or of the error that left the image without one."""
+    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": ""}
     if isinstance(found, InputError):
         return row | {"error": str(found)}
-    numbers = {name: getattr(found, name) for name in ("score", "p_value", "p_rank")}
+    numbers = {"score": found.score, "p_value": found.p_value}
     texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
     return row | texts | {"verdict": found.verdict}
 
 
-def unquoted(name: str) -> str:
-    """A name as it was before csv_text."""
-    return name[1:] if name[:1] == "'" and name.lstrip("'").startswith(FORMULA) else name
-
-
 @contextlib.contextmanager
-def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterator[tuple]:
-    """({name: row} that a table of scores had, add(row)): each row is written as it is added.
+def growing_table(table: Path | None, begun: dict[str, dict], resume: bool) -> Iterator[tuple]:
+    """(names that are done, add(row)): a table of scores to which each row is written as it comes.
 
-    Without resume it starts anew; with it, rows of images that had an error are left out. names: of
-    all images to come. Raises InputError if another process writes to it (not on Windows).
+    begun: {image: {threshold, folder, modified}}. With resume, rows that begin so and have a score
+    are done; those of images that are gone stay, others are made again. Raises InputError for rows
+    of another folder, model or threshold, and if another process writes to the table.
     """
     if table is None:
-        yield {}, lambda row: None
+        yield {*()}, lambda row: None
         return
-    with writing(table):
-        table.parent.mkdir(parents=True, exist_ok=True)
-        f = open(table, "a+b")
-
-    def write(text, mark=False):
+    with locked(table.parent, f".{table.name}.lock"):
+        rows = read_csv(table, FOLDER_SCORES)
+        same = next(iter(begun.values()))
+        for column in ("folder", "threshold") if resume else ("folder",):
+            if others := {row[column] for row in rows} - {same[column]}:
+                raise InputError(f"{table}: has rows of another {column}, {listed([*others])}: "
+                                 "give another --out, or remove it")  # fmt: skip
+        kept = [row for row in rows if row["score"] and row["image"] not in begun
+                or row["score"] and row["modified"] == begun[row["image"]]["modified"]]  # fmt: skip
+        kept = kept if resume else []
+        if gone := sorted({row["image"] for row in kept} - {*begun}):
+            say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
+                     f"{listed(gone)}")  # fmt: skip
+        write_csv(table, FOLDER_SCORES, kept)
         with writing(table):
-            f.write(encoded(text, mark))
-            f.flush()
+            file = open(table, "ab", buffering=0)  # closing it writes nothing more
 
-    with f:
-        try:
-            hold(f)
-        except OSError:
-            raise InputError(f"{table}: another process writes to it: give another --out") from None
-        f.seek(0)
-        text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
-        text = text[: text.rfind("\n") + 1]  # a last row may be half written
-        whole = io.StringIO(text, newline="")
-        had = {unquoted(row["image"]): row for row in csv.DictReader(whole) if row["score"]}
-        rows = [row | {"image": name} for name, row in had.items()]
-        f.truncate(0)
-        write(csv_text(SCORES, rows), mark=not "".join([*names, *had]).isascii())
-        yield had, lambda row: write(csv_text(SCORES, [row], head=False))
+        def add(row):
+            data = encoded(csv_text(FOLDER_SCORES, [row | begun[harmless(row["image"])]]))
+            with writing(table):
+                while data:
+                    data = data[file.write(data) :]
 
-
-def write_scores(folder: Path, category: Category, scored: Scored) -> None:
-    """scores.csv of a category's test images."""
-    names = [name.as_posix() for name in names_of(category.test)]
-    rows = [
-        score_row(name, item.kind, prediction)
-        for name, item, prediction in zip(names, category.test, scored.predictions, strict=True)
-    ]
-    if rows:
-        write_csv(folder / "scores.csv", SCORES, rows)
-
-
-# Columns of train-scores.csv
-TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")
-SHOWN = 12  # suspects in a picture
-
-
-def write_suspects(
-    folder: Path,
-    images: list[Path],
-    first: Array,
-    maps: Tensor,
-    scores: Tensor,
-    known: Calibration,
-    white_level: float,
-) -> None:
-    """train-scores.csv of the training images, the highest first, and what stands out among them.
-
-    first: of copies_of; maps (k, h, w) and scores (k,) are held-out ones of the k images that are
-    no copies. Images that stand out are marked in the table, so that --leave-out takes it, and so
-    are their copies; they are named on stderr and drawn in suspects.png.
-    """
-    shared = Path(os.path.commonpath([path.parent for path in images]))
-    names = [path.relative_to(shared).as_posix() for path in images]
-    kept = np.unique(first)
-    predictions = classify(scores.numpy(), known)
-    falling = np.argsort(-scores.numpy(), kind="stable")
-    shown = falling[: known.tail.suspects if known.tail else 0]
-    mark = {j: "x" for j in kept[shown]}
-    rows = []
-    for j in falling:
-        row = score_row(names[kept[j]], "", predictions[j])
-        rows.append(row | {"copy_of": "", "leave_out": mark.get(kept[j], "")})
-    for j in np.setdiff1d(np.arange(len(images)), kept):
-        row = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
-        rows.append(row | {"leave_out": mark.get(first[j], "")})
-    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
-    images, names = [images[j] for j in kept], [names[j] for j in kept]
-    picture = folder / "suspects.png"
-    picture.unlink(missing_ok=True)
-    if len(shown):
-        print(
-            f"{folder.name}: {len(shown)} of {len(names)} good training images stand out "
-            f"({listed([names[j] for j in shown])}): look at {one_line(picture)}; to train "
-            f"without them: --leave-out {one_line(folder / 'train-scores.csv')}",
-            file=sys.stderr,
-        )
-        failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in shown[:SHOWN]]
-        with drawing_may_fail(failed):
-            pictures = [read_image(images[j], white_level) for j in shown[:SHOWN]]
-            draw_suspects(picture, pictures, maps[shown[:SHOWN]], known, titles)
-        warn_of(failed)
+        with file:
+            yield {row["image"] for row in kept}, add
 
 
 def write_tables(folder: Path, rows: list[dict]) -> None:
     """results.csv and metrics.csv, each with a last row `mean`; prints the table.
 
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
+    Of a part of the categories they are called by their names.
     """
     kinds = [kind for row in rows for kind in row["kinds"]]
-    part = of_a_part(folder / "results.csv", [row["category"] for row in rows])
+    names, part = [row["category"] for row in rows], ""
+    had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)} - {"mean"}
+    if not had <= {*map(harmless, names)}:
+        part = short("-".join(("", *names)))
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
     write_csv(folder / f"metrics{part}.csv", COLUMNS + MORE, rows + kinds)
     defined = tuple(c for c in MORE if any(row[c] is not None for row in rows))
     print_table(COLUMNS + defined, rows)
-
-
-def of_a_part(table: Path, names: list[str]) -> str:
-    """What is added to the name of a table of some of the categories that it has: "-a-b", or ""."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            had = {row["category"] for row in csv.DictReader(f)} - {"mean"}
-    except (OSError, KeyError):
-        return ""
-    return "" if had <= {*names} else "-" + "-".join(names)[:50]
 
 
 def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
@@ -1709,34 +1763,67 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
     """
     means, spreads, printed = [], [], []
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
-        mean, spread = dict(rows[0]), dict(rows[0])
-        for name, value in rows[0].items():
-            if isinstance(value, (int, float)):
-                values = [row[name] for row in rows]
-                mean[name] = float(np.mean(values))
-                spread[name] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-        means.append(mean)
-        spreads.append(spread)
-        numbers = [name for name in COLUMNS if isinstance(mean[name], float)]
-        texts = {name: f"{cell_text(mean[name])} +- {cell_text(spread[name])}" for name in numbers}
-        printed.append(mean | texts)
+        numbers = [name for name, v in rows[0].items() if isinstance(v, (int, float))]
+        values = {name: [row[name] for row in rows] for name in numbers}
+        means.append(rows[0] | {name: float(np.mean(v)) for name, v in values.items()})
+        spreads.append(rows[0] | {name: float(np.std(v, ddof=1)) for name, v in values.items()})
+        texts = {
+            name: f"{cell_text(means[-1][name])} +- {cell_text(spreads[-1][name])}"
+            for name in numbers
+        }
+        printed.append(rows[0] | texts)
     write_csv(folder / "results.csv", COLUMNS, means)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
-    print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
+    say(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
     print_table(COLUMNS, printed)
 
 
-def write_json(path: Path, values: dict) -> None:
-    """Plain values, a line each."""
-    text = json.dumps(values, indent=4, ensure_ascii=False)
-    write_whole(path, lambda to: to.write_text(text, "utf-8", errors="surrogateescape"))
-
-
 # Checkpoints
+def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
+    """A fitted detector; the frozen extractor is named by its recipe, not stored."""
+    reading = detector.reading._asdict()
+    if reading["ignore"] is not None:
+        reading["ignore"] = torch.from_numpy(reading["ignore"])
+    about = {"weights": detector.extractor.digest, "reading": reading}
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
+
+
+def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
+    """The detector of save_model on a device (pick_device). Raises InputError if it is damaged."""
+    state, device = load_checkpoint(path), pick_device(device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            detector = wtflow.Detector(state["recipe"], weights=weights)
+        detector.load_state_dict(state["model"])
+        reading = Reading(**state["reading"])
+        ignore = None if reading.ignore is None else reading.ignore.numpy()
+        detector.reading = reading._replace(ignore=ignore)
+        if not all(torch.isfinite(v).all() for v in state["model"].values()):
+            raise ValueError("its weights are not finite")
+        if not len(detector.normal_scores):
+            raise ValueError("it is not fitted: no scores of good images")
+        if state["weights"] != detector.extractor.digest:
+            raise InputError(
+                f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
+            )
+    except InputError as e:  # its extractor has no weights here, or others
+        raise InputError(f"{path}: {e}") from None
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
+        ) from None
+    detector = detector.to(device)
+    if device.type == "cuda":  # in place of the two methods, on this detector alone
+        detector._extract = CudaGraphs(detector._extract)
+        detector._score = CudaGraphs(detector._score)
+    return detector
+
+
 def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
     """Tensors and plain values, and the recipe that they belong to."""
-    state = {"format": FORMAT, "recipe": asdict(recipe), **content}
+    state = {"written_by": RESULT, "format": FORMAT, "recipe": asdict(recipe), **content}
     write_whole(path, partial(torch.save, state))
 
 
@@ -1769,42 +1856,23 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
-    """A fitted detector; the frozen extractor is named by its recipe, not stored."""
-    reading = detector.reading._asdict()
-    if reading["ignore"] is not None:
-        reading["ignore"] = torch.from_numpy(reading["ignore"])
-    about = {"weights": detector.extractor.digest, "reading": reading}
-    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
+def write_json(path: Path, values: dict) -> None:
+    """Plain values, a line each."""
+    text = json.dumps({"written_by": RESULT} | values, indent=4, ensure_ascii=False)
+    write_whole(path, lambda file: file.write(encoded(text)))
 
 
-def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
-    """The detector of save_model on a device (pick_device). Raises InputError if it is damaged."""
-    state, device = load_checkpoint(path), pick_device(device)
+def read_json(path: Path) -> dict:
+    """What write_json wrote. Raises InputError for anything else."""
     try:
-        detector = wtflow.Detector(state["recipe"], weights=weights)
-        detector.load_state_dict(state["model"])
-        reading = Reading(**state["reading"])
-        ignore = None if reading.ignore is None else reading.ignore.numpy()
-        detector.reading = reading._replace(ignore=ignore)
-        if not all(torch.isfinite(v).all() for v in state["model"].values()):
-            raise ValueError("its weights are not finite")
-        if state["weights"] != detector.extractor.digest:
-            raise InputError(
-                f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
-            )
-    except InputError as e:  # its extractor has no weights here, or others
-        raise InputError(f"{path}: {e}") from None
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
+        values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        if values["written_by"] != RESULT:
+            raise ValueError("not from here")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(
-            f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
+            f"{path}: not as train.py wrote it ({first_line(e)}): train again"
         ) from None
-    detector = detector.to(device)
-    if device.type == "cuda":  # in place of the two methods, on this detector alone
-        detector._extract = CudaGraphs(detector._extract)
-        detector._score = CudaGraphs(detector._score)
-    return detector
+    return values
 
 
 class CudaGraphs:
@@ -1869,153 +1937,132 @@ def captured(f: Callable, x: Tensor, pool: Any = None, stream: Any = None) -> Ca
     return replay
 
 
-# Pictures
+# ---- 4. Pictures: one that cannot be drawn or written costs itself -------------------------------
 BACKGROUND = 0.75  # [ours] of the median good score: about the median position of good maps
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
 
 
-def new_figure(*shape: int, **options: Any) -> tuple:
-    """A figure and its axes. They have no window and leave the caller's backend as it is."""
-    from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
-
-    fig = Figure(layout="constrained", **options)
-    return fig, fig.subplots(*shape)
-
-
-def save_figure(fig: Any, path: Path) -> None:
-    """Drawn in memory first: a figure that cannot be drawn is no disk that cannot be written."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-        fig.savefig(file, format="png", dpi=100)
-    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
-
-
-def one_line(text: Any) -> str:
-    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def in_words(prediction: Prediction) -> str:
-    tail, rank = prediction.p_value, prediction.p_rank
-    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
-    return f"score {prediction.score:.4f}, {p}, by rank {rank:.2g}, {prediction.verdict}"
-
-
-def draw_map(
-    path: Path, image: Image.Image, union: Any, y: Tensor, known: Calibration, title: str
+def write_pictures(
+    folder: Path, category: Category, scored: Scored, sizes: list, white_level: float, which: str
 ) -> None:
-    """Picture of one image: itself, the outline of its mask (H, W) or None, its map y (h, w)."""
-    fig, axes = new_figure(1, 2, figsize=(8.2, 4))
-    aspect, size = drawn_shape(image)
-    image = image.resize(size, Image.BILINEAR)
-    for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
-        axis.imshow(np.asarray(image), aspect=aspect)
-        axis.set(title=name, xticks=[], yticks=[])
-    if union is not None and union.any():
-        axes[0].set_title("image, outline of its mask")
-        # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
-        union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
-        axes[0].contour(union, [0.5], colors="black", linewidths=3)
-        axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
-    add_map(fig, axes[1], y, size, aspect, known)
-    fig.suptitle(one_line(title)[:100], fontsize=11, parse_math=False)
-    save_figure(fig, path)
+    """maps/KIND/*.png and scores.png of a category's test images. which: "all", "worst", "none"."""
+    remove_results([folder / "scores.png", *(folder / "maps").rglob("*.png")])
+    if which == "none":
+        return
+    names, bad = names_of(category.test), [item.kind != "good" for item in category.test]
+    prefixes = telling_images(scored.predictions, bad)
+    for j in range(len(names)) if which == "all" else prefixes:
+        item, words = category.test[j], in_words(scored.predictions[j])
+        union = masks_of(item, sizes[j])[1] if item.masks else None
+        row = item.path, union, scored.maps[j], f"{category.name}:  {words}:  {names[j].as_posix()}"
+        path = inside(folder / "maps", picture_name(names[j], prefixes.get(j, "")))
+        draw(path, draw_rows, [row], scored.known, white_level)
+    scores = np.array([p.score for p in scored.predictions])
+    draw(folder / "scores.png", draw_scores, category.name, scores, np.array(bad), scored.known)
 
 
-def drawn_shape(image: Image.Image) -> tuple[str, tuple]:
-    """Aspect and size (W, H) in which an image is drawn; a strip is drawn wider than it is."""
-    aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    shrunk = min(1, DRAWN / max(image.size))
-    return aspect, tuple(max(1, round(shrunk * side)) for side in image.size)
+def draw(path: Path, f: Callable, *args: Any) -> None:
+    """Save the figure f(*args); where that fails, say so and go on."""
+    try:
+        figure, file = f(*args), io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            figure.savefig(file, format="png", dpi=100, metadata={"Software": RESULT})
+        write_whole(path, lambda to: to.write(file.getbuffer()))
+    except Exception as e:
+        if no_memory(e):
+            raise
+        say(f"note: no picture {path} ({first_line(e)[:200]})", sys.stderr)
 
 
-def add_map(fig: Any, axis: Any, y: Tensor, size: tuple, aspect: str, known: Calibration) -> None:
-    """Draw map y (h, w) at a size (W, H), with a bar of its colours.
+def draw_rows(rows: list[tuple], known: Calibration, white_level: float) -> Any:
+    """Figure of rows (image file, mask (H, W) or None, map (h, w), title): image and map of each.
 
-    They mean the same in all pictures of a model: from about the median position of good images
-    over the threshold, which is the middle, to as far above it. Without a threshold the middle is
-    the highest good score.
+    Outlined is the mask, ringed where there is none the maximum of the map. Colours mean the same
+    in all pictures of a model: from about the median position of good images over the threshold,
+    or the highest good score, which is the middle, to as far above it.
     """
     middle = max(known.middle(), 1e-6)
     low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
     high = 2 * middle - low
-    # viridis reads the same to a colour-blind person
-    colours = {"cmap": "viridis", "vmin": low, "vmax": high}
-    shown = axis.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
-    bar = fig.colorbar(shown, ax=axis, fraction=0.046, extend="both")
-    bar.set_ticks([low, middle, high])
-    bar.ax.axhline(middle, color="white", linewidth=2)
     name = "highest good" if math.isnan(known.threshold) else "threshold"
-    bar.set_ticklabels([f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"])
-
-
-def draw_suspects(
-    path: Path, images: list[Image.Image], maps: Tensor, known: Calibration, titles: list[str]
-) -> None:
-    """Picture of images beside their maps (n, h, w), two pairs a row; their maxima are marked."""
-    rows = -(-len(images) // 2)
-    fig, axes = new_figure(rows, 4, figsize=(12, 2.8 * rows))
-    axes = axes.reshape(rows, 4)
-    for axis in axes.flat:
-        axis.axis("off")
-    for k, (image, y, title) in enumerate(zip(images, maps, titles, strict=True)):
-        left, right = axes[k // 2, 2 * (k % 2) : 2 * (k % 2) + 2]
-        aspect, size = drawn_shape(image)
-        left.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
-        add_map(fig, right, y, size, aspect, known)
-        i, j = np.unravel_index(int(y.argmax()), y.shape)
-        place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
+    figure, all_axes = new_figure(len(rows), 2, (8.2, 4 * len(rows)))
+    for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
+        image = read_image(path, white_level)
+        shrunk = min(1, DRAWN / max(image.size))
+        size = tuple(max(1, round(shrunk * side)) for side in image.size)
+        # A strip is drawn wider than it is
+        aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
         for axis in (left, right):
-            axis.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
-        left.set_title(one_line(title)[:60], fontsize=9, parse_math=False)
-    save_figure(fig, path)
+            axis.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
+            axis.set(xticks=[], yticks=[])
+        left.set_title(one_line(title)[:110], loc="left", fontsize=9, parse_math=False)
+        if union is not None and union.any():
+            # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
+            union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
+            left.contour(union, [0.5], colors="black", linewidths=3)
+            left.contour(union, [0.5], colors="yellow", linewidths=1.4)
+        else:
+            i, j = np.unravel_index(int(y.argmax()), y.shape)
+            place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
+            left.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
+        # viridis reads the same to a colour-blind person
+        colours = {"cmap": "viridis", "vmin": low, "vmax": high}
+        shown = right.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
+        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
+        bar.ax.axhline(middle, color="white", linewidth=2)
+        bar.set_ticks([low, middle, high], labels=[f"{low:.3g}", f"{middle:.3g}\n{name}",
+                                                   f"{high:.3g}"])  # fmt: skip
+    return figure
 
 
-def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibration) -> None:
-    """Histograms of the scores: test images, good and defective; training images, fitted tail.
+def new_figure(rows: int, columns: int, inches: tuple) -> tuple:
+    """A figure and its axes. They have no window and leave the caller's backend as it is."""
+    from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
+
+    figure = Figure(inches, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_scores(title: str, scores: Array, bad: Array, known: Calibration) -> Any:
+    """Figure of histograms: scores of test images, good and defective; of training images, tail.
 
     The last bar is of all that are higher. Lines: the threshold, and those of RATES.
     """
-    fig, axes = new_figure(1 + bool(len(scores)), figsize=(6, 3 + 2.4 * bool(len(scores))))
-    test, train = (axes[0], axes[1]) if len(scores) else (None, axes)
-    good, tail = known.good_scores, known.tail
+    figure, all_axes = new_figure(1 + bool(len(scores)), 1, (6, 3 + 2.4 * bool(len(scores))))
+    test, train = all_axes[0, 0], all_axes[-1, 0]
+    good, middle = known.good_scores, known.middle()
     every = np.r_[scores, good]
-    middle = known.middle()
     end = min(max(every.max(), 1.1 * middle), 2 * middle)
     edges = np.linspace(min(every.min(), middle), end, 61)
-
-    def histogram(axis, values, colour, name):
+    shown = [(train, good, "#0072B2", "good training images")]
+    if len(scores):
+        shown += [(test, scores[~bad], "#0072B2", "good test images")]
+        shown += [(test, scores[bad], "#E69F00", "defective test images")]
+    for axis, values, colour, name in shown:
         label = f"{name} ({len(values)})"
         axis.hist(np.minimum(values, end), edges, color=colour, alpha=0.65, label=label)
-
-    histogram(train, good, "#0072B2", "good training images")
-    if test is not None:
-        histogram(test, scores[~bad], "#0072B2", "good test images")
-        histogram(test, scores[bad], "#E69F00", "defective test images")
-    if tail is not None:
-        expected = -len(good) * np.diff(tail.p_value(edges))
+    if known.tail is not None:
+        expected = -len(good) * np.diff(known.tail.p_value(edges))
         train.plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
-        rates = ", ".join(f"{rate:g}" for rate in RATES[::-1])
-        for rate in RATES:
-            label = f"{rates} %" if rate == RATES[0] else None
-            train.axvline(tail.threshold(rate / 100), color="0.4", linestyle=":", label=label)
-    for axis in filter(None, (test, train)):
+        for k, rate in enumerate(RATES):
+            label = None if k else ", ".join(f"{rate:g}" for rate in RATES[::-1]) + " %"
+            train.axvline(known.tail.threshold(rate / 100), color="0.4", linestyle=":", label=label)
+    for axis in all_axes[:, 0]:
         if not math.isnan(known.threshold):
             axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
         axis.set(ylabel="images", xlim=(edges[0], end))
         axis.legend(fontsize=8)
     above = ", the last bar: and above" if every.max() > end else ""
-    train.set(xlabel=f"image score{above}")
-    (train if test is None else test).set_title(one_line(title)[:60], parse_math=False)
-    save_figure(fig, path)
+    train.set_xlabel(f"image score{above}")
+    test.set_title(one_line(title)[:60], parse_math=False)
+    return figure
 
 
-def telling_images(predictions: list[Prediction], bad: Array, each: int = 3) -> dict[int, str]:
+def telling_images(predictions: list[Prediction], bad: list[bool], each: int = 3) -> dict[int, str]:
     """{index: prefix} of the images to show; of the good ones below the threshold, the nearest."""
-    scores = np.array([p.score for p in predictions])
-    flagged = np.array([p.verdict == "defect" for p in predictions])
-    rising = np.argsort(scores, kind="stable")
+    flagged = [p.verdict == "defect" for p in predictions]
+    rising = np.argsort([p.score for p in predictions], kind="stable").tolist()
     chosen = {
         "false_positive": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
         "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
@@ -2025,142 +2072,103 @@ def telling_images(predictions: list[Prediction], bad: Array, each: int = 3) -> 
     return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
 
 
+def write_suspects(
+    folder: Path, images: list[Path], first: Array, maps: Tensor, scores: Tensor,
+    known: Calibration, white_level: float,
+) -> None:  # fmt: skip
+    """train-scores.csv of the training images, the highest first, and what stands out among them.
+
+    first: of copies_of; maps (k, h, w) and scores (k,) are held-out ones of the k images that are
+    no copies. Images that stand out are marked in the table, so that --leave-out takes it, and so
+    are their copies; they are named on stderr, and the first 12 drawn in suspects.png.
+    """
+    names = [path.as_posix() for path in paths_below(images)]
+    kept = np.unique(first)
+    predictions = classify(scores.numpy(), known)
+    falling = np.argsort(-scores.numpy(), kind="stable")
+    shown = falling[: known.tail.suspects if known.tail else 0]
+    mark = {j: "x" for j in kept[shown]}
+    rows = []
+    for j in falling:
+        row = score_row(names[kept[j]], "", predictions[j])
+        rows.append(row | {"copy_of": "", "leave_out": mark.get(kept[j], "")})
+    for j in np.setdiff1d(np.arange(len(images)), kept):
+        row = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
+        rows.append(row | {"leave_out": mark.get(first[j], "")})
+    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
+    remove_results([folder / "suspects.png"])
+    if len(shown):
+        say(
+            f"{folder.name}: {len(shown)} of {len(kept)} good training images stand out "
+            f"({listed([names[j] for j in kept[shown]])}): look at {folder / 'suspects.png'}; to "
+            f"train without them: --leave-out {folder / 'train-scores.csv'}",
+            sys.stderr,
+        )
+        picture = [
+            (images[kept[j]], None, maps[j], f"{names[kept[j]]}: {scores[j]:.3g}")
+            for j in shown[:12]
+        ]
+        draw(folder / "suspects.png", draw_rows, picture, known, white_level)
+
+
+def in_words(prediction: Prediction) -> str:
+    tail = prediction.p_value
+    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
+    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
+
+
+# Names of what is written, from those of the images alone
+def paths_below(paths: list[Path]) -> list[Path]:
+    """Paths below the folder that all of them have in common."""
+    paths = [Path(os.path.normpath(path)) for path in paths]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared) for path in paths]
+
+
 def names_of(items: list[Item]) -> list[Path]:
     """[kind/file] of test images; the folders between are kept where a kind has several."""
     names = {}
     for kind in {item.kind for item in items}:
         paths = [item.path for item in items if item.kind == kind]
-        shared = os.path.commonpath([path.parent for path in paths])
-        names |= {(kind, path): Path(kind) / path.relative_to(shared) for path in paths}
+        names |= {
+            (kind, p): Path(kind) / name for p, name in zip(paths, paths_below(paths), strict=True)
+        }
     return [names[item.kind, item.path] for item in items]
 
 
-def picture_names(names: list[Path]) -> list[str]:
-    """A file name for the picture of each: folders and stem, short, distinct in any case."""
-    out, taken = [], set()
-    for name in names:
-        text = "_".join(name.with_suffix("").parts)[:50]
-        while text.casefold() in taken:
-            text += "_2"
-        taken.add(text.casefold())
-        out.append(text)
-    return out
+def picture_name(name: Path, prefix: str = "") -> Path:
+    """The file of an image's picture: a/b.jpg -> a/PREFIXb_jpg.png, no other image has it."""
+    return name.with_name(short(f"{prefix}{name.stem}_{name.suffix[1:]}") + ".png")
 
 
-@contextlib.contextmanager
-def drawing_may_fail(failed: list) -> Iterator[None]:
-    """Add a picture that cannot be drawn to `failed`; a full disk, say, goes on as an error."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        if no_memory(e):
-            raise
-        failed.append(one_line(first_line(e))[:150])
+def short(text: str) -> str:
+    """A text of at most 200 bytes, by a digest of it in place of what is too much."""
+    data = encoded(text)
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return text if len(data) <= 200 else f"{data[:180].decode('utf-8', 'ignore')}_{digest}"
 
 
-def warn_of(failed: list) -> None:
-    """One line on stderr for the pictures that could not be drawn, if there are any."""
-    if failed:
-        others = f", and {len(failed) - 1} more could not" if len(failed) > 1 else ""
-        print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
+def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:
+    """Maps as MVTec's evaluation script reads them: float32 TIFF beside the category's folder."""
+    for y, name, size in zip(maps, names_of(category.test), sizes, strict=True):
+        tiff = Image.fromarray(at_size(y, size))
+        save = partial(tiff.save, format="TIFF", tiffinfo={SOFTWARE: RESULT})
+        write_whole(inside(maps_folder(folder), name.with_suffix(".tiff")), save)
 
 
-def remove_pictures(folder: Path) -> None:
-    """Those of a category's earlier model, or threshold."""
-    for old in (folder / "scores.png", *(folder / "maps").glob("*.png")):
-        old.unlink(missing_ok=True)
+SOFTWARE = 305  # a tag of TIFF
 
 
-def write_pictures(
-    folder: Path,
-    category: Category,
-    scored: Scored,
-    sizes: list[tuple],
-    white_level: float,
-    which: str,
-    save_maps: bool,
-) -> None:
-    """maps/*.png and scores.png of a category's test images. which: "all", "worst" or "none".
-
-    save_maps: float32 TIFF maps as MVTec's evaluation script reads them, beside the category.
-    """
-    names = names_of(category.test)
-    if save_maps:
-        place = folder.parent / "anomaly_maps" / category.name / "test"
-        for y, name, size in zip(scored.maps, names, sizes, strict=True):
-            tiff = Image.fromarray(at_size(y, size))
-            write_whole((place / name).with_suffix(".tiff"), partial(tiff.save, format="TIFF"))
-    remove_pictures(folder)
-    if which == "none":
-        return
-    bad = np.array([item.kind != "good" for item in category.test])
-    prefixes, files, failed = telling_images(scored.predictions, bad), picture_names(names), []
-    for j in range(len(names)) if which == "all" else prefixes:
-        item, words = category.test[j], in_words(scored.predictions[j])
-        title = f"{category.name}:  {words}:  {names[j].as_posix()}"
-        path = folder / "maps" / f"{prefixes.get(j, '')}{files[j]}.png"
-        with drawing_may_fail(failed):
-            image = read_image(item.path, white_level)
-            union = masks_of(item, sizes[j])[1] if item.masks else None
-            draw_map(path, image, union, scored.maps[j], scored.known, title)
-    scores = np.array([p.score for p in scored.predictions])
-    with drawing_may_fail(failed):
-        draw_scores(folder / "scores.png", category.name, scores, bad, scored.known)
-    warn_of(failed)
+def maps_folder(folder: Path) -> Path:
+    return folder.parent / "anomaly_maps" / folder.name / "test"
 
 
-def draw_contact_sheet(folder: Path, names: list[str]) -> None:
-    """contact-sheet.png of a data set: two pictures of each category, from maps/."""
-    rows = []
-    for name in names:
-        found = [
-            sorted((folder / name / "maps").glob(f"{kind}1_*.png"))
-            for kind in ("hit", "miss", "false_positive", "good")
-        ]
-        rows.append([Image.open(paths[0]) for paths in found if paths][:2])
-    rows = [row for row in rows if row]
-    if not rows:
-        (folder / "contact-sheet.png").unlink(missing_ok=True)
-        return
-    w, h = rows[0][0].size
-    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * w, i * h))
-    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
-
-
-CONSTANTS = "wtflow.json"  # file in an exported .pt2: its threshold and size
+# ---- 5. Export -----------------------------------------------------------------------------------
 AGREES = 1e-3  # of the largest value: how far an exported program may be from its model
-READER = '''"""How {name} wants its images. It needs numpy and Pillow alone.
-
-    import onnxruntime
-    from {stem}_read import read
-    session = onnxruntime.InferenceSession("{name}")
-    maps, scores, p_values, defect = session.run(None, {{"images": read("image.png")}})
-"""
-
-import numpy as np
-from PIL import Image, ImageOps
-
-
-def read(path):
-    """Pixels uint8 (1, 3, {height}, {width}) of an image file; several: np.concatenate."""
-    image = Image.open(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"{{path}}: more than 8 bits a colour: this model has seen 8")
-    if image.format == "JPEG":
-        image.draft(None, ({enough}, {enough}))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    image = image.resize(({width}, {height}), Image.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)[None].copy()
-'''
 
 
 class Program(torch.nn.Module):
-    """Images uint8 (B, 3, H, W) -> maps (B, h, w), scores, p-values (B,), defect (B,) bool."""
+    """RGB uint8 (B, 3, H, W) of any H, W -> maps (B, h, w), scores, p-values (B,), defect (B,)."""
 
     def __init__(self, detector: wtflow.Detector, known: Calibration):
         super().__init__()
@@ -2168,146 +2176,175 @@ class Program(torch.nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         detector, tail = self.detector, self.known.tail
-        x = wtflow.extract_features(detector.extractor, images, detector.recipe)
+        size = wtflow.image_shape(detector.recipe)
+        x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)  # as Pillow's
+        x = wtflow.extract_features(detector.extractor, x.round().clamp(0, 255), detector.recipe)
         maps, scores = detector._score(x)
         z = (scores.log() - tail.location) / tail.scale
         return maps, scores, -torch.expm1(-torch.exp(-z)), scores > self.known.threshold
 
 
 def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
-    """Write a detector as .pt2 or .onnx, if it gives what the detector does on noise.
+    """Write a detector as an ONNX program that resizes images itself, if it gives the same.
 
-    Read without this repository, which the program does not need: .onnx as the file says that is
-    written beside it, .pt2 for one image at a time by
+        session = onnxruntime.InferenceSession("screw.onnx")
+        maps, scores, p_values, defect = session.run(None, {"images": images})    # uint8, RGB
 
-        files = {"wtflow.json": ""}
-        program = torch.export.load("screw.pt2", extra_files=files).module()
-        y, score = program(image)                   # uint8 (1, 3, H, W)
-        defect = score > json.loads(files["wtflow.json"])["threshold"]
-
-    Raises InputError for another suffix, without a threshold, or if packages for .onnx are missing.
+    Its metadata say how it wants images. Raises InputError without the packages it takes, and for a
+    model of more than 8 bits, with ignored pixels or without a threshold.
     """
-    if path.suffix not in (".pt2", ".onnx"):
-        raise InputError(f"--export {path}: give a file that ends in .pt2 or .onnx")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if path.suffix.lower() != ".onnx":
+        raise InputError(f"--export {path}: give a file that ends in .onnx")
+    if missing:
+        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
     if known.tail is None or detector.reading.ignore is not None:
         raise InputError(f"--export {path}: a model without a threshold, or one with --ignore, "
                          "works here alone: train it otherwise")  # fmt: skip
-    height, width = wtflow.image_shape(detector.recipe)
-    generator = torch.Generator().manual_seed(0)
-    size = (2, 3, height, width)
-    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
-        save = export_onnx if path.suffix == ".onnx" else export_pt2
-        data, found = save(path, detector, known, images)
-    pairs = list(zip(found, detector(images), strict=False))
-    difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
-    if not difference <= AGREES:  # nor where it is NaN
-        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
-    write_whole(path, lambda to: to.write_bytes(data))
-    print(f"{one_line(path)}: uint8 RGB of {width} x {height}, {known.text()}\n"
-          f"largest difference from the model on noise: {difference:.1e}")  # fmt: skip
-
-
-def export_pt2(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
-    """The bytes of a torch.export program of one image, and what it gives for images."""
-    height, width = images.shape[2:]
-    constants = {"height": height, "width": width, "white_level": detector.reading.white_level}
-    constants |= {"threshold": known.threshold, "fpr": known.fpr}
-    file = io.BytesIO()
-    program = torch.export.export(detector, (images[:1],))
-    torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
-    file.seek(0)
-    program = torch.export.load(file).module()
-    found = [program(image) for image in images.split(1)]
-    return file.getvalue(), [torch.cat(part) for part in zip(*found, strict=True)]
-
-
-def export_onnx(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
-    """The bytes of a Program in ONNX, for any number of images, and what it gives for images.
-
-    Writes the file that reads an image for it. White levels other than 255 are refused.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    if missing:
-        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
+    if detector.reading.white_level != 255:
+        raise InputError(f"--export {path}: of images of more than 8 bits: convert them, and train")
     import onnxruntime
 
+    height, width = wtflow.image_shape(detector.recipe)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    axes = {0: "batch", 2: "height", 3: "width"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
-    if detector.reading.white_level != 255:
-        raise InputError(f"--export {path}: of images of more than 8 bits: export it as .pt2")
-    file, names = io.BytesIO(), ["maps", "scores", "p_values", "defect"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
         program = torch.onnx.export(
             Program(detector, known).eval(),
-            (images,),
+            (noise.repeat_interleave(2, 3),),
             input_names=["images"],
-            output_names=names,
-            dynamic_shapes={"images": {0: "batch"}},
+            output_names=["maps", "scores", "p_values", "defect"],
+            dynamic_shapes={"images": axes},
             dynamo=True,
             verbose=False,
         )
-    program.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    found = [torch.from_numpy(v) for v in session.run(None, {"images": images.numpy()})]
-    height, width = images.shape[2:]
-    sizes = {"height": height, "width": width, "enough": 2 * max(height, width)}
-    text = READER.format(name=path.name, stem=path.stem, **sizes)
-    write_whole(path.with_name(f"{path.stem}_read.py"), lambda to: to.write_text(text))
-    return file.getvalue(), found
+    model = program.model_proto
+    model.producer_name = RESULT
+    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width",
+             "resized_to": f"{width} x {height}, in the program", "threshold": known.threshold,
+             "opset": model.opset_import[0].version, "ir_version": model.ir_version}  # fmt: skip
+    for name, value in about.items():
+        model.metadata_props.add(key=name, value=str(value))
+    data = model.SerializeToString()
+    found = onnxruntime.InferenceSession(data).run(None, {"images": noise.numpy()})
+    pairs = list(zip(map(torch.from_numpy, found), detector(noise), strict=False))
+    difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
+    if not difference <= AGREES:  # nor where it is NaN
+        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
+    write_whole(path, lambda file: file.write(data))
+    say(f"{path}: uint8 RGB of any size, opset {about['opset']}, {known.text()}")
+    say(f"largest difference from the model on noise: {difference:.1e}")
 
 
-# ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
-class OneLineParser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        # No option cut short: --image would be --image-size in train.py.
-        super().__init__(allow_abbrev=False, **options)
+# ---- 6. Commands: what a user types. Each calls the rooms above ----------------------------------
+EFFECTIVE = {  # each command, and the options that have an effect on it
+    ("run", "data"): ("category", "weights", "device", "fpr", "threshold", "maps", "save_maps"),
+    ("model",): ("weights", "fpr", "threshold"),
+    ("model", "image"): ("weights", "device", "fpr", "threshold", "maps", "out", "resume"),
+    ("model", "export"): ("weights", "fpr", "threshold"),
+}
 
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    add_common_options(parser)
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
+    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
+    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
+    text = "of --image: a folder for scores.csv and pictures; of a folder, a table FILE.csv alone "
+    add("--out", metavar="DIR", help=text + "(default: here; of a folder no pictures)")
+    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
+    add("--export", metavar="FILE", help="the model as a program: FILE.onnx (default: none)")
+    args = parser.parse_args(argv)
+    check_options(args)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    asked = given & {"run", "data", "model", "image", "export"}
+    command = next((names for names in EFFECTIVE if {*names} == asked), None)
+    if command is None:
+        raise InputError("give --run and --data, or --model, alone or with --image or --export")
+    for name in sorted(given - asked - {*EFFECTIVE[command]}):
+        raise InputError(f"--{name.replace('_', '-')}: has no effect with --{command[-1]}")
+    if command == ("run", "data"):
+        return evaluate_run(args)
+    if command == ("model", "image"):
+        return score_files(args)
+    detector = load_model(args.model, "cpu", args.weights)
+    known = calibration_of(detector, args.fpr, args.threshold)
+    if args.export:
+        return export_model(Path(args.export), detector, known)
+    say(known.text())
+    print_thresholds(known, np.zeros(0), [])
 
 
-def keep_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory.
+def evaluate_run(args: argparse.Namespace) -> None:
+    """The table again from the models under --run: the data set's folder or the --out above it.
 
-    By default each layer's large block goes back to the system and is paged in anew.
+    Of other test images than the run's own it goes into a folder of its own, below that.
     """
-    m_mmap_max, m_trim_threshold = -4, -1
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**30)
-    except (AttributeError, OSError, TypeError):  # another C library: nothing to set
-        pass
+    device = pick_device(args.device)
+    name, categories = read_dataset(args.data, args.category, trained=True)
+    folder = Path(args.run)
+    folder = folder / name if (folder / name).is_dir() else folder
+    models = {category.name: inside(folder, category.name) / "model.pt" for category in categories}
+    for model in models.values():
+        if not model.exists():
+            raise InputError(f"{model}: no such file: give --run what train.py wrote")
+    digests = {category.name: digest_of_files(category.test) for category in categories}
+    out, rows = folder, []
+    if any(read_json(models[k].with_name(FINISHED))["test"] != v for k, v in digests.items()):
+        out = folder / short(f"on-{name}-{'-'.join(digests.values())}"[:60])
+        say(f"note: other test images than those of the run: into {out}", sys.stderr)
+    with locked(out):
+        for category in categories:
+            began, detector = (
+                time.monotonic(),
+                load_model(models[category.name], device, args.weights),
+            )
+            features, sizes, _ = extract(detector, [item.path for item in category.test])
+            place = inside(out, category.name)
+            rows.append(report(place, category, detector, features, sizes, args, began))
+        write_tables(out, rows)
+    say(f"tables and pictures: {out}")
 
 
-def exit_cleanly(main: Callable) -> None:
-    """Run main; what the user can mend ends as one line on stderr and exit code 2."""
-    keep_memory()
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-        return
-    except InputError as e:
-        message = str(e)
-    except KeyboardInterrupt:
-        print("interrupted: --resume goes on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout, like head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as e:  # what reading and writing do not name themselves, like a closed folder
-        if e.filename is None:
-            raise
-        message = f"{e.filename}: {e.strerror}: check the path and its permissions"
-    except (MemoryError, RuntimeError) as e:
-        if not no_memory(e):
-            raise
-        message = "out of memory: give train.py a smaller --image-size, or more memory and --resume"
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+FINISHED = "recipe.json"  # of a category: settings and results; written last
+
+
+def digest_of_files(items: list) -> str:
+    """Of paths, or of items and their masks: their folders, names and checksums."""
+    paths = []
+    for item in items:
+        paths += [item.path, *(item.masks or ())] if isinstance(item, Item) else [item]
+    refuse_results(paths)
+    digest = hashlib.sha256()
+    for path in paths:
+        with unreadable(path):
+            checksum = zlib.crc32(path.read_bytes())
+        digest.update(encoded(f"{path.parent.name}/{path.name}:{checksum}\n"))
+    return digest.hexdigest()[:16]
+
+
+def report(
+    folder: Path, category: Category, detector: wtflow.Detector, features: Tensor | None,
+    sizes: list[tuple], args: argparse.Namespace, began: float,
+) -> dict:  # fmt: skip
+    """Score a category's test features (n, d, h, w), print and write what comes of it; metrics."""
+    known = calibration_of(detector, args.fpr, args.threshold)
+    scored = score_category(detector, category, features, known)
+    row = measure(category, scored, sizes)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    names = zip(names_of(category.test), category.test, scored.predictions, strict=True)
+    rows = [score_row(name.as_posix(), item.kind, found) for name, item, found in names]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+    if args.save_maps:
+        write_maps(folder, category, scored.maps, sizes)
+    write_pictures(folder, category, scored, sizes, detector.reading.white_level, args.maps)
+    return row
 
 
 def score_category(
@@ -2317,80 +2354,27 @@ def score_category(
     maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
     if features is not None:
         maps, scores = detector.score(features)
-    predictions = classify(scores.numpy(), known)
-    counts = {"good": [], "defective": []}
+    predictions, counts = classify(scores.numpy(), known), {"good": [], "defective": []}
     for item, prediction in zip(category.test, predictions, strict=True):
         kind = "good" if item.kind == "good" else "defective"
         counts[kind].append(prediction.verdict == "defect")
     some = not math.isnan(known.threshold)
     counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v and some]
     of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
-    print(f"{category.name}: {known.text()}{of_test}", flush=True)
+    say(f"{category.name}: {known.text()}{of_test}")
     print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
     return Scored(maps, predictions, known, detector.reading.ignore)
 
 
-def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
-    """The table again from the models under --run: the data set's folder or the --out above it."""
-    name, categories = read_dataset(args.data, args.category)
-    folder = Path(args.run)
-    if (folder / name).is_dir():
-        folder = folder / name
-    for model in (folder / category.name / "model.pt" for category in categories):
-        if not model.exists():
-            raise InputError(f"{model}: no such file: give --run what train.py wrote")
-    rows = []
-    for category in categories:
-        began, place = time.monotonic(), folder / category.name
-        detector = load_model(place / "model.pt", device, args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        features, sizes, _ = extract(detector, [item.path for item in category.test])
-        scored = score_category(detector, category, features, known)
-        row = measure(category, scored, sizes)
-        row["seconds"] = round(time.monotonic() - began, 1)
-        rows.append(row)
-        write_scores(place, category, scored)
-        white_level, which = detector.reading.white_level, args.maps
-        write_pictures(place, category, scored, sizes, white_level, which, args.save_maps)
-    write_tables(folder, rows)
-    if args.maps != "none":
-        draw_contact_sheet(folder, [category.name for category in categories])
-
-
-def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
-    """(table of scores or None, picture or None of each path) of --image and --out.
-
-    Raises InputError if one would replace what is none, or be among the images.
-    """
-    if image.is_dir():
-        table = out if out and out.suffix.lower() == ".csv" else (out or Path(".")) / "scores.csv"
-        if table.exists():
-            with open(table, "rb") as f:
-                if f.readline().strip().decode("utf-8-sig", "replace") != ",".join(SCORES):
-                    raise InputError(f"{table}: is no table of scores: give another --out")
-        if out is None or table == out:
-            return table, [None] * len(paths)
-        if image.resolve() in (out.resolve(), *out.resolve().parents):
-            raise InputError(f"--out {out}: lies in the folder of the images: give another")
-        names = picture_names([path.relative_to(image) for path in paths])
-        return table, [out / f"{name}_map.png" for name in names]
-    place = out or Path(f"{picture_names([Path(image.name)])[0]}_map.png")
-    if place.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: give FILE.png for the picture of one image")
-    if place.exists() and place.samefile(image):
-        raise InputError(f"--out {out}: is the image itself: give another")
-    return None, [place]
-
-
-def score_files(args: argparse.Namespace, device: torch.device) -> None:
+def score_files(args: argparse.Namespace) -> None:
     """Print score, p-value and verdict of one image, or of each under a folder; see --out.
 
     A damaged image costs one line and, at the end, exit code 2.
     """
-    image, out = Path(args.image), Path(args.out) if args.out else None
+    image = Path(args.image)
     if not image.exists():
         raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
-    detector = load_model(args.model, device, args.weights)
+    detector = load_model(args.model, pick_device(args.device), args.weights)
     root, paths = image.parent, [image]
     if image.is_dir():
         root, paths = image, images_under(image)
@@ -2398,39 +2382,37 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
         say_unread(image.resolve().name, [p for p in all_files(image) if p not in scored])
         if not paths:
             raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
-    table, places = places_of(image, out, paths)
-    places = dict(zip(paths, places, strict=True))
+    elif args.resume:
+        raise InputError("--resume: has no effect with one image")
+    table, pictures = places_of(image, args.out and Path(args.out), args.maps)
+    refuse_results(paths)
     known = calibration_of(detector, args.fpr, args.threshold)
-    print(known.text(), flush=True)
+    say(known.text())
     names = {path: path.relative_to(root).as_posix() for path in paths}
-    failed, flagged, not_drawn = 0, 0, []
-    with growing_table(table, list(names.values()), args.resume) as (had, add):
-        if had:
-            refuse_another_model(table, known, had)
-            if gone := sorted(had.keys() - {*names.values()}):
-                say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
-                         f"{listed(gone)}")  # fmt: skip
-        todo = {path: place for path, place in places.items() if names[path] not in had}
-        predictions = predictions_of(detector, list(todo), known)
-        for path, (prediction, y, _) in zip(todo, predictions, strict=True):
-            name, good = names[path], not isinstance(prediction, InputError)
-            if good and todo[path] is not None and args.maps != "none":
-                title = f"{in_words(prediction)}:  {name}"
-                draw_file(todo[path], path, detector.reading, y, known, title, not_drawn)
-            add(score_row(name, name.rpartition("/")[0], prediction))  # last: --resume has both
+    about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
+    begun = {harmless(name): about | {"modified": modified(path)} for path, name in names.items()}
+    failed, flagged = 0, 0
+    with growing_table(table, begun, args.resume) as (done, add):
+        todo = [path for path, name in names.items() if harmless(name) not in done]
+        for path, (found, y, _) in zip(todo, predictions_of(detector, todo, known), strict=True):
+            name, good = names[path], not isinstance(found, InputError)
+            if good and pictures:
+                row = path, None, y, f"{in_words(found)}:  {name}"
+                place = inside(pictures, picture_name(Path(name)))
+                draw(place, draw_rows, [row], known, detector.reading.white_level)
+            add(score_row(name, name.rpartition("/")[0], found))  # last: --resume has both
             if good:
-                flagged += prediction.verdict == "defect"
-                print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
+                flagged += found.verdict == "defect"
+                say(f"{name}  {in_words(found)}")
             else:
                 failed += 1
-                print(f"error: {one_line(prediction)}", file=sys.stderr)
-    warn_of(not_drawn)
+                say(f"error: {found}", sys.stderr)
     if flagged > max(len(todo) / 2, MANY):
-        print(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
-              "compression not those of training?", file=sys.stderr)  # fmt: skip
+        say(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
+            "compression not those of training?", sys.stderr)  # fmt: skip
     if table is not None:  # on stderr: stdout has one line an image
         without = f", {failed} of {len(paths)} images have none" if failed else ""
-        print(f"scores: {one_line(table)}{without}", file=sys.stderr)
+        say(f"scores: {table}{without}", sys.stderr)
     if failed:
         sys.exit(2)
 
@@ -2438,37 +2420,36 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
 MANY = 5  # images: fewer may well all be defective
 
 
-def draw_file(
-    place: Path, path: Path, reading: Reading, y: Tensor, known: Calibration, title: str, failed
-) -> None:
-    """Draw an image file and its map; add to failed if it cannot be drawn, or is gone by now."""
-    try:
-        image = read_image(path, reading.white_level)
-    except InputError as e:
-        failed.append(str(e))
-        return
-    with drawing_may_fail(failed):
-        draw_map(place, image, None, y, known, title)
+def modified(path: Path) -> str:
+    """When a file was changed, in nanoseconds: another one of its name has another time."""
+    with contextlib.suppress(OSError):  # which its reader names
+        return str(path.stat().st_mtime_ns)
+    return ""
 
 
-def refuse_another_model(table: Path, known: Calibration, had: dict) -> None:
-    """Raises InputError unless the rows had of a table are of this model and this threshold.
+def places_of(image: Path, out: Path | None, maps: str) -> tuple[Path | None, Path | None]:
+    """(table of scores or None, folder of pictures or None) of --image and --out."""
+    folder, here = image.is_dir(), out or Path(".")
+    if out and out.suffix.lower() in (*SUFFIXES, *([] if folder else [".csv"])):
+        raise InputError(f"--out {out}: give a folder, for the table and the pictures")
+    if folder and out and out.suffix.lower() == ".csv":
+        return out, None
+    table, pictures = here / "scores.csv" if folder or out else None, here
+    if maps == "none" or folder and out is None:
+        return table, None
+    real = Path(os.path.realpath(here))
+    if folder and Path(os.path.realpath(image)) in (real, *real.parents):
+        raise InputError(f"--out {out}: lies in the folder of the images: give another")
+    return table, pictures
 
-    By the p-values of their scores: two models have different tails. A rank would jump where the
-    digits that are written are not enough.
-    """
-    rows = had.values()
-    scores = np.array([float(row["score"]) for row in rows])
-    found = classify(scores, known)
-    near = np.isclose(scores, known.threshold, rtol=1e-5)  # six digits are written
-    pairs = zip(near, found, rows, strict=True)
-    same = all(close or p.verdict == row["verdict"] for close, p, row in pairs)
-    there, here = [float(row["p_value"] or "nan") for row in rows], [p.p_value for p in found]
-    if not (same and np.allclose(there, here, rtol=1e-2, atol=1e-12, equal_nan=True)):
-        raise InputError(
-            f"{table}: scores or verdicts are of another model or threshold: give another --out, "
-            "or no --resume"
-        )
+
+class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # No option cut short: --image would be --image-size in train.py.
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -2499,48 +2480,60 @@ def number_or_text(text: str) -> float | str:
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError for what argparse lets pass."""
     check_threshold(args.fpr, args.threshold)
-    for name in ("data", "out"):
-        if getattr(args, name, None) == "":
-            raise InputError(f"--{name} is empty: give a path")
+    if args.fpr != 1 and not isinstance(args.threshold, str):
+        raise InputError("--fpr: has no effect with --threshold NUMBER")
+    for name, value in vars(args).items():
+        if value == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: give a path")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    add_common_options(parser)
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
-    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
-    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
-    text = "of an image, its picture FILE.png; of a folder, a table FILE.csv, or a folder for "
-    add("--out", metavar="PATH", help=text + "scores.csv and pictures (default: here, no pictures)")
-    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
-    text = "the model as a program: FILE.onnx, FILE.pt2 (default: none)"
-    add("--export", metavar="FILE", help=text)
-    args = parser.parse_args(argv)
-    check_options(args)
-    device = pick_device(args.device)
-    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
-    if args.out and "image" not in given:
-        raise InputError("--out: goes with --image: models and tables stay in --run")
-    if args.category and "data" not in given:
-        raise InputError("--category: goes with --run and --data")
-    if args.save_maps and "run" not in given:
-        raise InputError("--save-maps: goes with --run; from Python, evaluate.score gives the map")
-    if given == {"model", "export"}:
-        detector = load_model(args.model, "cpu", args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        export_model(Path(args.export), detector, known)
-    elif given == {"model"}:
-        detector = load_model(args.model, device, args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        print(known.text())
-        print_thresholds(known, np.zeros(0), [])
-    elif given == {"model", "image"}:
-        score_files(args, device)
-    elif given == {"run", "data"}:
-        evaluate_run(args, device)
-    else:
-        raise InputError("give --run and --data, or --model, alone or with --image or --export")
+def exit_cleanly(main: Callable) -> None:
+    """Run main as a command; what the user can mend ends as one line on stderr and exit code 2."""
+    keep_memory()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except InputError as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        say("interrupted: --resume goes on", sys.stderr)
+        sys.exit(130)
+    except OSError as e:  # what reading and writing do not name themselves, like a closed folder
+        name = e.filename or "standard output"
+        message = f"{name}: {e.strerror or e}: check the path, its space and its permissions"
+        if e.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):  # the reader of stdout, like head, has had enough
+            sys.exit(141)
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e):
+            raise
+        message = "out of memory: give train.py a smaller --image-size, or more memory and --resume"
+    say(f"error: {message}", sys.stderr)
+    sys.exit(2)
+
+
+def no_memory(e: Exception) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+
+
+def keep_memory() -> None:
+    """Let glibc keep up to 1 GiB of freed memory.
+
+    By default each layer's large block goes back to the system and is paged in anew.
+    """
+    m_mmap_max, m_trim_threshold = -4, -1
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**30)
+    except (AttributeError, OSError, TypeError):  # another C library: nothing to set
+        pass
 
 
 if __name__ == "__main__":
