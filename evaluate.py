@@ -1587,16 +1587,10 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
         holder = lock.read(20).decode("ascii", "replace")
         if holder and not holder.isdigit():
             raise InputError(f"{path}: not written by this program: move it, or write elsewhere")
-        # A lock that is gone from the folder is no longer anybody's
-        if (
-            not hold(lock)
-            or not path.exists()
-            or not os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
-        ):
-            raise InputError(
-                f"{folder}: process {holder or 'unknown'} is writing here: wait for it, or give "
-                "another --out"
-            )
+        # A lock that the last holder has removed by now holds nothing
+        if not hold(lock) or not os.fstat(lock.fileno()).st_nlink:
+            who = f"process {holder or 'unknown'} is writing here"
+            raise InputError(f"{folder}: {who}: wait for it, or give another --out")
         try:
             with writing(path):
                 lock.truncate(0)
@@ -1742,18 +1736,16 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
     """results.csv and metrics.csv, each with a last row `mean`; prints the table.
 
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
-    Of a part of the categories they are called by their names.
+    Of a part of the categories both have their names in theirs.
     """
-    kinds = [kind for row in rows for kind in row["kinds"]]
-    names, part = [row["category"] for row in rows], ""
+    names = [row["category"] for row in rows]
     had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)} - {"mean"}
-    if not had <= {*map(harmless, names)}:
-        part = short("-".join(("", *names)))
+    part = "" if had <= {*map(harmless, names)} else short("-".join(("", *names)))
+    kinds = [kind for row in rows for kind in row["kinds"]]
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
     write_csv(folder / f"metrics{part}.csv", COLUMNS + MORE, rows + kinds)
-    defined = tuple(c for c in MORE if any(row[c] is not None for row in rows))
-    print_table(COLUMNS + defined, rows)
+    print_table(COLUMNS + tuple(c for c in MORE if any(row[c] is not None for row in rows)), rows)
 
 
 def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
@@ -1763,15 +1755,14 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
     """
     means, spreads, printed = [], [], []
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
-        numbers = [name for name, v in rows[0].items() if isinstance(v, (int, float))]
-        values = {name: [row[name] for row in rows] for name in numbers}
-        means.append(rows[0] | {name: float(np.mean(v)) for name, v in values.items()})
-        spreads.append(rows[0] | {name: float(np.std(v, ddof=1)) for name, v in values.items()})
-        texts = {
-            name: f"{cell_text(means[-1][name])} +- {cell_text(spreads[-1][name])}"
-            for name in numbers
-        }
-        printed.append(rows[0] | texts)
+        mean, spread, text = (dict(rows[0]) for _ in range(3))
+        for name in (name for name, v in rows[0].items() if isinstance(v, (int, float))):
+            values = [row[name] for row in rows]
+            mean[name], spread[name] = float(np.mean(values)), float(np.std(values, ddof=1))
+            text[name] = f"{mean[name]:.2f} +- {spread[name]:.2f}"
+        means.append(mean)
+        spreads.append(spread)
+        printed.append(text)
     write_csv(folder / "results.csv", COLUMNS, means)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
@@ -1799,21 +1790,20 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
         reading = Reading(**state["reading"])
         ignore = None if reading.ignore is None else reading.ignore.numpy()
         detector.reading = reading._replace(ignore=ignore)
-        if not all(torch.isfinite(v).all() for v in state["model"].values()):
+        if not all(v.isfinite().all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
         if not len(detector.normal_scores):
-            raise ValueError("it is not fitted: no scores of good images")
-        if state["weights"] != detector.extractor.digest:
-            raise InputError(
-                f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
-            )
-    except InputError as e:  # its extractor has no weights here, or others
+            raise ValueError("it is not fitted")
+        other = state["weights"] != detector.extractor.digest
+    except InputError as e:  # its extractor has no weights here
         raise InputError(f"{path}: {e}") from None
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(
-            f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
-        ) from None
+    except Exception as e:
+        if no_memory(e):
+            raise
+        raise InputError(f"{path}: not a whole model ({one_line(e)[:200]}): train again") from None
+    if other:
+        name = detector.recipe.backbone
+        raise InputError(f"{path}: trained on other weights of {name}: pass those with --weights")
     detector = detector.to(device)
     if device.type == "cuda":  # in place of the two methods, on this detector alone
         detector._extract = CudaGraphs(detector._extract)
@@ -1824,36 +1814,30 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
 def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
     """Tensors and plain values, and the recipe that they belong to."""
     state = {"written_by": RESULT, "format": FORMAT, "recipe": asdict(recipe), **content}
-    write_whole(path, partial(torch.save, state))
+    buffer = io.BytesIO()  # of a disk that is full torch does not tell the reason
+    torch.save(state, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder: give the model.pt of a category")
-    if not path.exists():
-        raise InputError(f"{path}: no such file: train.py writes OUT/DATA/CATEGORY/model.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "recipe" not in state:
-            raise ValueError("without a recipe")
-    except PermissionError:
-        raise
-    except Exception as e:  # damaged archives raise a dozen types; none of them is ours
-        raise InputError(
-            f"{path}: not a WT-Flow model ({first_line(e)[:80]}): train it again"
-        ) from None
-    if (found := state.get("format", 1)) != FORMAT:
-        raise InputError(f"{path}: of format {found}, this version reads {FORMAT}: train it again")
-    try:
-        state["recipe"] = wtflow.Recipe(**state["recipe"])
-    except (TypeError, InputError) as e:
-        raise InputError(f"{path}: its recipe is not valid ({e}): train it again") from None
-    return state
+        found = state.get("format", 1) if "recipe" in state else "unknown"
+        if found != FORMAT:
+            raise ValueError(f"format {found}, this version reads {FORMAT}")
+        return state | {"recipe": wtflow.Recipe(**state["recipe"])}
+    except OSError as e:
+        remedy = "give --model OUT/DATA/CATEGORY/model.pt, which train.py writes"
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}): {remedy}") from None
+    except Exception as e:  # damaged archives raise a dozen types
+        if no_memory(e):
+            raise
+        reason = first_line(e)[:200]
+        raise InputError(f"{path}: not a model of WT-Flow ({reason}): train it again") from None
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -1868,11 +1852,11 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
         if values["written_by"] != RESULT:
             raise ValueError("not from here")
+        return values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(
             f"{path}: not as train.py wrote it ({first_line(e)}): train again"
         ) from None
-    return values
 
 
 class CudaGraphs:
@@ -1962,9 +1946,12 @@ def write_pictures(
 
 
 def draw(path: Path, f: Callable, *args: Any) -> None:
-    """Save the figure f(*args); where that fails, say so and go on."""
+    """Save a figure that f(figure, *args) fills; where that fails, say so and go on."""
+    from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
+
     try:
-        figure, file = f(*args), io.BytesIO()
+        figure, file = Figure(layout="constrained"), io.BytesIO()  # no window, no backend
+        f(figure, *args)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
             figure.savefig(file, format="png", dpi=100, metadata={"Software": RESULT})
@@ -1975,8 +1962,8 @@ def draw(path: Path, f: Callable, *args: Any) -> None:
         say(f"note: no picture {path} ({first_line(e)[:200]})", sys.stderr)
 
 
-def draw_rows(rows: list[tuple], known: Calibration, white_level: float) -> Any:
-    """Figure of rows (image file, mask (H, W) or None, map (h, w), title): image and map of each.
+def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: float) -> None:
+    """Draw rows (image file, mask (H, W) or None, map (h, w), title): image and map of each.
 
     Outlined is the mask, ringed where there is none the maximum of the map. Colours mean the same
     in all pictures of a model: from about the median position of good images over the threshold,
@@ -1986,7 +1973,8 @@ def draw_rows(rows: list[tuple], known: Calibration, white_level: float) -> Any:
     low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
     high = 2 * middle - low
     name = "highest good" if math.isnan(known.threshold) else "threshold"
-    figure, all_axes = new_figure(len(rows), 2, (8.2, 4 * len(rows)))
+    figure.set_size_inches(8.2, 4 * len(rows))
+    all_axes = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
         image = read_image(path, white_level)
         shrunk = min(1, DRAWN / max(image.size))
@@ -2013,102 +2001,92 @@ def draw_rows(rows: list[tuple], known: Calibration, white_level: float) -> Any:
         bar.ax.axhline(middle, color="white", linewidth=2)
         bar.set_ticks([low, middle, high], labels=[f"{low:.3g}", f"{middle:.3g}\n{name}",
                                                    f"{high:.3g}"])  # fmt: skip
-    return figure
 
 
-def new_figure(rows: int, columns: int, inches: tuple) -> tuple:
-    """A figure and its axes. They have no window and leave the caller's backend as it is."""
-    from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
-
-    figure = Figure(inches, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def draw_scores(title: str, scores: Array, bad: Array, known: Calibration) -> Any:
-    """Figure of histograms: scores of test images, good and defective; of training images, tail.
+def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
+    """Draw histograms of scores: of test images, good and defective; of training images, the tail.
 
     The last bar is of all that are higher. Lines: the threshold, and those of RATES.
     """
-    figure, all_axes = new_figure(1 + bool(len(scores)), 1, (6, 3 + 2.4 * bool(len(scores))))
-    test, train = all_axes[0, 0], all_axes[-1, 0]
-    good, middle = known.good_scores, known.middle()
-    every = np.r_[scores, good]
+    rows = 1 + bool(len(scores))
+    figure.set_size_inches(6, 0.6 + 2.4 * rows)
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    good, middle, every = known.good_scores, known.middle(), np.r_[scores, known.good_scores]
     end = min(max(every.max(), 1.1 * middle), 2 * middle)
     edges = np.linspace(min(every.min(), middle), end, 61)
-    shown = [(train, good, "#0072B2", "good training images")]
+    shown = [(axes[-1], good, "#0072B2", "good training images")]
     if len(scores):
-        shown += [(test, scores[~bad], "#0072B2", "good test images")]
-        shown += [(test, scores[bad], "#E69F00", "defective test images")]
+        shown += [(axes[0], scores[~bad], "#0072B2", "good test images")]
+        shown += [(axes[0], scores[bad], "#E69F00", "defective test images")]
     for axis, values, colour, name in shown:
         label = f"{name} ({len(values)})"
         axis.hist(np.minimum(values, end), edges, color=colour, alpha=0.65, label=label)
     if known.tail is not None:
         expected = -len(good) * np.diff(known.tail.p_value(edges))
-        train.plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
-        for k, rate in enumerate(RATES):
-            label = None if k else ", ".join(f"{rate:g}" for rate in RATES[::-1]) + " %"
-            train.axvline(known.tail.threshold(rate / 100), color="0.4", linestyle=":", label=label)
-    for axis in all_axes[:, 0]:
+        axes[-1].plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
+        lines = [known.tail.threshold(rate / 100) for rate in RATES]
+        label = ", ".join(f"{rate:g}" for rate in RATES) + " %"
+        axes[-1].vlines(lines, *axes[-1].get_ylim(), color="0.4", linestyle=":", label=label)
+    for axis in axes:
         if not math.isnan(known.threshold):
             axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
         axis.set(ylabel="images", xlim=(edges[0], end))
         axis.legend(fontsize=8)
     above = ", the last bar: and above" if every.max() > end else ""
-    train.set_xlabel(f"image score{above}")
-    test.set_title(one_line(title)[:60], parse_math=False)
-    return figure
+    axes[-1].set_xlabel(f"image score{above}")
+    axes[0].set_title(one_line(title)[:60], parse_math=False)
 
 
 def telling_images(predictions: list[Prediction], bad: list[bool], each: int = 3) -> dict[int, str]:
     """{index: prefix} of the images to show; of the good ones below the threshold, the nearest."""
-    flagged = [p.verdict == "defect" for p in predictions]
-    rising = np.argsort([p.score for p in predictions], kind="stable").tolist()
-    chosen = {
-        "false_positive": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
-        "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
-        "hit": [j for j in rising[::-1] if bad[j] and flagged[j]][:each],
-        "good": [j for j in rising[::-1] if not bad[j] and not flagged[j]][:1],
-    }
-    return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
+    rising, groups = np.argsort([p.score for p in predictions], kind="stable").tolist(), {}
+    names = {(True, False): "false_positive", (False, True): "miss", (True, True): "hit"}
+    for j in rising:
+        group = names.get((predictions[j].verdict == "defect", bad[j]), "good")
+        groups.setdefault(group, []).append(j)
+    chosen = {name: js[:each] if name == "miss" else js[::-1][:each] for name, js in groups.items()}
+    chosen["good"] = chosen.get("good", [])[:1]
+    return {j: f"{name}{k + 1}_" for name, js in chosen.items() for k, j in enumerate(js)}
 
 
 def write_suspects(
-    folder: Path, images: list[Path], first: Array, maps: Tensor, scores: Tensor,
-    known: Calibration, white_level: float,
-) -> None:  # fmt: skip
+    folder: Path,
+    images: list[Path],
+    first: Array,
+    found: tuple[Tensor, Tensor],
+    known: Calibration,
+    white_level: float,
+) -> None:
     """train-scores.csv of the training images, the highest first, and what stands out among them.
 
-    first: of copies_of; maps (k, h, w) and scores (k,) are held-out ones of the k images that are
-    no copies. Images that stand out are marked in the table, so that --leave-out takes it, and so
-    are their copies; they are named on stderr, and the first 12 drawn in suspects.png.
+    first: of copies_of; found: held-out maps (k, h, w) and scores (k,) of the k images that are no
+    copies. Images that stand out are marked in the table, so that --leave-out takes it, and so are
+    their copies; they are named on stderr, and the first 12 drawn in suspects.png.
     """
     names = [path.as_posix() for path in paths_below(images)]
-    kept = np.unique(first)
-    predictions = classify(scores.numpy(), known)
+    kept, (maps, scores) = np.unique(first), found
     falling = np.argsort(-scores.numpy(), kind="stable")
     shown = falling[: known.tail.suspects if known.tail else 0]
-    mark = {j: "x" for j in kept[shown]}
-    rows = []
-    for j in falling:
-        row = score_row(names[kept[j]], "", predictions[j])
-        rows.append(row | {"copy_of": "", "leave_out": mark.get(kept[j], "")})
-    for j in np.setdiff1d(np.arange(len(images)), kept):
-        row = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
-        rows.append(row | {"leave_out": mark.get(first[j], "")})
+    marked, predictions = {*kept[shown]}, classify(scores.numpy(), known)
+    rows = [score_row(names[kept[j]], "", predictions[j]) | {"copy_of": ""} for j in falling]
+    copies = np.setdiff1d(np.arange(len(images)), kept)
+    empty = dict.fromkeys(TRAIN_SCORES, "")
+    rows += [empty | {"image": names[j], "copy_of": names[first[j]]} for j in copies]
+    for row, j in zip(rows, [*kept[falling], *copies], strict=True):
+        row["leave_out"] = "x" if first[j] in marked else ""
     write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
-    remove_results([folder / "suspects.png"])
+    picture = folder / "suspects.png"
+    remove_results([picture])
     if len(shown):
+        which = listed([names[j] for j in kept[shown]])
         say(
-            f"{folder.name}: {len(shown)} of {len(kept)} good training images stand out "
-            f"({listed([names[j] for j in kept[shown]])}): look at {folder / 'suspects.png'}; to "
-            f"train without them: --leave-out {folder / 'train-scores.csv'}",
+            f"{folder.name}: {len(shown)} of {len(kept)} good training images stand out ({which}): "
+            f"look at {picture}; to train without them: --leave-out {folder / 'train-scores.csv'}",
             sys.stderr,
         )
-        picture = [
-            (images[kept[j]], None, maps[j], f"{names[kept[j]]}: {scores[j]:.3g}")
-            for j in shown[:12]
-        ]
-        draw(folder / "suspects.png", draw_rows, picture, known, white_level)
+        drawn = [(kept[j], maps[j], f"{scores[j]:.3g}") for j in shown[:12]]
+        drawn = [(images[k], None, y, f"{names[k]}: {score}") for k, y, score in drawn]
+        draw(picture, draw_rows, drawn, known, white_level)
 
 
 def in_words(prediction: Prediction) -> str:
@@ -2148,15 +2126,15 @@ def short(text: str) -> str:
     return text if len(data) <= 200 else f"{data[:180].decode('utf-8', 'ignore')}_{digest}"
 
 
+SOFTWARE = 305  # a tag of TIFF
+
+
 def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:
     """Maps as MVTec's evaluation script reads them: float32 TIFF beside the category's folder."""
     for y, name, size in zip(maps, names_of(category.test), sizes, strict=True):
-        tiff = Image.fromarray(at_size(y, size))
-        save = partial(tiff.save, format="TIFF", tiffinfo={SOFTWARE: RESULT})
-        write_whole(inside(maps_folder(folder), name.with_suffix(".tiff")), save)
-
-
-SOFTWARE = 305  # a tag of TIFF
+        save = partial(Image.fromarray(at_size(y, size)).save, format="TIFF")
+        path = inside(maps_folder(folder), name.with_suffix(".tiff"))
+        write_whole(path, partial(save, tiffinfo={SOFTWARE: RESULT}))
 
 
 def maps_folder(folder: Path) -> Path:
@@ -2304,9 +2282,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
                 time.monotonic(),
                 load_model(models[category.name], device, args.weights),
             )
-            features, sizes, _ = extract(detector, [item.path for item in category.test])
+            test = extract(detector, [item.path for item in category.test])
             place = inside(out, category.name)
-            rows.append(report(place, category, detector, features, sizes, args, began))
+            rows.append(report(place, category, detector, test, args, began))
         write_tables(out, rows)
     say(f"tables and pictures: {out}")
 
@@ -2329,41 +2307,43 @@ def digest_of_files(items: list) -> str:
 
 
 def report(
-    folder: Path, category: Category, detector: wtflow.Detector, features: Tensor | None,
-    sizes: list[tuple], args: argparse.Namespace, began: float,
-) -> dict:  # fmt: skip
-    """Score a category's test features (n, d, h, w), print and write what comes of it; metrics."""
+    folder: Path,
+    category: Category,
+    detector: wtflow.Detector,
+    test: tuple,
+    args: argparse.Namespace,
+    began: float,
+) -> dict:
+    """Score a category's test images, print and write what comes of it; the row of metrics.
+
+    test: what extract gives of them. Prints what several thresholds find.
+    """
+    (features, sizes, _), items = test, category.test
     known = calibration_of(detector, args.fpr, args.threshold)
-    scored = score_category(detector, category, features, known)
-    row = measure(category, scored, sizes)
-    row["seconds"] = round(time.monotonic() - began, 1)
-    names = zip(names_of(category.test), category.test, scored.predictions, strict=True)
-    rows = [score_row(name.as_posix(), item.kind, found) for name, item, found in names]
-    if rows:
-        write_csv(folder / "scores.csv", SCORES, rows)
-    if args.save_maps:
-        write_maps(folder, category, scored.maps, sizes)
-    write_pictures(folder, category, scored, sizes, detector.reading.white_level, args.maps)
-    return row
-
-
-def score_category(
-    detector: wtflow.Detector, category: Category, features: Tensor | None, known: Calibration
-) -> Scored:
-    """Score a category's test features (n, d, h, w); prints what several thresholds find."""
     maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
     if features is not None:
         maps, scores = detector.score(features)
-    predictions, counts = classify(scores.numpy(), known), {"good": [], "defective": []}
-    for item, prediction in zip(category.test, predictions, strict=True):
-        kind = "good" if item.kind == "good" else "defective"
-        counts[kind].append(prediction.verdict == "defect")
-    some = not math.isnan(known.threshold)
-    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v and some]
-    of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
+    found, exceeded = classify(scores.numpy(), known), []
+    for kind, bad in (("good", False), ("defective", True)):
+        own = [
+            p.verdict for item, p in zip(items, found, strict=True) if (item.kind != "good") == bad
+        ]
+        if own and not math.isnan(known.threshold):
+            exceeded.append(f"{own.count('defect')} of {len(own)} {kind}")
+    of_test = f", exceeded by {' and '.join(exceeded)} test images" if exceeded else ""
     say(f"{category.name}: {known.text()}{of_test}")
-    print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
-    return Scored(maps, predictions, known, detector.reading.ignore)
+    print_thresholds(known, scores.numpy(), [item.kind for item in items])
+    scored = Scored(maps, found, known, detector.reading.ignore)
+    row = measure(category, scored, sizes)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    names = [name.as_posix() for name in names_of(items)]
+    rows = [score_row(n, i.kind, p) for n, i, p in zip(names, items, found, strict=True)]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+    if args.save_maps:
+        write_maps(folder, category, maps, sizes)
+    write_pictures(folder, category, scored, sizes, detector.reading.white_level, args.maps)
+    return row
 
 
 def score_files(args: argparse.Namespace) -> None:
@@ -2523,17 +2503,12 @@ def no_memory(e: Exception) -> bool:
 
 
 def keep_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory.
-
-    By default each layer's large block goes back to the system and is paged in anew.
-    """
+    """Let glibc keep up to 1 GiB of freed memory, else each layer's block is paged in anew."""
     m_mmap_max, m_trim_threshold = -4, -1
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**30)
-    except (AttributeError, OSError, TypeError):  # another C library: nothing to set
-        pass
 
 
 if __name__ == "__main__":

@@ -202,8 +202,8 @@ def run_category(
     states = [
         State(folder, settings | {"seed": seed}, progress) for seed, folder in folders.items()
     ]
-    source = refuse_another_source(category, [state.model for state in states])
-    todo = [state for state in states if not state.finished(args.resume)]
+    source = source_of(category)
+    todo = [state for state in states if not state.finished(args.resume, source)]
     if not todo:
         return
 
@@ -212,7 +212,7 @@ def run_category(
     evaluate.say(f"{prefix}: {resolution(detector.recipe, paths)}", sys.stderr)
     tests = [item.path for item in category.test]
     report = partial(progress, "test image", len(tests))
-    test, sizes, _ = evaluate.extract(detector, tests, report)
+    test = evaluate.extract(detector, tests, report)
     report = partial(progress, "training image", len(paths))
     features, first = evaluate.extract_good(detector, paths, paths, report)
     spent = time.monotonic() - began
@@ -224,10 +224,10 @@ def run_category(
         )
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
         white_level = detector.reading.white_level
-        evaluate.write_suspects(state.folder, paths, first, *trained, known, white_level)
+        evaluate.write_suspects(state.folder, paths, first, trained, known, white_level)
         evaluate.save_model(state.model, detector, source=source)
         evaluate.remove_results(evaluate.maps_folder(state.folder).rglob("*.tiff"))  # of another
-        row = evaluate.report(state.folder, category, detector, test, sizes, args, state.began)
+        row = evaluate.report(state.folder, category, detector, test, args, state.began)
         state.finish(row, args.left_out)
 
 
@@ -244,10 +244,11 @@ class State:
         self.model, self.progress = folder / "model.pt", progress
         self.found, self.seconds, self.began = None, 0.0, 0.0
 
-    def finished(self, resume: bool) -> bool:
+    def finished(self, resume: bool, source: str) -> bool:
         """Whether all is there; else what was begun is loaded with resume, and removed without.
 
-        Raises InputError for other settings, and for files that are not from here.
+        Raises InputError for other settings, for files that are not from here, and for a model of
+        another folder's images, which would be replaced.
         """
         evaluate.refuse_foreign_results(self.folder)
         if resume and self.file.exists():
@@ -260,6 +261,13 @@ class State:
             evaluate.say_once(f"pictures of finished categories stay: {text}")
             return True
         else:
+            try:
+                had = evaluate.load_checkpoint(self.model).get("source", source)
+            except InputError:  # no model, or one that is damaged
+                had = source
+            if had != source:
+                text = "a model of images in another folder: give another --out, or remove it"
+                raise InputError(f"{self.model}: {text}")
             evaluate.remove_results([self.file, self.json])
         return False
 
@@ -303,22 +311,10 @@ def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
     }
 
 
-def refuse_another_source(category: Category, models: list[Path]) -> str:
-    """A digest of the folder of the training images, which does not tell its path.
-
-    Raises InputError if a model of another folder's images would be replaced.
-    """
+def source_of(category: Category) -> str:
+    """A digest of the folder of the training images, which does not tell its path."""
     folder = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
-    source = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    for model in models:
-        with contextlib.suppress(InputError):  # none, or one that is damaged or of another version
-            if evaluate.load_checkpoint(model).get("source") != source:
-                break
-    else:
-        return source
-    raise InputError(
-        f"{model}: a model of images in another folder: give another --out, or remove it"
-    )
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
 def resolution(recipe: Recipe, images: list[Path]) -> str:
