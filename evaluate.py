@@ -1,7 +1,15 @@
-"""Data sets, metrics and pictures for WT-Flow, and the commands that read saved models.
+"""Data sets, metrics, files and pictures for WT-Flow, and the commands that read saved models.
 
     python evaluate.py --run DIR --data DIR          the table again, from saved models
     python evaluate.py --model FILE --image PATH     one image (or a folder): score and picture
+
+1. Data sets   read_dataset   a folder -> [Category] of the layouts of the field; leave_out
+   Images      as_image       a file, PIL image or array -> RGB; more than 8 bits; masks_of: masks
+2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
+   Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
+   Metrics     measure        maps, scores and masks of a category -> rows of its table
+3. Pictures and files: the only room that writes
+4. Commands
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Metrics are in percent.
@@ -20,7 +28,7 @@ import math
 import os
 import re
 import signal
-import struct
+import stat
 import sys
 import time
 import warnings
@@ -31,15 +39,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
-# Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
-# others. Longer costs a shared machine far more than its share, no spin at all makes training alone
-# take half as long again (python -m tests.benchmark speed, with GOMP_SPINCOUNT=300000 or 0).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
+    # others. Longer costs a shared machine far more than its share, no spin at all makes training
+    # alone take half as long again (python -m tests.benchmark speed, GOMP_SPINCOUNT=300000 or 0).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -51,23 +60,17 @@ import wtflow
 from wtflow import InputError
 
 Array = np.ndarray
-if hasattr(os, "register_at_fork"):  # a forked child has none of the threads that torch counts on
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads, writes nothing -----------------
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".split())
 # Names of folders and ends of names, in any case.
 GOOD = ("good", "ok", "normal")
 TRUTH = ("ground_truth", "masks", "mask", "gt")  # folders of masks
-MASK_ENDS = ("_mask", "_gt")  # of a mask, after the stem of its image
+LABELS = {*TRUTH, *"labels annotations segmentationclass segmentationobject".split()}  # of tools
+MASK_END = re.compile(r"_(mask|gt)(_?\d+)?$")  # of a mask, after the stem of its image
 # Words in the name of a folder of test that may mean good images: such a folder is refused.
 MAYBE_GOOD = {*GOOD, *"normals okay io pass passed fine free healthy intact image images".split()}
 IGNORED = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
-BATCH = 16  # images that are read and turned into features together
-ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
-
-Image.MAX_IMAGE_PIXELS = 1 << 28  # a strip of 2048 x 131072; open_image refuses what has more
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Item(NamedTuple):
@@ -88,346 +91,6 @@ class Category(NamedTuple):
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def one_line(text: Any) -> str:
-    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def say(text: Any, file: Any = None) -> None:
-    """Print a line, whatever names are in it."""
-    print(one_line(text), file=file, flush=True)
-
-
-SAID = set()  # what say_once has spoken of
-
-
-def say_once(text: str, about: Any = None) -> None:
-    """A line on stderr about what was seen and how it is read, once in a run.
-
-    about: of many lines about the same, only the first is printed.
-    """
-    if (about or text) not in SAID:
-        SAID.add(about or text)
-        say(f"note: {text}", sys.stderr)
-
-
-def listed(items: list) -> str:
-    """Names, or those of paths, in a line, at most four."""
-    names = [item if isinstance(item, str) else item.name for item in items[:4]]
-    return ", ".join(names + ["..."] * (len(items) > 4))
-
-
-# Folders
-def folders_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-
-
-def all_files(folder: Path, above: tuple = ()) -> list[Path]:
-    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
-
-    above: folders that lead here; a link back to one of them is not followed. A dangling link is
-    kept, so that reading it names it.
-    """
-    here = folder.resolve()
-    if here in above or not folder.is_dir():
-        return []
-    found = sorted(p for p in folder.iterdir() if p.name[0] != "." and not p.is_dir())
-    for inner in folders_in(folder):
-        found += all_files(inner, (*above, here))
-    return found
-
-
-def images_under(folder: Path) -> list[Path]:
-    """Image files at any depth in a folder."""
-    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder, without those of the folders in it."""
-    return [path for path in images_under(folder) if path.parent == folder]
-
-
-def child(folder: Path, name: str) -> Path | None:
-    """The folder of this name, in any case, in a folder."""
-    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
-
-
-def is_good(folder: Path) -> bool:
-    return folder.name.casefold() in GOOD
-
-
-def refuse_unclear(folder: Path) -> None:
-    """Raises InputError if a folder of test may hold good images and is not called so."""
-    words = re.findall(r"[^\W\d_]+", folder.name.casefold())
-    if MAYBE_GOOD.intersection(words) and words[0] not in ("not", "no", "non"):
-        raise InputError(
-            f"{folder}: good images, or a defect? Put good ones into {folder.parent / 'good'}, or "
-            "name the folder as the defect"
-        )
-
-
-def mask_owner(path: Path) -> str | None:
-    """The stem, in lower case, of the image that a file like 003_GT.png is the mask of."""
-    stem = path.stem.casefold()
-    return next((stem.removesuffix(end) for end in MASK_ENDS if stem.endswith(end)), None)
-
-
-def images_and_masks(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    """Images of a folder and of all folders in it, and {image: the mask beside it}.
-
-    Raises InputError for a folder of masks, and for a mask beside no image.
-    """
-    paths, masks = images_under(folder), {}
-    images = {(p.parent, p.stem.casefold()): p for p in paths if mask_owner(p) is None}
-    for path in paths:
-        if any(name.casefold() in TRUTH for name in path.relative_to(folder.parent).parts[:-1]):
-            raise InputError(
-                f"{path.parent}: masks among images: put them into ground_truth/<defect> beside "
-                "train and test"
-            )
-        if owner := mask_owner(path):
-            image = images.get((path.parent, owner))
-            if image is None:
-                raise InputError(f"{path}: is named as a mask, but no image {owner} is beside it: "
-                                 "rename or remove it")  # fmt: skip
-            masks[image] = path
-    return [path for path in paths if mask_owner(path) is None], masks
-
-
-def good_images(folder: Path) -> list[Path]:
-    """Images of a folder of good ones. Raises InputError if one has a mask."""
-    images, masks = images_and_masks(folder)
-    if masks:
-        raise InputError(
-            f"{min(masks.values())}: a mask among good images: put defects, with their masks, into "
-            "test/<defect>"
-        )
-    return images
-
-
-def masks_in(folder: Path) -> dict[str, Path]:
-    """{stem of the image, in lower case: file} of a folder of masks."""
-    masks = {}
-    for path in images_in(folder):
-        other = masks.setdefault(mask_owner(path) or path.stem.casefold(), path)
-        if other != path:
-            raise InputError(f"{path}: {other.name} is a mask of the same image: remove one")
-    return masks
-
-
-def defective_items(folder: Path, truth: Path | None) -> list[Item]:
-    """Items of a folder of defective images; their masks are beside them or in truth/<defect>.
-
-    truth: the folder of the category's masks. A mask that is missing is expected where others are.
-    """
-    images, beside = images_and_masks(folder)
-    own = truth and (child(truth, folder.name) or truth / folder.name)
-    masks_of_folder, items = cache(masks_in), []  # each folder is read once
-    for path in images:
-        mask, name = beside.get(path), f"{path.stem}_mask.png"
-        if mask is None and own:
-            place = own / path.parent.relative_to(folder)
-            mask = masks_of_folder(place).get(path.stem.casefold(), place / name)
-        elif mask is None and beside:
-            mask = path.with_name(name)
-        items.append(Item(path, folder.name, None if mask is None else (mask,)))
-    return items
-
-
-ANNOTATIONS = {"labels", "Labels", "annotations", "Annotations"}  # folders of YOLO, COCO, VOC
-
-
-def name_unread(category: Category, folders: list[Path]) -> None:
-    """Say which files of folders are not read, with their number: none is dropped silently.
-
-    Raises InputError if one is an annotation of a good image: x.json beside x.png, say.
-    """
-    good = [*category.train, *(item.path for item in category.test if item.kind == "good")]
-    stems = {(path.parent, path.stem.casefold()) for path in good}
-    used = {*category.train, *(item.path for item in category.test)}
-    used |= {mask for item in category.test for mask in item.masks or ()}
-    unread = []
-    for folder in folders:
-        for path in [path for path in all_files(folder) if path not in used]:
-            unread.append(path)
-            tool = ANNOTATIONS.intersection(path.relative_to(folder.parent).parts)
-            beside = (path.parent, path.stem.casefold()) in stems
-            named = tool or beside or path.name.startswith("_annotations")
-            if named and path.suffix.lower() in (".json", ".txt", ".xml"):
-                raise InputError(
-                    f"{path}: an annotation, so not all images may be good: put good ones into "
-                    "train/good, defects into test/<defect>, and remove the annotations"
-                )
-    say_unread(category.name, unread)
-
-
-def say_unread(name: str, files: list[Path]) -> None:
-    """Say that files are not read, of which kinds and how many they are."""
-    files = [path for path in files if path.name.casefold() not in IGNORED]
-    if files:
-        names = listed([f"{path.parent.name}/{path.name}" for path in files])
-        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
-        say_once(f"{name}: {len(files)} files are not read: {names} ({suffixes})")
-
-
-# Layouts
-def read_mvtec(root: Path, train: Path, test: Path) -> Category:
-    """MVTec AD, MPDD, BTAD: train/good, test/<defect>, ground_truth/<defect>/<id>_mask.png.
-
-    MVTec AD 2: test_public/<defect>, and the folder of masks in test_public.
-    """
-    places = (child(place, name) for place in (root, test) for name in TRUTH)
-    truth = next(filter(None, places), None)
-    good = [path for folder in folders_in(train) if is_good(folder) for path in good_images(folder)]
-    items = []
-    for folder in folders_in(test):
-        if folder == truth:
-            continue
-        if is_good(folder):
-            items += [Item(path, "good", ()) for path in good_images(folder)]
-        else:
-            refuse_unclear(folder)
-            items += defective_items(folder, truth)
-    kinds = sorted({item.kind for item in items})
-    if kinds and "good" not in kinds:
-        say_once(f"{root.name}: no good images in test: {listed(kinds)} are defects")
-    category = Category(root.name, "MVTec AD", good, items, None)
-    name_unread(category, folders_in(root))
-    return category
-
-
-def read_kolektor(root: Path, train: Path, test: Path) -> Category:
-    """KolektorSDD2: train/, test/ hold images and <id>_GT masks; an empty mask is a good image."""
-    items = {}
-    for part in (train, test):
-        images, masks = images_and_masks(part)
-        for path in images:
-            if path not in masks:
-                raise InputError(f"{path}: has no mask {path.stem}_GT beside it: add it, or use "
-                                 "train/good, test/<defect>, ground_truth/<defect>")  # fmt: skip
-        bad = {path: (masks[path],) for path in images if mask_values(masks[path]).any()}
-        items[part] = [Item(p, "defect" if p in bad else "good", bad.get(p, ())) for p in images]
-    good = [item.path for item in items[train] if item.kind == "good"]
-    if left_out := len(items[train]) - len(good):
-        say_once(f"{root.name}: {left_out} defective images in train are left out")
-    others = [path for part in (train, test) for path in all_files(part)]
-    say_unread(root.name, [path for path in others if path.suffix.lower() not in SUFFIXES])
-    return Category(root.name, "KolektorSDD2", good, items[test], None)
-
-
-def read_mvtec_loco(root: Path, train: Path, test: Path) -> Category:
-    """MVTec LOCO AD: several masks per image, saturation thresholds; validation is not used."""
-    config, items = root / "defects_config.json", []
-    for folder in folders_in(test):
-        for path in images_in(folder):
-            truth = root / "ground_truth" / folder.name / path.stem
-            masks = tuple(images_in(truth))
-            if folder.name != "good" and not masks:
-                raise InputError(f"{truth}: no masks for {path.name}: restore them")
-            items.append(Item(path, folder.name, masks))
-    try:
-        saturation = {
-            d["pixel_value"]: (d["saturation_threshold"], d["relative_saturation"])
-            for d in json.loads(config.read_text())
-        }
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{config}: cannot be read as saturation thresholds ({e}): restore it from the download"
-        ) from None
-    category = Category(root.name, "MVTec LOCO AD", images_in(train / "good"), items, saturation)
-    name_unread(category, [train, test])
-    return category
-
-
-def read_mvtec_3d(root: Path) -> Category:
-    """MVTec 3D-AD, its RGB images: {train,test}/<label>/{rgb,gt}; validation, xyz are not used."""
-    items = []
-    for folder in folders_in(root / "test"):
-        for path in images_in(folder / "rgb"):
-            mask = folder / "gt" / (path.stem + ".png")
-            items.append(Item(path, folder.name, () if folder.name == "good" else (mask,)))
-    train = images_in(root / "train/good/rgb")
-    category = Category(root.name, "MVTec 3D-AD", train, items, None)
-    labels = [label for part in ("train", "test") for label in folders_in(root / part)]
-    name_unread(category, [child(label, "rgb") or label for label in labels])
-    return category
-
-
-def read_visa(root: Path) -> Category:
-    """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
-    split, train, test = root.parent / "split_csv/1cls.csv", [], []
-    try:
-        with open(split, newline="", encoding="utf-8-sig") as f:
-            rows = [row for row in csv.DictReader(f) if row["object"] == root.name]
-        for row in rows:
-            image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
-            good = row["label"].casefold() in GOOD
-            if row["split"] != "train":
-                test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
-            elif good:
-                train.append(image)
-    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as e:
-        raise InputError(
-            f"{split}: not the split file of VisA ({e}): "
-            "restore split_csv/1cls.csv from the download"
-        ) from None
-    category = Category(root.name, "VisA", train, test, None)
-    name_unread(category, [root / "Data/Images"])
-    return category
-
-
-def read_category(root: Path, trained: bool = False) -> Category | None:
-    """The category in a folder, or None if no layout fits. The first sign that fits decides.
-
-    Raises InputError if images to train on are there and are not called good.
-    """
-    if (root / "Data/Images/Normal").is_dir():
-        return read_visa(root)
-    if (root / "train/good/rgb").is_dir():
-        return read_mvtec_3d(root)
-    train, test = (child(root, name) or root / name for name in ("train", "test"))
-    test = child(root, "test_public") or test  # of MVTec AD 2
-    if not any(is_good(folder) for folder in folders_in(train)):
-        if images_in(train):
-            return read_kolektor(root, train, test)
-        if images_under(train):
-            raise InputError(
-                f"{train}: no folder good, ok or normal in it: put the good images into train/good"
-            )
-        if not (trained and folders_in(test)):
-            return None
-    if (test / "logical_anomalies").is_dir() or (root / "defects_config.json").is_file():
-        return read_mvtec_loco(root, train, test)
-    return read_mvtec(root, train, test)
-
-
-def read_images_only(folder: Path) -> tuple[str, Category]:
-    """A folder of good images: (name of the data set, category), named after the product.
-
-    Of screw/train/good the product is screw. Raises InputError if not all may be good.
-    """
-    inside = [inner for inner in folders_in(folder) if images_under(inner)]
-    if inside and not is_good(folder):
-        raise InputError(
-            f"{folder}: good images beside {listed(inside)}: put the good ones into train/good, "
-            "defects into test/<defect>"
-        )
-    product = folder
-    while product.name.casefold() in (*GOOD, "train"):
-        product = product.parent
-    images = good_images(folder)
-    category = Category(product.name, "folder of good images", images, [], None)
-    above = [parent / name for parent in folder.parents[:2] for name in ANNOTATIONS]
-    name_unread(category, [folder, *above])
-    return product.parent.name, category
-
-
 def read_dataset(
     data: str | Path, wanted: tuple | list = (), trained: bool = False
 ) -> tuple[str, list[Category]]:
@@ -440,54 +103,27 @@ def read_dataset(
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    read = partial(read_category, trained=trained)
-    one, name = read(data), data.name
-    found = [one] if one else [c for c in map(read, folders_in(data)) if c]
-    if one:
-        name = data.parent.name
-    elif found:
-        inside = {data / category.name for category in found}
-        beside = [path for path in images_under(data) if not inside.intersection(path.parents)]
-        say_unread(data.name, beside)
-    elif images_in(data) or is_good(data):
-        name, one = read_images_only(data)
-        found = [one]
-    if not found:
+    name, readers = data.name, {}
+    if read := reader_of(data, trained):
+        name, readers = data.parent.name, {data.name: read}
+    elif readers := {f.name: r for f in folders_in(data) if (r := reader_of(f, trained))}:
+        paths = images_under(data)
+        say_unread(name, [p for p in paths if p.relative_to(data).parts[0] not in readers])
+    elif is_good(data) or any(path.parent == data for path in images_under(data)):
+        product = next(
+            p for p in (data, *data.parents) if p.name.casefold() not in (*GOOD, "train")
+        )
+        name, readers = product.parent.name, {product.name: partial(read_good, data, product.name)}
+    if not readers:
         raise InputError(
             f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
-            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA; train/<id>_GT: "
-            "KolektorSDD2), or give --data a folder that holds good images and nothing else"
+            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA), or give --data a folder "
+            "that holds good images and nothing else"
         )
-    names = [c.name for c in found]
     for asked in wanted:
-        if asked not in names:
-            raise InputError(f"{data}: no category '{asked}': choose from {', '.join(names)}")
-    found = [c for c in found if not wanted or c.name in wanted]
-    for category in found:
-        check_category(category, data if one else data / category.name, trained)
-    return name or "data", found
-
-
-def check_category(category: Category, folder: Path, trained: bool = False) -> None:
-    """Raises InputError without images to train on, if a mask is missing, or for equal names."""
-    if not category.train and not trained:
-        suffixes = ", ".join(SUFFIXES)
-        raise InputError(f"{folder}: no training images ({suffixes}) in train/good: add some")
-    for item in category.test:
-        for mask in item.masks or ():
-            if not mask.is_file():
-                raise InputError(
-                    f"{mask}: mask of {item.path.name} is missing: "
-                    "restore it, or remove ground_truth to go without pixel metrics"
-                )
-    names = {}
-    for path in [*category.train, *(item.path for item in category.test)]:
-        other = names.setdefault((path.parent, path.stem.casefold()), path)
-        if other != path:
-            raise InputError(
-                f"{path}: {other.name} has the same name: two images, or an image and its mask? "
-                f"Rename one; a mask is called {path.stem}_mask.png"
-            )
+        if asked not in readers:
+            raise InputError(f"{data}: no category '{asked}': choose from {', '.join(readers)}")
+    return name or "data", [read() for key, read in readers.items() if key in (wanted or readers)]
 
 
 def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
@@ -495,31 +131,34 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
 
     The file has one name a line, with its suffix and as much of its path as is needed; or it is a
     train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
-    InputError for a name that is not that of exactly one training image.
+    InputError unless each name is that of exactly one training image, and if there is none.
     """
     if file is None:
         return categories, []
-    try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            lines, own = [line.strip() for line in f], []
-    except OSError as e:
-        raise InputError(f"--leave-out {file}: cannot be read ({e.strerror})") from None
-    if lines and lines[0].startswith("image,"):
-        rows = list(csv.DictReader(lines))
-        marked = [row for row in rows if (row.get("leave_out") or "").strip()]
-        lines = [row["image"].removeprefix("./") for row in marked]
-        own = [c for c in categories if c.name == Path(file).resolve().parent.name]
-    names, dropped = [line for line in lines if line], set()
-    every = [path for category in own or categories for path in category.train]
+    own, lines = categories, [line.strip() for line in text_of(Path(file)).splitlines()]
+    if lines and re.match(r"\W*image\b(?!\.)", lines[0]):
+        rows = rows_of(Path(file))
+        if any("leave_out" not in row for row in rows):
+            raise InputError(f"--leave-out {file}: no column leave_out, after a comma: give a "
+                             "train-scores.csv as it was written")  # fmt: skip
+        lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
+        place = Path(file).resolve().parent.name
+        own = [category for category in categories if category.name == place] or categories
+    names, dropped = [name for line in lines if (name := line.strip('"'))], set()
+    if not names:
+        raise InputError(f"--leave-out {file}: leaves nothing out: put a mark into its column "
+                         "leave_out, or write a name a line")  # fmt: skip
+    every = [path for category in own for path in category.train]
     for name in names:
-        parts = Path(name).parts
+        path = PureWindowsPath(name)  # whose separators are both / and \
+        parts = path.relative_to(path.anchor).parts
         found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
         if len(found) != 1:
-            what = f"is that of {len(found)}: write more of its path" if found else "is of none"
-            raise InputError(
-                f"--leave-out {file}: {name} {what}, it has to name one training image"
-            )
+            what = f"that of {len(found)}: write more of its path" if found else "of none"
+            raise InputError(f"--leave-out {file}: {name} is {what}, it has to name one training "
+                             "image")  # fmt: skip
         dropped.update(found)
+    say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
     kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
     for category in kept:
         if not category.train:
@@ -527,158 +166,302 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     return kept, names
 
 
-# Images
-@contextlib.contextmanager
-def unreadable(path: str | Path) -> Iterator[None]:
-    """Turn what Pillow's decoders raise on damaged files into InputError naming the file."""
-    try:
-        yield
-    except (
-        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, MemoryError),
-        *(OverflowError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError),
-        struct.error,
-    ) as e:
+def reader_of(root: Path, trained: bool) -> Callable | None:
+    """What reads the category in a folder; None if it holds none."""
+    if (root / "Data/Images/Normal").is_dir():
+        return partial(read_visa, root)
+    train, test = child(root, "train"), child(root, "test_public") or child(root, "test")
+    good = [folder for folder in folders_in(train) if is_good(folder)]
+    if good or images_under(train) or (trained and folders_in(test)):
+        return partial(read_mvtec, root, good, test, trained)
+    return None
+
+
+def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Category:
+    """MVTec AD, MPDD, BTAD: {train,test}/<kind>/, ground_truth/<kind>/<id>_mask.png.
+
+    Three others differ in names. MVTec AD 2: test_public, which holds ground_truth. MVTec LOCO AD:
+    ground_truth/<kind>/<id>/*.png, and saturation thresholds. MVTec 3D-AD, of which RGB images are
+    read: test/<kind>/rgb, test/<kind>/gt. good: folders of training images.
+    """
+    if not good and not trained:
         raise InputError(
-            f"{path}: cannot be read as an image ({first_line(e)}): replace or remove it"
-        ) from None
-
-
-FEW_LEVELS = 16  # of 256: an image that has no more is named
-FULL_SIZE = "full_size"  # in image.info: width and height of a JPEG that was decoded smaller
-
-
-def open_image(path: str | Path, enough: int = 0) -> Image.Image:
-    """PIL image, decoded. Raises InputError naming the file, one of several frames too.
-
-    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
-    side: of 4000 x 4000 in a fifth of the time.
-    """
-    with unreadable(path):
-        image = Image.open(path)
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # of which the others are previews
-            raise ValueError(f"it has {frames} frames: save each as an image of its own")
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            size = f"{image.width} x {image.height}"
-            raise ValueError(f"{size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-        full_size = image.size
-        if enough and image.format == "JPEG":
-            image.draft(None, (enough, enough))
-        image.load()
-        if image.size != full_size:
-            image.info[FULL_SIZE] = full_size
-        return image
-
-
-def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image as a person sees it. Raises InputError naming the file.
-
-    EXIF orientation applied, as masks are drawn on the turned picture; palette and CMYK converted;
-    alpha dropped; more than 8 bits scaled to 8, from 0 to `white_level` (white_level_of), by
-    default that of this file alone. enough: see open_image.
-    """
-    image = open_image(path, enough)
-    if has_levels(image):
-        image = to_8_bits(path, image, white_level or white_level_of([path]))
-    with unreadable(path):
-        if FULL_SIZE in image.info and image.getexif().get(ORIENTATION, 1) >= 5:
-            image.info[FULL_SIZE] = image.info[FULL_SIZE][::-1]
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-LOADING = Lock()
-
-
-def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
-
-    white_level: see read_image; enough: see open_image. Raises InputError that says how to convert
-    anything else.
-    """
-    if isinstance(value, (str, os.PathLike)):
-        return read_image(Path(value), white_level, enough)
-    if isinstance(value, Image.Image):
-        if has_levels(value):
-            mode = f"a PIL image of mode {value.mode}"
-            raise InputError(f"{mode}: give its path, or convert it to 8 bits")
-        with unreadable("a PIL image"):
-            with LOADING:  # it may be in the list twice
-                value.load()
-            return ImageOps.exif_transpose(value).convert("RGB")  # as read_image does
-    if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        raise InputError(f"an image of type {kind}: give a path, a PIL image, a numpy array, or a "
-                         "list of them")  # fmt: skip
-    if value.ndim == 3 and value.shape[2] == 1:
-        value = value[..., 0]
-    if fault := fault_of(value):
-        raise InputError(f"an image of shape {value.shape} and {value.dtype}: {fault}")
-    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
-
-
-def fault_of(array: Array) -> str:
-    """How to make an image of an array that is none, "" if it is one."""
-    shape = array.shape
-    if len(shape) == 4:
-        return "several images: give list(images)"
-    if len(shape) == 3 and shape[2] > 4 and shape[0] in (1, 3, 4):
-        return "channels come first: give image.transpose(1, 2, 0)"
-    if 0 in shape or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
-        return "give (H, W) or (H, W, 3) in RGB, without transparency"
-    if array.dtype != np.uint8:
-        return (
-            "give uint8 in 0..255, of values in 0..1 (255 * image).round().astype(np.uint8), of "
-            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
+            f"{root / 'train'}: no folder good, ok or normal in it: put the good images into "
+            "train/good, defects into test/<defect>, their masks into ground_truth/<defect>"
         )
-    return ""
-
-
-def name_of(image: Any) -> str:
-    return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
-
-
-def read_resized(
-    value: Any, shape: tuple, white_level: float | None = None, ignore: Array | None = None
-) -> tuple:
-    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
-
-    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
-    image without contrast: blank, or of a range that is not that of the training images.
-    ignore (H, W): pixels of the original that are painted over with grey.
-    """
-    image = as_image(value, white_level, enough=2 * max(shape) if ignore is None else 0)
-    if ignore is not None:
-        if image.size != ignore.shape[::-1]:
-            raise InputError(
-                f"{name_of(value)}: is {image.width} x {image.height}, the mask of --ignore "
-                f"{ignore.shape[1]} x {ignore.shape[0]}: give images of its size"
+    truth = next((t for p in (root, test) for name in TRUTH if (t := child(p, name))), None)
+    rgb = any((folder / "rgb").is_dir() for folder in [*good, *folders_in(test)])
+    loco, inner, items = (root / "defects_config.json").is_file(), "rgb" if rgb else "", []
+    loco = loco or (test / "logical_anomalies").is_dir()
+    for folder in folders_in(test):
+        images = images_under(folder / inner)
+        if is_good(folder):
+            items += [Item(path, "good", ()) for path in images]
+        elif folder != truth:
+            own = (
+                folder / "gt"
+                if rgb
+                else truth and (child(truth, folder.name) or truth / folder.name)
             )
-        image.paste((127, 127, 127), mask=Image.fromarray(ignore))
-    pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
-    low, high = pixels.min(), pixels.max()
-    if high - low <= FEW_LEVELS:
-        name = name_of(value)
-        say_once(
-            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
-            f"{white_level or 255:g}; of 16 bits a colour the upper 8): if that is too few, mend "
-            "images that reach higher, or rescale all of them",
-            about=(Path(name).parent, "levels"),
-        )
-    return pixels, image.info.get(FULL_SIZE, image.size)[::-1]
+            masks = own and masks_of_images(images, folder / inner, own, loco)
+            items += [Item(path, folder.name, own and masks[path]) for path in images]
+    if items and all(item.kind != "good" for item in items):
+        kinds = listed(sorted({item.kind for item in items}))
+        say_once(f"{root.name}: no good images in test: {kinds} are defects")
+    layout = "MVTec LOCO AD" if loco else "MVTec 3D-AD" if rgb else "MVTec AD"
+    images = [path for folder in good for path in images_under(folder / inner)]
+    category = Category(root.name, layout, images, items, saturation_of(root) if loco else None)
+    return checked(category, root, folders_in(root), trained)
 
 
-def batches_of(
-    images: list, shape: tuple, white_level: float | None = None, ignore: Array | None = None
-) -> Iterator[list]:
+def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> dict[Path, tuple]:
+    """{image: its masks} of the images in a folder, by the place that they have in `own`.
+
+    A mask has the name of its image, with an end like _mask or _GT or without; those of LOCO lie in
+    a folder of this name. Of a missing one it is the path that it should have.
+    """
+
+    def key(path, above):
+        return str(path.relative_to(above).with_suffix("")).casefold()
+
+    stems, masks = {key(path, folder): path for path in images}, {}
+    for mask in images_under(own):
+        stem = key(mask.parent if loco else mask, own)
+        image = stems.get(stem) or stems.get(MASK_END.sub("", stem))
+        if image and image in masks and not loco:
+            raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
+                             "remove one, or put both into one file")  # fmt: skip
+        masks[image] = (*masks.get(image, ()), mask)
+    for path in images:
+        end = "/000.png" if loco else "_mask.png"
+        masks.setdefault(path, (own / f"{path.relative_to(folder).with_suffix('')}{end}",))
+    return masks
+
+
+def saturation_of(root: Path) -> dict:
+    """LOCO's {pixel value of a mask: (threshold, whether it is a share of the area)}."""
+    config = root / "defects_config.json"
+    try:
+        return {
+            int(d["pixel_value"]): (
+                float(d["saturation_threshold"]),
+                bool(d["relative_saturation"]),
+            )
+            for d in json.loads(text_of(config))
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{config}: not LOCO's thresholds ({e}): restore it from the download"
+        ) from e
+
+
+def read_visa(root: Path) -> Category:
+    """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
+    split, train, test = root.parent / "split_csv/1cls.csv", [], []
+    try:
+        for row in [row for row in rows_of(split) if row["object"] == root.name]:
+            image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
+            good = row["label"].casefold() in GOOD
+            if row["split"] != "train":
+                test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
+            elif good:
+                train.append(image)
+    except (KeyError, AttributeError) as e:
+        raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from e
+    return checked(Category(root.name, "VisA", train, test, None), root, folders_in(root))
+
+
+def read_good(folder: Path, product: str) -> Category:
+    """A folder of good images, of a product. Raises InputError if not all may be good."""
+    inside = [inner for inner in folders_in(folder) if images_under(inner)]
+    if inside and not is_good(folder):
+        raise InputError(f"{folder}: good images beside {listed(inside)}: put the good ones into "
+                         "train/good, defects into test/<defect>")  # fmt: skip
+    names = ("labels", "Labels", "annotations", "Annotations")  # beside it, of tools
+    beside = [parent / name for parent in folder.parents[:2] for name in names]
+    category = Category(product, "folder of good images", images_under(folder), [], None)
+    return checked(category, folder.parent, [folder, *beside])
+
+
+def checked(category: Category, root: Path, looked_in: list, trained: bool = False) -> Category:
+    """The category of a folder, if nothing in it may be misread: the one gate for all layouts.
+
+    Says which files of the folders looked_in are not read. Raises InputError.
+    """
+
+    def need(holds, path, text):
+        if not holds:
+            raise InputError(f"{path}: {text}")
+
+    name, bad = category.name, [item for item in category.test if item.kind != "good"]
+    images = [*category.train, *(item.path for item in category.test)]
+    masks = {mask: item.path for item in bad for mask in item.masks or ()}
+    stems = {(path.parent, path.stem.casefold()) for path in images}
+    ours = name != "mean" and not name.startswith(("-", "+", "=", "@"))
+    need(ours, root, f"a category cannot be called {name}: rename its folder")
+    text = f"no training images ({', '.join(SUFFIXES)}) in train/good: add some"
+    need(category.train or trained, root, text)
+    for path in [*images, *masks]:
+        inside = path.is_relative_to(root) and ".." not in path.parts
+        need(inside, path, f"lies outside of {root}: mend the split file")
+    for mask, image in masks.items():
+        text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
+        need(mask.is_file(), mask, f"{text} pixel metrics")
+    seen, place = {}, cache(os.path.realpath)
+    for path in images:
+        stem, text = path.stem.casefold(), "put masks into ground_truth/<defect> beside train, test"
+        owner = MASK_END.sub("", stem)
+        twin = (path.parent, owner) in stems or stem.endswith(("_mask", "_gt"))
+        need(owner == stem or not twin, path, f"is named as a mask: rename it, or {text}")
+        above = map(str.casefold, path.relative_to(root).parts[:-1])
+        need(not LABELS.intersection(above), path.parent, f"masks among images: {text}")
+        other = seen.setdefault((place(path.parent), stem), path)
+        text = f"{other} has the same name, or is the same file by a link: two images, or an image"
+        text += f" and its mask? Rename or remove one; a mask is called {stem}_mask.png"
+        need(other is path, path, text)
+    for kind in {item.kind for item in bad}:
+        words = re.findall(r"[^\W\d_]+", kind.casefold())
+        clear = not MAYBE_GOOD.intersection(words) or words[0] in ("not", "no", "non")
+        text = "good images, or a defect? Put good ones into test/good, or name it as the defect"
+        need(clear, root / "test" / kind, text)
+    unread = {path for folder in looked_in for path in all_files(folder)} - {*images, *masks}
+    good = stems - {(item.path.parent, item.path.stem.casefold()) for item in bad}
+    for path in [path for path in unread if path.suffix.lower() in (".json", ".txt", ".xml")]:
+        of_tool = path.parent.name.casefold() in LABELS or path.name.startswith("_annotations")
+        beside = (path.parent, path.stem.casefold()) in good
+        text = "an annotation, so not all images may be good: put good ones into train/good, "
+        text += "defects into test/<defect>, and remove the annotations"
+        need(not of_tool and not beside, path, text)
+    say_unread(name, sorted(unread))
+    return category
+
+
+def folders_in(folder: Path | None) -> list[Path]:
+    if not folder or not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def child(folder: Path | None, name: str) -> Path | None:
+    """The folder of this name, in any case, in a folder."""
+    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
+
+
+def is_good(folder: Path) -> bool:
+    return folder.name.casefold() in GOOD
+
+
+def all_files(folder: Path | None) -> list[Path]:
+    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
+
+    A folder to which several links lead is read once. A dangling link is kept, so that reading it
+    names it.
+    """
+    seen, found = set(), []
+    if not folder or not folder.is_dir():
+        return found
+    for here, folders, names in os.walk(folder, onerror=raised, followlinks=True):
+        new = (real := os.path.realpath(here)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if new and name[0] != ".")
+        found += [Path(here, name) for name in sorted(names) if new and name[0] != "."]
+    return found
+
+
+def raised(error: Exception):
+    raise error
+
+
+def images_under(folder: Path | None) -> list[Path]:
+    """Image files at any depth in a folder."""
+    return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Rows of a table, by the names in its first line. Raises InputError if it is none."""
+    try:
+        return list(csv.DictReader(io.StringIO(text_of(path), newline="")))
+    except csv.Error as e:
+        raise InputError(f"{path}: cannot be read as a table ({e}): mend or restore it") from None
+
+
+def text_of(path: Path) -> str:
+    try:
+        if path.is_fifo():
+            raise OSError("a pipe")
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
+
+
+def say_unread(name: str, files: list[Path]) -> None:
+    """Say that files are not read: none is dropped silently."""
+    files = [path for path in files if path.name.casefold() not in IGNORED]
+    if files:
+        names = listed([f"{path.parent.name}/{path.name}" for path in files])
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
+        say_once(f"{name}: {len(files)} files are not read: {names} ({suffixes})")
+
+
+SAID = set()  # what say_once has spoken of
+
+
+def say_once(text: str, about: Any = None) -> None:
+    """A note on stderr about how something is read; of several about the same the first alone."""
+    if (about or text) not in SAID:
+        SAID.add(about or text)
+        say(f"note: {text}", sys.stderr)
+
+
+def say(text: Any, file: Any = None) -> None:
+    """Print a line, whatever names are in it."""
+    print(one_line(text), file=file, flush=True)
+
+
+def one_line(text: Any) -> str:
+    """Text in which what would break a line or cannot be printed is an escape, like \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def listed(items: list) -> str:
+    """Names, or those of paths, in a line, at most four."""
+    names = [item if isinstance(item, str) else item.name for item in items[:4]]
+    return ", ".join(names + ["..."] * (len(items) > 4))
+
+
+# Images
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # MPO: JPEG of a telephone
+MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
+BATCH = 16  # images that are read and turned into features together
+FEW_LEVELS = 16  # of 256: an image that has no more is named
+ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
+FULL_SIZE = "full_size"  # in image.info: (H, W) of a file as shown; a JPEG may be decoded smaller
+PROCESS, LOADING = os.getpid(), Lock()
+
+
+class Reading(NamedTuple):
+    """How the image files of a category become what the network sees; kept with its model."""
+
+    white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
+    ignore: Array | None = None  # pixels (H, W) that are painted over
+    make: dict = {}  # of the training images: "aspect", the lowest and the highest height / width
+
+
+def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
     """What read_resized gives of each BATCH of images, in turn, or the InputError it raises.
 
     The next batch is read while the caller works on one. images: a list of what as_image takes.
     """
+    if os.getpid() != PROCESS:  # a forked child has none of the threads that torch counts on
+        torch.set_num_threads(1)
 
     def read(image):
         try:
-            return read_resized(image, shape, white_level, ignore)
+            return read_resized(image, shape, reading)
         except InputError as e:
             return e
 
@@ -699,136 +482,212 @@ def stacked(read: list) -> tuple[Tensor, list]:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), list(sizes)
 
 
+def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
+    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
+
+    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
+    image without contrast: blank, or of a range that is not that of the training images.
+    """
+    name, ignore = name_of(value), reading.ignore
+    with unreadable(name):
+        enough = 2 * max(shape) if ignore is None else 0
+        image = as_image(value, reading.white_level, enough)
+        if ignore is not None:
+            if image.size != ignore.shape[::-1]:
+                size = "{} x {}, the mask of --ignore {} x {}".format(*image.size, *ignore.T.shape)
+                raise InputError(f"{name}: is {size}: give images of its size")
+            image.paste((127, 127, 127), mask=Image.fromarray(ignore))
+        pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
+    low, high = pixels.min(), pixels.max()
+    if high - low <= FEW_LEVELS:
+        say_once(
+            f"{name}: has grey values {low} to {high} of 0 to 255 (white level "
+            f"{reading.white_level:g}; of 16 bits a colour the upper 8): if that is too few, mend "
+            "images that reach higher, or rescale all of them",
+            about=(Path(name).parent, "levels"),
+        )
+    return pixels, image.info.get(FULL_SIZE, image.size[::-1])
+
+
+def name_of(image: Any) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
+
+
+def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
+    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
+
+    white_level, enough: see read_image. Raises InputError that says how to convert anything else.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return read_image(value, white_level, enough)
+    if isinstance(value, Image.Image):
+        if value.mode[0] in "IF":
+            raise InputError(f"a PIL image of mode {value.mode}: give its path, or 8 bits")
+        with unreadable("a PIL image"):
+            with LOADING:  # it may be in the list twice
+                value.load()
+            return ImageOps.exif_transpose(value).convert("RGB")  # as open_image does
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"an image of type {type(value).__name__}: give a path, a PIL image, a "
+                         "numpy array, or a list of them")  # fmt: skip
+    shape = value.shape[:2] if value.shape[2:] == (1,) else value.shape
+    if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
+        raise InputError(
+            f"an image of shape {value.shape} and {value.dtype}: give uint8 (H, W) or (H, W, 3) in "
+            "RGB, without transparency; if channels come first image.transpose(1, 2, 0); of "
+            "several list(images); of values in 0..1 (255 * image).round().astype(np.uint8); of "
+            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
+        )
+    return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
+
+
+def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
+    """RGB PIL image of a file as a person sees it. Raises InputError naming the file.
+
+    Palette and CMYK are converted, alpha is dropped; more than 8 bits are scaled to 8, from 0 to
+    `white_level` (white_level_of), by default that of this file alone. enough: see open_image.
+    """
+    image = open_image(path, enough)
+    if image.mode[0] == "I":
+        image = to_8_bits(path, image, white_level or white_level_of([path]))
+    with unreadable(path):
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path: str | Path, enough: int = 0) -> Image.Image:
+    """PIL image of a file, a picture or a mask, decoded and turned as its EXIF says.
+
+    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
+    side: of 4000 x 4000 in a fifth of the time. Raises InputError naming the file.
+    """
+    with unreadable(path):
+        image = head_of(path)
+        size = shown_size(image)
+        if image.format == "JPEG":
+            if enough:
+                image.draft(None, (enough, enough))
+            if ends_early(path, image):
+                raise ValueError("it ends early, and the rest is grey")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
+        if image.format != "JPEG" and image.size != size[::-1]:
+            raise ValueError("EXIF that turns it comes after its pixels: save it anew")
+        image.info[FULL_SIZE] = size
+        return image
+
+
+@contextlib.contextmanager
+def unreadable(path: str | Path) -> Iterator[None]:
+    """The one place that catches what decoders and parsers raise: InputError naming the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
+    except Exception as e:  # damaged files raise a dozen types; none of them is ours
+        text = f"cannot be read as an image ({first_line(e)}): replace or remove it"
+        raise InputError(f"{path}: {text}") from None
+
+
+def head_of(path: str | Path) -> Image.Image:
+    """PIL image of a file, not decoded yet. Raises ValueError, or what Pillow does.
+
+    The formats of SUFFIXES alone: PostScript would start a program.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe or a device")
+    image = Image.open(path, formats=FORMATS)
+    frames, need = getattr(image, "n_frames", 1), 16 if image.mode[0] == "I" else 4
+    if frames > 1 and image.format != "MPO":  # of which the others are previews
+        raise ValueError(f"it has {frames} frames: save each as an image of its own")
+    if image.mode == "F":
+        raise ValueError("floating-point values: save whole numbers, of 16 bits, say")
+    if need * image.width * image.height > MAX_BYTES:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, more than {MAX_BYTES // need} of {need} bytes")
+    return image
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """(H, W) of an image as it is shown, from its head alone."""
+    # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
+    plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+    turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
+    return image.size if turned else image.size[::-1]
+
+
+def ends_early(path: str | Path, image: Image.Image) -> bool:
+    """Whether a JPEG has fewer data than pixels: libjpeg makes the rest grey, without a word.
+
+    Then more data before the end of the file change the picture; after all pixels nothing is read.
+    """
+    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
+        return False
+    data = Path(path).read_bytes()
+    end = data.rfind(b"\xff\xd9")
+    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
+    longer.draft(None, image.size)
+    return longer.tobytes() != image.tobytes()
+
+
 def image_sizes(images: list) -> list[tuple[int, int]]:
-    """(H, W) of what as_image takes, of files from their headers, as shown. Raises InputError."""
+    """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
     sizes = []
-    for path in images:
-        if not isinstance(path, (str, os.PathLike)):
-            sizes.append(as_image(path).size[::-1])
-            continue
-        with unreadable(path), Image.open(path) as image:
-            jpeg = image.format in ("JPEG", "MPO")
-            turned = jpeg and image.getexif().get(ORIENTATION, 1) >= 5
-            sizes.append(image.size if turned else image.size[::-1])
+    for image in images:
+        if isinstance(image, (str, os.PathLike)):
+            with unreadable(image), head_of(image) as head:
+                sizes.append(shown_size(head))
+        else:
+            sizes.append(as_image(image).size[::-1])
     return sizes
 
 
-# More than 8 bits
+# More than 8 bits: whole numbers
 WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-OVERSHOOT = 0.05  # of white, of floating-point values beyond both ends: clipped without a word
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
-
-
-def has_levels(image: Image.Image) -> bool:
-    """Whether a PIL image has more than 8 bits, or is floating-point."""
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def levels_of(path: str | Path, image: Image.Image) -> Array:
-    """Values (H, W) float64 of an image that has_levels, as they are in the file."""
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: has values that are not finite: mend or remove it")
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
-    return values
 
 
 def white_level_of(paths: list) -> float:
     """The white level of a data set, from its training images; it is kept with the model.
 
-    The smallest of 255, 1023, 4095, 16383, 65535, ... (of floating point, 1 too) that holds the
-    values of all of them, so that a value is the same grey in every image. An image of 8 bits is
-    read as it is.
+    The smallest of 255, 1023, 4095, 16383, 65535, ... that holds the values of all of them, so that
+    a value is the same grey in every image. An image of 8 bits is read as it is.
     """
-    highest, real = 0.0, None
-    for path in map(Path, paths):
-        with unreadable(path), Image.open(path) as image:
-            deep = has_levels(image)
+    highest = 0
+    for path in paths:
+        with unreadable(path), head_of(path) as head:
+            deep = head.mode[0] == "I"
         if deep:
-            image = open_image(path)
-            real = real or image.mode == "F"
-            highest = max(highest, float(levels_of(path, image).max()))
-    if real is None:
-        return 255.0
-    usual = (1, *WHITE_LEVELS) if real else WHITE_LEVELS
-    return float(next((w for w in usual if highest <= w * (1 + OVERSHOOT * real)), highest))
+            highest = max(highest, int(levels_of(path, open_image(path)).max()))
+    return float(next(level for level in WHITE_LEVELS if highest <= level))
+
+
+def levels_of(path: str | Path, image: Image.Image) -> Array:
+    """Values (H, W) of an image of more than 8 bits, as they are in the file."""
+    values = np.asarray(image)
+    if values.min() < 0:
+        raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
+        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
+    return values
 
 
 def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
-    """An image that has_levels in 8 bits, 0..white_level -> 0..255, with its EXIF."""
-    values, real = levels_of(path, image), image.mode == "F"
-    lowest, highest = values.min(), values.max()
-    if lowest < -OVERSHOOT * white_level:
-        raise InputError(f"{path}: has values down to {lowest:g}: rescale it to 0 and more")
+    """An image of more than 8 bits in 8, 0..white_level -> 0..255."""
+    values = levels_of(path, image)
     if np.median(values) > white_level:
-        raise InputError(
-            f"{path}: half of its values are above {white_level:g}, the white level of the "
-            "training images: save it with their depth"
-        )
-    if highest > white_level * (1 + OVERSHOOT * real):
-        say_once(f"{path}: values up to {highest:g} are cut at {white_level:g}, the white level")
-    values = np.clip(values / white_level, 0, 1)
-    small = Image.fromarray(np.round(255 * values).astype(np.uint8))
-    small.getexif().update(image.getexif())
-    return small
+        text = f"half of its values are above {white_level:g}, the white level of the training"
+        raise InputError(f"{path}: {text} images: save it with their depth")
+    if values.max() > white_level:
+        say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
+    values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 # Masks
-BRIGHT, FAINT = 128, 1 / 8  # of a mask as high as BRIGHT, values below a share FAINT are no labels
-
-
-def mask_values(path: Path) -> Array:
-    """Values (H, W) of a mask, non-zero where it is defective.
-
-    Of the channels the largest, but for alpha; a palette is read by its colours. Numbers are
-    labels, all of them defective; but where a bright mask has faint values too, JPEG or resizing
-    left them, and it is read from half of its largest value on, with a note.
-    """
-    image = open_image(path)
-    values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    if values.ndim == 3:
-        colours = values.shape[2] - (image.mode in ("LA", "RGBA", "PA"))
-        values = values[..., :colours].max(2)
-    highest = values.max()
-    bright = highest >= BRIGHT or values.dtype.kind == "f"
-    if bright and ((values > 0) & (values < FAINT * highest)).any():
-        say_once(
-            f"{path}: a mask with faint values, read as defective from {float(highest) / 2:g} on",
-            about=(path.parent, "faint"),
-        )
-        values = np.where(values >= float(highest) / 2, values, 0)
-    return values
-
-
-def read_ignored(path: str | None) -> Array | None:
-    """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
-    if path is None:
-        return None
-    ignore = mask_values(Path(path)) != 0
-    if ignore.all() or not ignore.any():
-        raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
-    return ignore
-
-
-def read_mask(path: Path, size: tuple) -> Array:
-    """mask_values of a defect's mask. Raises InputError if its image has another size, (H, W).
-
-    Says so if nothing or most of it is defective.
-    """
-    values = mask_values(path)
-    if values.shape != tuple(size):
-        raise InputError(
-            f"{path}: mask is {values.shape[1]} x {values.shape[0]}, its image "
-            f"{size[1]} x {size[0]}: masks must have the image's size"
-        )
-    share = (values != 0).mean()
-    if share == 0 or share > 0.5:
-        say_once(
-            f"{path}: {100 * share:.0f} % of this mask is defective: is it empty, or inverted?",
-            about=(path.parent, share == 0),
-        )
-    return values
+LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
+BRIGHT, FAINT = 128, 1 / 8  # values below a share FAINT of one as high as BRIGHT are refused
 
 
 def masks_of(
@@ -838,7 +697,7 @@ def masks_of(
 
     box: the slices of a region's bounding box, so that many small regions take little memory.
     Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
-    with it (LOCO) a mask is one region, saturated at its threshold.
+    with it (LOCO) a mask is one region, saturated at its threshold. Raises InputError.
     """
     from scipy import ndimage  # here: 0.3 s, which an image alone need not wait for
 
@@ -853,383 +712,70 @@ def masks_of(
                 region = labels[box] == k
                 regions.append((box, region, region.sum()))
         elif mask.any():
-            threshold, relative = saturation.get(int(values.max()), (1.0, True))
-            area, everywhere = mask.sum(), np.s_[:, :]
-            most = min(area, int(threshold * area) if relative else threshold)
-            regions.append((everywhere, mask, most))
+            if (value := int(values.max())) not in saturation:
+                raise InputError(f"{path}: value {value} is not in defects_config.json: restore it")
+            threshold, relative = saturation[value]
+            most = max(1, int(threshold * mask.sum()) if relative else threshold)
+            regions.append((np.s_[:, :], mask, min(mask.sum(), most)))
     return regions, union
 
 
-# ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
-class Reading(NamedTuple):
-    """How the image files of a category become what the network sees; kept with its model."""
+def read_mask(path: Path, size: tuple) -> Array:
+    """mask_values of a defect's mask. Raises InputError if its image has another size, (H, W).
 
-    white_level: float = 255.0  # the pixel value that is 255 for the network (white_level_of)
-    ignore: Array | None = None  # pixels (H, W) that are painted over
-    make: dict = {}  # what the training images have in common (make_of)
-
-
-def new_detector(
-    images: list,
-    recipe: wtflow.Recipe,
-    weights: str | None = None,
-    device: str | torch.device = "auto",
-    ignore: Array | None = None,
-) -> wtflow.Detector:
-    """A detector, not fitted, for training images (what as_image takes), and how they are read.
-
-    Its recipe has their aspect and size (wtflow.recipe_for); detector.reading is a Reading.
+    Says so if nothing or most of it is defective.
     """
-    recipe = wtflow.recipe_for(recipe, image_sizes(images))
-    files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
-    detector.reading = Reading(white_level_of(files), ignore)
-    return detector
+    values = mask_values(path)
+    if values.shape != tuple(size):
+        text = "mask is {} x {}, its image {} x {}".format(*values.T.shape, *size[::-1])
+        raise InputError(f"{path}: {text}: masks must have the image's size")
+    share = (values != 0).mean()
+    if share == 0 or share > 0.5:
+        text = f"{100 * share:.0f} % of this mask is defective: is it empty, or inverted?"
+        say_once(f"{path}: {text}", about=(path.parent, share == 0))
+    return values
 
 
-def pick_device(name: str | torch.device) -> torch.device:
-    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
+def mask_values(path: Path) -> Array:
+    """Values (H, W) of a mask, not zero where it is defective.
 
-    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
+    Of the channels the largest, but for alpha; a palette is read by its colours. Raises InputError
+    for a format that may have changed the values, and for faint values beside bright ones.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
-        torch.backends.cudnn.allow_tf32 = False
-        if device.index is None:
-            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-            return torch.device(f"cuda:{mine}")
-    return device
-
-
-def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
-    """Features (n, d, h, w) float16 of images, original sizes, thumbnails; None of no images.
-
-    images: a list of what as_image takes. The features are on the detector's device; thumbnails
-    (n, 3, THUMBNAIL, THUMBNAIL), for copies_of, on the CPU. One pass; report(done) after each
-    batch. Raises InputError naming the image that cannot be read or whose features are not finite.
-    """
-    out, sizes, thumbnails = None, [], []
-    shape, reading = wtflow.image_shape(detector.recipe), detector.reading
-    for read in batches_of(images, shape, reading.white_level, reading.ignore):
-        batch, batch_sizes = stacked(read)
-        x = detector.features(batch)
-        bad = ~x.isfinite().flatten(1).all(1)
-        if bad.any():
-            name = name_of(images[len(sizes) + int(bad.nonzero()[0])])
-            raise InputError(f"{name}: features are not finite: check the weights and this image")
-        if out is None:
-            layout = torch.channels_last  # a position's features side by side
-            shape = (len(images), *x.shape[1:])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        out[len(sizes) : len(sizes) + len(x)] = x
-        sizes += batch_sizes
-        thumbnails.append(thumbnails_of(batch))
-        if report is not None:
-            report(len(sizes))
-    return out, sizes, torch.cat(thumbnails) if thumbnails else None
-
-
-def extract_good(
-    detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
-) -> tuple[Tensor, Array]:
-    """Features of good images without copies, and what copies_of says of all; sets reading.make.
-
-    names: paths or names of the images, for a note on stderr; the rest is as in extract.
-    """
-    features, sizes, thumbnails = extract(detector, images, report)
-    detector.reading = detector.reading._replace(make=make_of(images, sizes, thumbnails))
-    first = copies_of(thumbnails, names)
-    kept = np.unique(first)
-    return features if len(kept) == len(images) else features[kept], first  # indexing copies
-
-
-THUMBNAIL = 32  # pixels a side
-COPY = 0.005  # [ours] how near copies are, as a share of the distance to other images
-
-
-def thumbnails_of(batch: Tensor) -> Tensor:
-    """Images (B, 3, H, W) -> (B, 3, THUMBNAIL, THUMBNAIL) float32."""
-    return F.adaptive_avg_pool2d(batch.float(), THUMBNAIL)
-
-
-def copies_of(thumbnails: Tensor, images: list) -> Array:
-    """For each of n images the first that it is a copy of, or itself: (n,) indices.
-
-    Copies say nothing new and spoil the good scores. An image is a copy if the squared distance of
-    its thumbnail, without its mean, to that of an earlier one, mirrored or not, is at most COPY of
-    the upper quartile of its distances: files that are there twice, mirror images, and shots of a
-    part that does not move, unless it makes three quarters of the set. images, paths or names, are
-    for a note on stderr.
-    """
-    x = thumbnails - thumbnails.mean((2, 3), keepdim=True)
-    squares = x.flatten(1).square().sum(1)
-    mirrored = [x.flip(dims).flatten(1) for dims in ((), (2,), (3,), (2, 3))]
-
-    def near(rows, own):
-        """Which of all images rows (k, d) of squares own (k,) are near to: (k, n)."""
-        products = torch.stack([rows @ m.T for m in mirrored])
-        distances = own[:, None] + squares - 2 * products
-        limit = COPY * distances[0].quantile(0.75, 1) + 1e-6 * own  # rounding of equal ones
-        return distances.amin(0) <= limit[:, None]
-
-    parts = zip(x.flatten(1).split(256), squares.split(256), strict=True)
-    is_near = torch.cat([near(*part) for part in parts]).numpy()
-    first = np.arange(len(x))
-    for k in range(len(x)):
-        earlier = np.flatnonzero(is_near[k, :k] & (first[:k] == np.arange(k)))
-        first[k] = earlier[0] if len(earlier) else k
-    kept = np.unique(first)
-    if len(kept) < len(images):
-        example = np.flatnonzero(first == np.bincount(first).argmax())
-        print(
-            f"note: {len(images)} training images, of about {len(kept)} different parts: of copies "
-            f"like {listed([images[k] for k in example])} the first is used (shots of a part that "
-            "moved are not found)",
-            file=sys.stderr,
+    image = open_image(path)
+    if image.format not in LOSSLESS:
+        raise InputError(f"{path}: a mask as {image.format}, which changes it: save it as PNG")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
+    faint = values[(values > 0) & (values < FAINT * values.max())]
+    if values.max() >= BRIGHT and faint.size:
+        raise InputError(
+            f"{path}: {faint.max()} beside {values.max()}: a label beside a border that does not "
+            "count, or what JPEG or resizing left? Save the mask with 0 and 255 alone"
         )
-    return first
+    return np.asarray(image.convert("RGB")).max(2) if image.mode == "P" else values
 
 
+def read_ignored(path: str | None) -> Array | None:
+    """Pixels bool (H, W) to ignore, the white ones of a mask file. Raises InputError."""
+    if path is None:
+        return None
+    ignore = mask_values(Path(path)) != 0
+    if ignore.all() or not ignore.any():
+        raise InputError(f"--ignore {path}: is all of one value: paint white what is ignored")
+    return ignore
+
+
+# ---- 2. Scoring and metrics: images -> maps, scores, predictions -> metrics. Writes nothing ------
 class Prediction(NamedTuple):
-    """What is predicted of one image; without a threshold no verdict, and p-values are nan."""
+    """What is predicted of one image; without a threshold no verdict, and the p-value is nan."""
 
     score: float
     p_value: float  # how rarely a good image scores as high, by the fitted tail
-    p_rank: float  # the same by rank among the good training images
     verdict: str  # "defect", "good" or "none"
     threshold: float = math.nan  # map > threshold is where the image is called defective
     map: Array | None = None  # (H, W) at the image's own size, in the units of the score
-
-
-CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
-STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high are rarer than this
-FEW = 50  # good images: of fewer the mean rate is said
-EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
-FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
-RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
-
-
-class Tail(NamedTuple):
-    """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2).
-
-    A score is the largest of many distances. The largest of many numbers is close to Gumbel
-    distributed if their tail is light, and its logarithm is if it is heavy (Frechet). The logarithm
-    is in both cases: where scale is small it is linear over the tail.
-    """
-
-    location: float
-    scale: float
-    suspects: int  # of the scores it was fitted to: the highest, which stand out
-
-    def p_value(self, scores: Array) -> Array:
-        """P(a good image scores higher) of scores of any shape."""
-        with np.errstate(over="ignore", divide="ignore"):  # of 0, and of scores near it, p is 1
-            return -np.expm1(-np.exp((self.location - np.log(scores)) / self.scale))
-
-    def threshold(self, rate: float) -> float:
-        """The score that a share `rate` of good images exceeds, 0 < rate < 1."""
-        return math.exp(self.location - self.scale * math.log(-math.log1p(-rate)))
-
-
-def fit_tail(good_scores: Array) -> Tail:
-    """The tail of at least FEWEST scores (n,), fitted to their order statistics between CENTRAL.
-
-    Least squares of log s on the Gumbel quantiles of (i - 1/2) / n (E3). What the highest tenth is
-    does not move the fit, how many they are does. So scores that stand out are left out, and the
-    line is fitted again: the k highest, for the largest k such that k or more good images score as
-    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)). In 5 to 8 % of good
-    sets of 100 to 1,000 images something stands out, as every k is tried.
-    """
-    from scipy.special import gammainc  # here: an image alone need not wait for it
-
-    scores = np.sort(np.asarray(good_scores, float))
-    x = np.log(np.maximum(scores, 1e-3 * max(np.median(scores), 1e-30)))  # 0 has no logarithm
-    n = len(x)
-    first = Tail(*central_line(x), 0)
-    most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
-    expected = n * first.p_value(np.exp(x[::-1][:most]))
-    as_many = gammainc(np.arange(1, most + 1), expected)  # P(Poisson(expected) >= k)
-    rare = np.flatnonzero(as_many < STANDS_OUT)
-    suspects = int(rare[-1]) + 1 if len(rare) else 0
-    return Tail(*central_line(x[: n - suspects]), suspects)
-
-
-def central_line(x: Array) -> tuple[float, float]:
-    """Intercept and slope of sorted x (n,) on Gumbel quantiles, between CENTRAL; n >= FEWEST."""
-    p = (np.arange(len(x)) + 0.5) / len(x)
-    chosen = (p >= CENTRAL[0]) & (p <= CENTRAL[1])
-    y, x = -np.log(-np.log(p[chosen])), x[chosen]
-    slope = (y - y.mean()) @ x / ((y - y.mean()) @ y)
-    slope = max(float(slope), 1e-6)  # of equal images
-    return float(x.mean() - slope * y.mean()), slope
-
-
-class Calibration(NamedTuple):
-    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
-
-    Rank and tail both hold for new good images that are like the training images. The rank
-    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
-    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
-    extrapolates, and up to a tenth of defects do not spoil it.
-    """
-
-    good_scores: Array
-    tail: Tail | None
-    fpr: float  # percent
-    how: str | float  # "tail", "rank" or a threshold
-    threshold: float
-
-    def middle(self) -> float:
-        """The threshold, or where there is none the highest good score: the middle of pictures."""
-        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
-
-    def text(self) -> str:
-        """The threshold in words, and whether there are too few good images for it."""
-        n, given = len(self.good_scores), not isinstance(self.how, str)
-        if given:
-            return f"threshold {self.threshold:.4f}, as given"
-        if self.tail is None:
-            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
-        if self.fpr == 0:
-            return f"threshold {self.threshold:.4f}, the highest good training image"
-        if self.how == "rank" and self.fpr * (n + 1) < 100:
-            need = math.ceil(100 / self.fpr) - 1
-            return (
-                f"threshold {self.threshold:.4f}, the highest of {n} good images: a false positive "
-                f"rate of {100 / (n + 1):.2g} %, for {self.fpr:g} % give {need}"
-            )
-        few = ""
-        if self.how == "tail" and n < FEW:
-            few = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
-        return f"threshold {self.threshold:.4f} at a false positive rate of {self.fpr:g} %{few}"
-
-
-def check_threshold(percent: float, how: str | float) -> None:
-    """Raises InputError for what is no false positive rate and no way to a threshold."""
-    if not isinstance(percent, (int, float)) or not 0 <= percent < 100:
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or more, below 100")
-    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
-    if not number and how not in ("tail", "rank"):
-        raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
-
-
-def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
-    """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
-
-    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
-    smallest: a new score that is exchangeable with them exceeds it with a probability of
-    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
-    """
-    known = np.sort(np.asarray(good_scores, float))
-    n = len(known)
-    if not n:
-        raise RuntimeError("this detector is not fitted: train it, or load a trained one")
-    tail = fit_tail(known) if n >= FEWEST else None
-    if not isinstance(how, str):
-        threshold = float(how)
-    elif tail is None:
-        threshold = math.nan
-    elif how == "tail" and fpr > 0:
-        threshold = tail.threshold(fpr / 100)
-    else:
-        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
-        threshold = float(known[min(max(rank, 1), n) - 1])
-    return Calibration(known, tail, fpr, how, threshold)
-
-
-def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
-    """The threshold of calibrate, nan of fewer than FEWEST scores."""
-    return calibrate(good_scores, fpr, how).threshold
-
-
-def classify(scores: Array, known: Calibration) -> list[Prediction]:
-    """A Prediction of each score (m,). By rank, p = (1 + good images that score as high) / (n + 1).
-
-    So the smallest p that n good images can give by rank is 1 / (n + 1).
-    """
-    scores = np.asarray(scores, float)
-    n = len(known.good_scores)
-    p_rank = (1 + n - np.searchsorted(known.good_scores, scores, side="left")) / (n + 1)
-    p_value = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
-    if known.tail is None:
-        p_rank = p_value
-    verdicts = np.where(scores <= known.threshold, "good", "defect")  # nan is no good image
-    if math.isnan(known.threshold):
-        verdicts = np.full(len(scores), "none")
-    columns = (scores.tolist(), p_value.tolist(), p_rank.tolist(), verdicts.tolist())
-    return [Prediction(*row, known.threshold) for row in zip(*columns, strict=True)]
-
-
-def at_size(y: Tensor, size: tuple) -> Array:
-    """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
-    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
-
-
-def make_of(images: list, sizes: list[tuple], thumbnails: Tensor) -> dict:
-    """What training images have in common: range of sides and aspects; grey, JPEG: all, none, None.
-
-    images, sizes (H, W) and thumbnails are those of extract.
-    """
-    sides = [math.sqrt(h * w) for h, w in sizes]
-    aspects = [h / w for h, w in sizes]
-    grey = (thumbnails.amax(1) - thumbnails.amin(1)).flatten(1).amax(1) < 1
-    paths = [Path(image) for image in images if isinstance(image, (str, os.PathLike))]
-    jpeg = [path.suffix.lower() in (".jpg", ".jpeg", ".jfif") for path in paths]
-    make = {"side": (min(sides), max(sides)), "aspect": (min(aspects), max(aspects))}
-    for name, values in (("grey", grey.tolist()), ("JPEG", jpeg)):
-        make[name] = values[0] if len({*values}) == 1 else None
-    return make
-
-
-def say_another_make(make: dict, images: list, sizes: list[tuple], thumbnails: Tensor) -> None:
-    """Name the first image that is not like those of training: its score may not compare."""
-    for k, image in enumerate(images if make else []):
-        own, unlike = make_of([image], sizes[k : k + 1], thumbnails[k : k + 1]), {}
-        for name, slack in (("side", 1.5), ("aspect", 1.1)):
-            (low, high), value = make[name], own[name][0]
-            if not low / slack <= value <= high * slack:
-                unlike[name] = f"{name} {value:.3g}, there {low:.3g} to {high:.3g}"
-        for name in ("grey", "JPEG"):
-            if None not in (make[name], own[name]) and make[name] != own[name]:
-                unlike[name] = name if own[name] else f"not {name}"
-        for name, what in unlike.items():
-            text = f"unlike the training images ({what}): its score, and those of others like it"
-            say_once(f"{name_of(image)}: {text}, may not compare", about=(id(make), name))
-
-
-def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
-    return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
-
-
-def predictions_of(detector: wtflow.Detector, images: list, known: Calibration) -> Iterator[tuple]:
-    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
-
-    Of an image that cannot be read it is (InputError, None, None).
-    """
-    shape, reading, done = wtflow.image_shape(detector.recipe), detector.reading, 0
-    for read in batches_of(images, shape, reading.white_level, reading.ignore):
-        items, done = images[done : done + len(read)], done + len(read)
-        out = [(found, None, None) for found in read]
-        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
-        if readable:
-            batch, sizes = stacked([read[k] for k in readable])
-            own = [items[k] for k in readable]
-            say_another_make(reading.make, own, sizes, thumbnails_of(batch))
-            maps, scores = detector.score(detector.features(batch))
-            predictions = classify(scores.numpy(), known)
-            for k, found, y, size in zip(readable, predictions, maps, sizes, strict=True):
-                out[k] = found, y, size
-                if not math.isfinite(found.score):
-                    text = "its score is not finite: check the weights and this image"
-                    out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
-        yield from out
 
 
 def score(
@@ -1261,8 +807,289 @@ def score(
     return out[0] if alone else out
 
 
-# What results.csv holds, and what metrics.csv holds beside it. None where it is not defined.
-METRICS = ("image_auroc", "image_auroc_max", "pixel_auroc", "aupro")
+def predictions_of(
+    detector: wtflow.Detector, images: list, known: "Calibration"
+) -> Iterator[tuple]:
+    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
+
+    Of an image that cannot be read it is (InputError, None, None). Names the first image that is
+    squeezed otherwise than those of training.
+    """
+    shape, done = wtflow.image_shape(detector.recipe), 0
+    low, high = detector.reading.make.get("aspect", (0, math.inf))
+    for read in batches_of(images, shape, detector.reading):
+        items, done = images[done : done + len(read)], done + len(read)
+        out = [(found, None, None) for found in read]
+        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
+        batch, sizes = stacked([read[k] for k in readable]) if readable else (None, [])
+        maps, scores = detector.score(detector.features(batch)) if readable else ([], torch.ones(0))
+        predictions = classify(scores.numpy(), known)
+        for k, found, y, (h, w) in zip(readable, predictions, maps, sizes, strict=True):
+            out[k] = found, y, (h, w)
+            if not low / 1.1 <= h / w <= 1.1 * high:
+                text = f"its height is {h / w:.3g} times its width, of training images {low:.3g} to"
+                text += f" {high:.3g} times: its score, and those of others, may not compare"
+                say_once(f"{name_of(items[k])}: {text}", about=("aspect", low, high))
+            if not math.isfinite(found.score):
+                text = "its score is not finite: check the weights and this image"
+                out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
+        yield from out
+
+
+def at_size(y: Tensor, size: tuple) -> Array:
+    """Anomaly map (h, w) of any resolution resampled to an image's (H, W), float32."""
+    return F.interpolate(y[None, None].float(), size, mode="bilinear")[0, 0].numpy()
+
+
+# Images -> features
+def new_detector(
+    images: list,
+    recipe: wtflow.Recipe,
+    weights: str | None = None,
+    device: str | torch.device = "auto",
+    ignore: Array | None = None,
+) -> wtflow.Detector:
+    """A detector, not fitted, for training images (what as_image takes), and how they are read.
+
+    Its recipe has their aspect and size (wtflow.recipe_for); detector.reading is a Reading.
+    """
+    sizes = image_sizes(images)
+    files = [image for image in images if isinstance(image, (str, os.PathLike))]
+    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
+    aspects = sorted(h / w for h, w in sizes)
+    make = {"aspect": (aspects[0], aspects[-1])}
+    detector.reading = Reading(white_level_of(files), ignore, make)
+    return detector
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
+
+    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is None:
+            mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            return torch.device(f"cuda:{mine}")
+    return device
+
+
+def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
+    """Features (n, d, h, w) float16 of images, None of no images; original sizes; digests.
+
+    images: a list of what as_image takes. The features are on the detector's device; a digest is
+    that of the pixels that the network sees. One pass; report(done) after each batch. Raises
+    InputError naming the image that cannot be read or whose features are not finite.
+    """
+    out, sizes, digests = None, [], []
+    for read in batches_of(images, wtflow.image_shape(detector.recipe), detector.reading):
+        batch, batch_sizes = stacked(read)
+        x = detector.features(batch)
+        bad = ~x.isfinite().flatten(1).all(1)
+        if bad.any():
+            name = name_of(images[len(sizes) + int(bad.nonzero()[0])])
+            raise InputError(f"{name}: features are not finite: check the weights and this image")
+        if out is None:  # a position's features side by side
+            how = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+            out = torch.empty((len(images), *x.shape[1:]), **how)
+        out[len(sizes) : len(sizes) + len(x)] = x
+        sizes += batch_sizes
+        digests += [hashlib.sha256(pixels).digest() for pixels, _ in read]
+        if report is not None:
+            report(len(sizes))
+    return out, sizes, digests
+
+
+def extract_good(
+    detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
+) -> tuple[Tensor, Array]:
+    """Features of good images without copies, and what copies_of says of all; see extract."""
+    features, _, digests = extract(detector, images, report)
+    first = copies_of(digests, names)
+    kept = np.unique(first)
+    return features if len(kept) == len(images) else features[kept], first  # indexing copies
+
+
+def copies_of(digests: list, names: list) -> Array:
+    """For each of n images the first with the same pixels, mostly itself: (n,) indices.
+
+    Held-out scores of what has a copy that was seen are too low. names: of the images, for a note.
+    """
+    where = {}
+    first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)], int)
+    if len(where) < len(first):
+        copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
+        text = (
+            f"{len(first)} training images, {len(where)} different: of equal ones, like {copies},"
+        )
+        say_once(f"{text} the first is used")
+    return first
+
+
+# Threshold and verdict
+CENTRAL = (0.5, 0.9)  # [ours] quantiles of the good scores that their tail is fitted to
+STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high are rarer than this
+FEW = 50  # good images: of fewer the mean rate is said
+EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
+FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
+LOWEST = 1e-6  # percent: no lower false positive rate but 0
+RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
+
+
+class Tail(NamedTuple):
+    """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2).
+
+    A score is the largest of many distances. The largest of many numbers is close to Gumbel
+    distributed if their tail is light, and its logarithm is if it is heavy (Frechet). The logarithm
+    is in both cases: where scale is small it is linear over the tail.
+    """
+
+    location: float
+    scale: float
+    suspects: int  # of the scores it was fitted to: the highest, which stand out
+
+    def p_value(self, scores: Array) -> Array:
+        """P(a good image scores higher) of scores of any shape."""
+        with np.errstate(over="ignore", divide="ignore"):  # of 0, and of scores near it, p is 1
+            return -np.expm1(-np.exp((self.location - np.log(scores)) / self.scale))
+
+    def threshold(self, rate: float) -> float:
+        """The score that a share `rate` of good images exceeds, 0 < rate < 1."""
+        return math.exp(self.location - self.scale * math.log(-math.log1p(-rate)))
+
+
+class Calibration(NamedTuple):
+    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
+
+    Rank and tail both hold for new good images that are like the training images. The rank
+    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
+    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
+    extrapolates, and up to a tenth of defects do not spoil it.
+    """
+
+    good_scores: Array
+    tail: Tail | None
+    fpr: float  # percent
+    how: str | float  # "tail", "rank" or a threshold
+    threshold: float
+
+    def middle(self) -> float:
+        """The threshold, or where there is none the highest good score: the middle of pictures."""
+        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
+
+    def text(self) -> str:
+        """The threshold in words, and whether there are too few good images for it."""
+        n, text = len(self.good_scores), f"threshold {self.threshold:.4f}"
+        if not isinstance(self.how, str):
+            return f"{text}, as given"
+        if self.tail is None:
+            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
+        if self.fpr == 0:
+            return f"{text}, the highest good training image"
+        if self.how == "rank" and self.fpr * (n + 1) < 100:
+            text += (
+                f", the highest of {n} good images: a false positive rate of {100 / (n + 1):.2g}"
+            )
+            return f"{text} %, for {self.fpr:g} % give {math.ceil(100 / self.fpr) - 1}"
+        mean = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
+        few = mean if self.how == "tail" and n < FEW else ""
+        return f"{text} at a false positive rate of {self.fpr:g} %{few}"
+
+
+def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
+    """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
+
+    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
+    smallest: a new score that is exchangeable with them exceeds it with a probability of
+    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
+    """
+    known = np.sort(np.asarray(good_scores, float))
+    n = len(known)
+    if not n:
+        raise InputError("this detector is not fitted: train it, or load a trained one")
+    tail = fit_tail(known) if n >= FEWEST else None
+    if not isinstance(how, str):
+        threshold = float(how)
+    elif tail is None:
+        threshold = math.nan
+    elif how == "tail" and fpr > 0:
+        threshold = tail.threshold(fpr / 100)
+    else:
+        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
+        threshold = float(known[min(max(rank, 1), n) - 1])
+    return Calibration(known, tail, fpr, how, threshold)
+
+
+def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
+    return calibrate(detector.normal_scores.cpu().numpy(), fpr, how)
+
+
+def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
+    """The threshold of calibrate, nan of fewer than FEWEST scores."""
+    return calibrate(good_scores, fpr, how).threshold
+
+
+def check_threshold(percent: float, how: str | float) -> None:
+    """Raises InputError for what is no false positive rate and no way to a threshold."""
+    if not isinstance(percent, (int, float)) or not (percent == 0 or LOWEST <= percent < 100):
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST:g} to below 100")
+    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
+    if not number and how not in ("tail", "rank"):
+        raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
+
+
+def classify(scores: Array, known: Calibration) -> list[Prediction]:
+    """A Prediction of each score (m,); one that is nan is no good image."""
+    scores, threshold = np.asarray(scores, float), known.threshold
+    p_values = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
+    above = "none" if math.isnan(threshold) else "defect"
+    verdicts = np.where(scores <= threshold, "good", above)
+    rows = zip(scores.tolist(), p_values.tolist(), verdicts.tolist(), strict=True)
+    return [Prediction(*row, threshold) for row in rows]
+
+
+def fit_tail(good_scores: Array) -> Tail:
+    """The tail of at least FEWEST scores (n,), fitted to their order statistics between CENTRAL.
+
+    Least squares of log s on the Gumbel quantiles of (i - 1/2) / n (E3). What the highest tenth is
+    does not move the fit, how many they are does. So scores that stand out are left out, and the
+    line is fitted again: the k highest, for the largest k such that k or more good images score as
+    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)). In 5 to 8 % of good
+    sets of 100 to 1,000 images something stands out, as every k is tried.
+    """
+    from scipy.special import gammainc  # here: an image alone need not wait for it
+
+    scores = np.sort(np.asarray(good_scores, float))
+    x = np.log(np.maximum(scores, 1e-3 * max(np.median(scores), 1e-30)))  # 0 has no logarithm
+    n = len(x)
+    most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
+    expected = n * Tail(*central_line(x), 0).p_value(np.exp(x[::-1][:most]))
+    as_many = gammainc(np.arange(1, most + 1), expected)  # P(Poisson(expected) >= k)
+    suspects = 1 + max(np.flatnonzero(as_many < STANDS_OUT).tolist(), default=-1)
+    return Tail(*central_line(x[: n - suspects]), suspects)
+
+
+def central_line(x: Array) -> tuple[float, float]:
+    """Intercept and slope of sorted x (n,) on Gumbel quantiles, between CENTRAL; n >= FEWEST."""
+    p = (np.arange(len(x)) + 0.5) / len(x)
+    chosen = (p >= CENTRAL[0]) & (p <= CENTRAL[1])
+    y, x = -np.log(-np.log(p[chosen])), x[chosen]
+    slope = (y - y.mean()) @ x / ((y - y.mean()) @ y)
+    slope = max(float(slope), 1e-6)  # of equal images
+    return float(x.mean() - slope * y.mean()), slope
+
+
+# Metrics. What results.csv holds, and what metrics.csv holds beside it; None where not defined
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SUMMED = ("train_images", "test_images", "seconds")
 COLUMNS = ("category", *METRICS, *SUMMED)
 LOCO = ("image_auroc_logical", "image_auroc_structural", "spro_logical", "spro_structural", "spro")
@@ -1281,37 +1108,103 @@ class Scored(NamedTuple):
     ignore: Array | None = None  # pixels (H, W) without a metric
 
 
-def auroc_ap(positive: Array, negative: Array) -> tuple:
-    """AUROC and average precision from histograms of scores, in rising order of score.
+def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
+    """Metrics of one category, a dict over COLUMNS and MORE, and "kinds": a row of each defect.
 
-    Ties count one half in the AUROC.
+    sizes: (H, W) of the test images. Says why some metrics are missing.
     """
-    P, N = positive.sum(), negative.sum()
-    if not P or not N:
-        return None, None
-    tp, fp = np.cumsum(positive[::-1]), np.cumsum(negative[::-1])
-    auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
-    precision = tp / np.maximum(tp + fp, 1)
-    return 100 * auroc, 100 * np.sum(np.diff(np.r_[0, tp]) / P * precision)
+    test, name, pixels = category.test, category.name, {}
+    defects = sorted({item.kind for item in test} - {"good"})
+    bad = sum(item.kind != "good" for item in test)
+    without = sum(item.masks is None for item in test)
+    if test and bad in (0, len(test)):
+        say_once(f"{name}: no {'good' if bad else 'defective'} test images: AUROC is not defined")
+    if 0 < without < bad:
+        say_once(f"{name}: {without} defective images have no folder of masks: no pixel metrics")
+    if test and not without:
+        pixels = pixel_counts(scored.maps, test, sizes, ignore=scored.ignore)
+    row = metrics_of(name, defects, test, scored, pixels)
+    row |= {"train_images": len(category.train), "test_images": len(test)}
+    kinds = {kind: metrics_of(f"{name}/{kind}", [kind], test, scored, pixels) for kind in defects}
+    if category.saturation is not None and pixels:
+        pixels = pixel_counts(scored.maps, test, sizes, category.saturation, scored.ignore)
+        for part in ("logical", "structural"):
+            alone = kinds.get(f"{part}_anomalies", {"image_auroc": None})
+            row[f"image_auroc_{part}"] = alone["image_auroc"]
+            counts = total(pixels, [f"{part}_anomalies"])
+            row[f"spro_{part}"] = pixel_metrics(counts, SPRO_LIMIT)[2]
+        for mean, of in (("image_auroc", "image_auroc_"), ("spro", "spro_")):
+            row[mean] = mean_of([row[f"{of}logical"], row[f"{of}structural"]])
+    return row | {"kinds": list(kinds.values())}
 
 
-def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
-    """False positive rate and recall in percent, None without an image or without a verdict."""
-    if any(p.verdict == "none" for p in predictions):
-        return {"fpr": None, "recall": None}
-    flagged = np.array([p.verdict == "defect" for p in predictions], bool)
-    good = np.array([kind == "good" for kind in kinds], bool)
-    parts = {"fpr": flagged[good], "recall": flagged[~good]}
-    return {name: 100 * float(v.mean()) if len(v) else None for name, v in parts.items()}
+def metrics_of(name: str, defects: list, test: list, scored: Scored, pixels: dict) -> dict:
+    """A row of some kinds of defects beside the good images; pixels: of pixel_counts, or empty."""
+    chosen = [k for k, item in enumerate(test) if item.kind in ("good", *defects)]
+    kinds, found = [test[k].kind for k in chosen], [scored.predictions[k] for k in chosen]
+    bad = np.array([kind != "good" for kind in kinds], bool)
+    row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
+    row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
+    if pixels:
+        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(total(pixels, defects))
+    return row | rates(kinds, found)
 
 
-def image_metrics(scores: Array, defective: Array) -> tuple:
-    """AUROC and average precision of image scores, exact."""
-    _, rank = np.unique(scores, return_inverse=True)
-    defective = np.asarray(defective, bool)
-    levels = rank.max(initial=0) + 1
-    positive = np.bincount(rank[defective], minlength=levels)
-    return auroc_ap(positive, np.bincount(rank[~defective], minlength=levels))
+def total(pixels: dict, defects: list) -> Array:
+    """Of pixel_counts, the sum over the good images and those of some kinds of defects."""
+    return sum(pixels.get(kind, np.zeros((3, 1))) for kind in ("good", *defects))
+
+
+def pixel_counts(
+    maps: Tensor, items: list, sizes: list, saturation: dict | None = None, ignore: Any = None
+) -> dict[str, Array]:
+    """{kind: counts (3, bins)} of maps (n, h, w), each at its mask's size, by falling map value.
+
+    Counts are of pixels in masks, of pixels outside, and of regions the overlap with what is above
+    the bin. Values are binned, half the edges at quantiles and half evenly spaced: memory does not
+    grow with the set, and metrics, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
+    """
+    values = maps.reshape(-1)[:: max(1, maps.numel() // SAMPLE)].numpy()
+    quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
+    even = np.linspace(values.min(), values.max(), BINS // 2)
+    edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
+    bins = len(edges) + 1
+
+    def counts(scored):
+        y, item, size = scored
+        regions, union = masks_of(item, size, saturation, ignore)
+        index = bins - 1 - np.searchsorted(edges, at_size(y, size), side="right")
+        inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
+        for box, region, saturates_at in regions:
+            hits = np.cumsum(np.bincount(index[box][region], minlength=bins))
+            overlap += np.minimum(hits / saturates_at, 1)
+        rest = ~union if ignore is None else ~(union | ignore)
+        return np.stack([inside, np.bincount(index[rest], minlength=bins), overlap])
+
+    totals = {item.kind: np.zeros((3, bins)) for item in items}
+    scored = list(zip(maps, items, sizes, strict=True))
+    for start in range(0, len(scored), BATCH):
+        part = scored[start : start + BATCH]
+        found = wtflow.parallel_map(counts, part, maps.device)
+        for (_, item, _), of_one in zip(part, found, strict=True):
+            totals[item.kind] += of_one
+    return totals
+
+
+def pixel_metrics(counts: Array, limit: float = PRO_LIMIT) -> tuple:
+    """(pixel AUROC, pixel AP, AUPRO or sPRO) of counts (3, bins) of pixel_counts.
+
+    PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
+    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
+    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022).
+    """
+    inside, outside, overlap = counts
+    auroc, ap = auroc_ap(inside, outside)
+    regions = overlap[-1]  # each is covered as a whole at last
+    if not regions or not outside.any():
+        return auroc, ap, None
+    false_positives = np.cumsum(outside) / outside.sum()
+    return auroc, ap, 100 * area_to(false_positives, overlap / regions, limit)
 
 
 def area_to(x: Array, y: Array, limit: float) -> float:
@@ -1324,120 +1217,37 @@ def area_to(x: Array, y: Array, limit: float) -> float:
     if k < len(x):
         at = y[k - 1] + (y[k] - y[k - 1]) * (limit - x[k - 1]) / (x[k] - x[k - 1])
         x, y = np.r_[x[:k], limit], np.r_[y[:k], at]
-    return np.trapezoid(y, x) / limit
+    return float(np.trapezoid(y, x)) / limit
 
 
-def pixel_metrics(
-    maps: Tensor,
-    items: list,
-    sizes: list,
-    saturation: dict | None = None,
-    limit: float = PRO_LIMIT,
-    ignore: Array | None = None,
-) -> tuple:
-    """(pixel AUROC, pixel AP, AUPRO or sPRO) of maps (n, h, w), each at its mask's size.
+def image_metrics(scores: Array, defective: Array) -> tuple:
+    """AUROC and average precision of image scores, exact."""
+    falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
+    parts = (rank[defective], rank[~defective])
+    return auroc_ap(*(np.bincount(part, minlength=len(falling)) for part in parts))
 
-    PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
-    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
-    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022). Scores are
-    binned, half the edges at quantiles and half evenly spaced: memory does not grow with the set,
-    and the metrics, as shares of 1, move by less than 1e-4 (tests/test_metrics.py).
+
+def auroc_ap(positive: Array, negative: Array) -> tuple:
+    """AUROC and average precision from histograms of scores, in falling order of score.
+
+    Ties count one half in the AUROC. None without positives or negatives.
     """
-    values = maps.reshape(-1)[:: max(1, maps.numel() // SAMPLE)].numpy()
-    quantiles = np.quantile(values, np.linspace(0, 1, BINS // 2))
-    even = np.linspace(values.min(), values.max(), BINS // 2)
-    edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
-    bins = len(edges) + 1
-
-    def counts(scored):
-        """Of one image: in each bin, pixels in its mask, others, overlap (3, bins); regions."""
-        y, item, size = scored
-        regions, union = masks_of(item, size, saturation, ignore)
-        index = np.searchsorted(edges, at_size(y, size), side="right")
-        inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
-        for box, region, saturates_at in regions:
-            hits = np.cumsum(np.bincount(index[box][region], minlength=bins)[::-1])
-            overlap += np.minimum(hits / saturates_at, 1)
-        rest = ~union if ignore is None else ~(union | ignore)
-        outside = np.bincount(index[rest], minlength=bins)
-        return np.stack([inside, outside, overlap]), len(regions)
-
-    totals, n_regions = np.zeros((3, bins)), 0
-    scored = list(zip(maps, items, sizes, strict=True))
-    for start in range(0, len(scored), BATCH):
-        part = scored[start : start + BATCH]
-        for of_one, regions in wtflow.parallel_map(counts, part, maps.device):
-            totals += of_one
-            n_regions += regions
-    positive, negative, overlap = totals
-    auroc, ap = auroc_ap(positive, negative)
-    if not n_regions or not negative.sum():
-        return auroc, ap, None
-    false_positives = np.cumsum(negative[::-1]) / negative.sum()
-    return auroc, ap, 100 * area_to(false_positives, overlap / n_regions, limit)
+    P, N = positive.sum(), negative.sum()
+    if not P or not N:
+        return None, None
+    tp, fp = np.cumsum(positive), np.cumsum(negative)
+    auroc = np.trapezoid(np.r_[0, tp] / P, np.r_[0, fp] / N)
+    precision = tp / np.maximum(tp + fp, 1)
+    return 100 * float(auroc), 100 * float(np.sum(np.diff(np.r_[0, tp]) / P * precision))
 
 
-def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
-    """Metrics of one category, a dict over COLUMNS and MORE; says why some are missing."""
-    kinds, maps = np.array([item.kind for item in category.test]), scored.maps
-    scores = np.array([p.score for p in scored.predictions])
-    bad, row = kinds != "good", dict.fromkeys(COLUMNS + MORE)
-    row.update(category=category.name, train_images=len(category.train))
-    row["test_images"] = len(kinds)
-    row |= rates(kinds, scored.predictions)
-    if len(kinds) and (bad.all() or not bad.any()):
-        missing = "good" if bad.all() else "defective"
-        say_once(f"{category.name}: no {missing} test images: AUROC is not defined")
-    elif len(kinds):
-        row["image_auroc"], row["image_ap"] = image_metrics(scores, bad)
-        row["image_auroc_max"], _ = image_metrics(maps.flatten(1).amax(1).numpy(), bad)
-    without = sum(item.masks is None for item in category.test)
-    if 0 < without < bad.sum():
-        text = f"{without} defective images have no folder of masks: no pixel metrics"
-        say_once(f"{category.name}: {text}")
-    if len(kinds) and not without:
-        metrics = pixel_metrics(maps, category.test, sizes, ignore=scored.ignore)
-        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = metrics
-    if category.layout == "MVTec LOCO AD" and row["image_auroc"] is not None:
-        row |= measure_loco(category, maps, scores, sizes)
-    return plain(row) | {"kinds": measure_kinds(category, scored.predictions)}
-
-
-def plain(row: dict) -> dict:
-    """A row without types of numpy."""
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-
-
-def measure_kinds(category: Category, predictions: list[Prediction]) -> list[dict]:
-    """A row for each kind of defect beside the good images: image AUROC, AP and recall."""
-    kinds = np.array([item.kind for item in category.test])
-    rows = []
-    for kind in sorted({*kinds} - {"good"}):
-        chosen = np.flatnonzero((kinds == kind) | (kinds == "good"))
-        found, bad = [predictions[j] for j in chosen], kinds[chosen] == kind
-        row = dict.fromkeys(COLUMNS + MORE) | {"category": f"{category.name}/{kind}"}
-        row["test_images"] = int(bad.sum())
-        row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
-        row["recall"] = rates(list(kinds[chosen]), found)["recall"]
-        rows.append(plain(row))
-    return rows
-
-
-def measure_loco(category: Category, maps: Tensor, scores: Array, sizes: list) -> dict:
-    """MVTec LOCO AD's own metrics: each kind of anomaly beside the good images, and their means."""
-    row = {}
-    for part in ("logical", "structural"):
-        kinds = ("good", part + "_anomalies")
-        chosen = [j for j, item in enumerate(category.test) if item.kind in kinds]
-        items = [category.test[j] for j in chosen]
-        bad = [item.kind != "good" for item in items]
-        row["image_auroc_" + part], _ = image_metrics(scores[chosen], bad)
-        part_sizes = [sizes[j] for j in chosen]
-        metrics = pixel_metrics(maps[chosen], items, part_sizes, category.saturation, SPRO_LIMIT)
-        row["spro_" + part] = metrics[2]
-    row["image_auroc"] = mean_of([row["image_auroc_logical"], row["image_auroc_structural"]])
-    row["spro"] = mean_of([row["spro_logical"], row["spro_structural"]])
-    return row
+def rates(kinds: list[str], predictions: list[Prediction]) -> dict[str, float | None]:
+    """False positive rate and recall in percent, None without an image or without a verdict."""
+    flagged = {"fpr": [], "recall": []}
+    for kind, p in zip(kinds, predictions, strict=True):
+        if p.verdict != "none":
+            flagged["fpr" if kind == "good" else "recall"].append(100 * (p.verdict == "defect"))
+    return {name: mean_of(values) for name, values in flagged.items()}
 
 
 def mean_of(values: list) -> float | None:
@@ -1445,13 +1255,12 @@ def mean_of(values: list) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+# Tables
 def mean_row(rows: list[dict]) -> dict:
     """The last row of a table: means of the metrics, sums of the counts and seconds."""
-    row = {"category": "mean"}
-    for name in COLUMNS[1:] + MORE:
-        values = [r[name] for r in rows]
-        row[name] = sum(values) if name in SUMMED else mean_of(values)
-    return row
+    values = {name: [row[name] for row in rows] for name in COLUMNS[1:] + MORE}
+    means = {name: sum(v) if name in SUMMED else mean_of(v) for name, v in values.items()}
+    return {"category": "mean"} | means
 
 
 def cell_text(value: Any) -> str:
@@ -1462,7 +1271,7 @@ def cell_text(value: Any) -> str:
 
 def print_table(columns: tuple | list, rows: list[dict]) -> None:
     """Rows as an aligned table on stdout."""
-    lines = [columns] + [[cell_text(row[c]) for c in columns] for row in rows]
+    lines = [columns] + [[one_line(cell_text(row[c])) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         numbers = [v.rjust(w) for v, w in zip(rest, widths[1:], strict=True)]
@@ -1471,16 +1280,15 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
 
 def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
     """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
-    if known.tail is None:
-        return
     rows = []
-    for rate in RATES:
+    for rate in RATES if known.tail else ():
         at_rate = known._replace(threshold=known.tail.threshold(rate / 100))
         row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{at_rate.threshold:.4f}"}
         row["good_flagged_per_1000"] = f"{10 * rate:g}"
         found = rates(kinds, classify(scores, at_rate))
         rows.append(row | {f"test_{name}": value for name, value in found.items()})
-    print_table(tuple(rows[0]), rows)
+    if rows:
+        print_table(tuple(rows[0]), rows)
 
 
 # ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
@@ -1549,7 +1357,7 @@ def refuse_foreign_results(folder: Path) -> None:
     for name in ("model.pt", "state.pt", FINISHED):
         refuse_foreign(folder / name)
     for name, columns in heads.items():
-        refuse_foreign(folder / f"{name}.csv", head_of(columns))
+        refuse_foreign(folder / f"{name}.csv", head_line(columns))
 
 
 def refuse_results(paths: list[Path]) -> None:
@@ -1621,10 +1429,10 @@ TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins
 def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
     """A table in UTF-8, which a table of other columns is not replaced by."""
     data = encoded(csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]))
-    write_whole(path, lambda file: file.write(data), head_of(columns))
+    write_whole(path, lambda file: file.write(data), head_line(columns))
 
 
-def head_of(columns: tuple) -> str:
+def head_line(columns: tuple) -> str:
     return ",".join(columns) + "\r\n"
 
 
@@ -1661,7 +1469,7 @@ def read_csv(path: Path, columns: tuple) -> list[dict]:
     """
     if not os.path.lexists(path):
         return []
-    refuse_foreign(path, head_of(columns))
+    refuse_foreign(path, head_line(columns))
     with writing(path):
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     text = text[: text.rfind("\n") + 1]
