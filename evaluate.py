@@ -49,6 +49,7 @@ if __name__ == "__main__":
     # others. Longer costs a shared machine far more than its share, no spin at all makes training
     # alone take half as long again (python -m tests.benchmark speed, GOMP_SPINCOUNT=300000 or 0).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it loads Ctrl-C ends it without a word
 
 import numpy as np
 import torch
@@ -855,7 +856,9 @@ def new_detector(
     """
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights)
+    detector = detector.to(pick_device(device))
     aspects = sorted(h / w for h, w in sizes)
     make = {"aspect": (aspects[0], aspects[-1])}
     detector.reading = Reading(white_level_of(files), ignore, make)

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import math
 import os
+import signal
 import sys
 import time
 import zlib
@@ -21,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads, as evaluate.py explains
+if __name__ == "__main__":  # before torch loads; the reasons are in evaluate.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fails, make_mvtec, picture, run, save, shell, succeeds
-from PIL import Image
 
 import evaluate
 
