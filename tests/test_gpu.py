@@ -48,8 +48,8 @@ def test_a_model_gives_what_it_does_on_the_cpu(monkeypatch, bits, of_scores):
         maps, scores = detector(images(4, seed=1))
         if bits == 16:
             return features, maps, scores
-        left_out, _ = detector.fit_gaussian(of_good.to(detector.device))
-        return features, maps, scores, left_out, detector.gaussian.mean, detector.gaussian.W
+        left_out, _ = train.fit_gaussians(detector, of_good.to(detector.device))
+        return features, maps, scores, left_out, detector.gaussian.mean, detector.gaussian.factor
 
     kept = found()
     detector.to("cuda")

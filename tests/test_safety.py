@@ -129,7 +129,7 @@ FOREIGN = {
     "missing": lambda s: {k: v for k, v in s.items() if k != "model"},
     "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
     "type": lambda s: changed_model(s, feature_mean="x"),
-    "blocks": lambda s: changed_model(s, **{"gaussian.W": s["model"]["gaussian.W"][:1]}),
+    "blocks": lambda s: changed_model(s, **{"gaussian.factor": s["model"]["gaussian.factor"][:1]}),
     "unfitted": lambda s: changed_model(s, normal_scores=torch.zeros(0)),
     "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
     "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
@@ -593,7 +593,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
 @pytest.mark.parametrize(
     "module, name, call",
     [
-        (wtflow, "join_levels", 15),
+        (wtflow, "extract_features", 15),
         (wtflow, "flow_matching_loss", 18),
         (wtflow.PositionGaussian, "fit", 5),
         (torch, "save", 3),

@@ -24,12 +24,10 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     )
 
 
-def test_steps_are_one_pass_over_the_positions_unless_a_number_is_given():
+def test_steps_grow_with_the_images_to_a_limit_unless_a_number_is_given():
     features = torch.zeros(9, 152, 8, 8)
-    assert train.count_steps(tiny(steps=0), features) == 9 * 64 // 32
-    assert train.count_steps(tiny(steps=0, batch=9999), features) == 1
-    assert train.count_steps(tiny(steps=0, batch=2), features[:, :, :, :4]) == 9 * 32 // 2
-    assert train.count_steps(tiny(steps=0), features.repeat(30, 1, 1, 1)) == 400
+    assert train.count_steps(tiny(steps=0), features) == 36
+    assert train.count_steps(tiny(steps=0), features.repeat(30, 1, 1, 1)) == 800
     assert train.count_steps(tiny(steps=7), features) == 7
     assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
@@ -90,7 +88,7 @@ def test_no_image_is_scored_by_what_has_seen_it(monkeypatch):
     monkeypatch.setattr(Detector, "fit_whitening", lambda self, x: seen.append(images_of(x)))
     monkeypatch.setattr(train, "train_field", lambda detector, x, *args: seen.append(images_of(x)))
     monkeypatch.setattr(
-        Detector, "fit_gaussian", lambda self, x: seen.append(images_of(x)) or found(x, 100)
+        train, "fit_gaussians", lambda _, x: seen.append(images_of(x)) or found(x, 100)
     )
     monkeypatch.setattr(Detector, "score", lambda self, x: found(x, len(seen)))
 
