@@ -171,7 +171,8 @@ def reader_of(root: Path, trained: bool) -> Callable | None:
     """What reads the category in a folder; None if it holds none."""
     if (root / "Data/Images/Normal").is_dir():
         return partial(read_visa, root)
-    train, test = child(root, "train"), child(root, "test_public") or child(root, "test")
+    train = child(root, "train")
+    test = child(root, "test_public") or child(root, "test") or root / "test"
     good = [folder for folder in folders_in(train) if is_good(folder)]
     if good or images_under(train) or (trained and folders_in(test)):
         return partial(read_mvtec, root, good, test, trained)
@@ -223,11 +224,11 @@ def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> 
     """
 
     def key(path, above):
-        return str(path.relative_to(above).with_suffix("")).casefold()
+        return os.path.splitext(path.relative_to(above))[0].casefold()
 
     stems, masks = {key(path, folder): path for path in images}, {}
     for mask in images_under(own):
-        stem = key(mask.parent if loco else mask, own)
+        stem = str(mask.parent.relative_to(own)).casefold() if loco else key(mask, own)
         image = stems.get(stem) or stems.get(MASK_END.sub("", stem))
         if image and image in masks and not loco:
             raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
@@ -305,9 +306,6 @@ def checked(category: Category, root: Path, looked_in: list, trained: bool = Fal
     for path in [*images, *masks]:
         inside = path.is_relative_to(root) and ".." not in path.parts
         need(inside, path, f"lies outside of {root}: mend the split file")
-    for mask, image in masks.items():
-        text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
-        need(mask.is_file(), mask, f"{text} pixel metrics")
     seen, place = {}, cache(os.path.realpath)
     for path in images:
         stem, text = path.stem.casefold(), "put masks into ground_truth/<defect> beside train, test"
@@ -325,14 +323,19 @@ def checked(category: Category, root: Path, looked_in: list, trained: bool = Fal
         clear = not MAYBE_GOOD.intersection(words) or words[0] in ("not", "no", "non")
         text = "good images, or a defect? Put good ones into test/good, or name it as the defect"
         need(clear, root / "test" / kind, text)
-    unread = {path for folder in looked_in for path in all_files(folder)} - {*images, *masks}
+    for mask, image in masks.items():
+        text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
+        need(mask.is_file(), mask, f"{text} pixel metrics")
+    unread = {path: folder for folder in looked_in for path in all_files(folder)}
+    unread = {path: unread[path] for path in unread.keys() - {*images, *masks}}
     good = stems - {(item.path.parent, item.path.stem.casefold()) for item in bad}
-    for path in [path for path in unread if path.suffix.lower() in (".json", ".txt", ".xml")]:
-        of_tool = path.parent.name.casefold() in LABELS or path.name.startswith("_annotations")
-        beside = (path.parent, path.stem.casefold()) in good
+    for path, folder in unread.items():
+        above = map(str.casefold, path.relative_to(folder.parent).parts)
+        named = LABELS.intersection(above) or path.name.startswith("_annotations")
+        named = named or (path.parent, path.stem.casefold()) in good
         text = "an annotation, so not all images may be good: put good ones into train/good, "
         text += "defects into test/<defect>, and remove the annotations"
-        need(not of_tool and not beside, path, text)
+        need(not named or path.suffix.lower() not in (".json", ".txt", ".xml"), path, text)
     say_unread(name, sorted(unread))
     return category
 
@@ -435,7 +438,7 @@ def listed(items: list) -> str:
 
 
 # Images
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # MPO: JPEG of a telephone
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # of SUFFIXES
 MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
@@ -592,15 +595,14 @@ def unreadable(path: str | Path) -> Iterator[None]:
 
 
 def head_of(path: str | Path) -> Image.Image:
-    """PIL image of a file, not decoded yet. Raises ValueError, or what Pillow does.
-
-    The formats of SUFFIXES alone: PostScript would start a program.
-    """
+    """PIL image of a file, not decoded yet. Raises ValueError, or what Pillow does."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("a folder, a pipe or a device")
-    image = Image.open(path, formats=FORMATS)
+    image = Image.open(path, formats=FORMATS)  # not PostScript: that starts a program
+    if image.format == "TIFF":
+        image.filename = ""  # not mapped into memory: Pillow scrambles such a one as it turns it
     frames, need = getattr(image, "n_frames", 1), 16 if image.mode[0] == "I" else 4
-    if frames > 1 and image.format != "MPO":  # of which the others are previews
+    if frames > 1 and image.format != "MPO":  # of a telephone: the others are previews
         raise ValueError(f"it has {frames} frames: save each as an image of its own")
     if image.mode == "F":
         raise ValueError("floating-point values: save whole numbers, of 16 bits, say")

@@ -758,7 +758,7 @@ def files(device, n=64, side=1024):
             path = Path(folder, f"0.{suffix}")
             image.save(path)
             steps = {
-                "read_ms": lambda path=path: evaluate.read_resized(path, shape),
+                "read_ms": lambda path=path: evaluate.read_resized(path, shape, evaluate.Reading()),
                 "score_ms": lambda path=path: evaluate.score(detector, path),
                 "folder_ms": lambda path=path: [
                     *evaluate.predictions_of(detector, n * [path], known)

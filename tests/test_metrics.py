@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 import evaluate
-from evaluate import Item, area_to, image_metrics, pixel_metrics
+from evaluate import Item, area_to, image_metrics
 
 scores = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30)
 
@@ -45,6 +45,12 @@ def make_set(tmp_path, rng, n=5, size=(23, 31), regions=2):
         items.append(Item(path, "dent" if mask.any() else "good", (path,)))
     maps = torch.from_numpy(rng.normal(size=(n, *size)).astype(np.float32) + 0.8 * np.array(masks))
     return maps.float(), items, [size] * n, masks
+
+
+def pixel_metrics(maps, items, sizes, saturation=None, limit=evaluate.PRO_LIMIT):
+    """evaluate.pixel_metrics of all kinds together."""
+    counts = evaluate.pixel_counts(maps, items, sizes, saturation)
+    return evaluate.pixel_metrics(sum(counts.values()), limit)
 
 
 def brute_pro(maps, masks, limit, saturate=lambda area: area):
@@ -86,6 +92,40 @@ def test_saturated_overlap(tmp_path):
     assert half == pytest.approx(exact, abs=0.01)
     never = pixel_metrics(maps, items, sizes, {255: (10**6, False)}, 0.3)[2]
     assert never == pytest.approx(brute_pro(maps.numpy(), masks, 0.3), abs=0.01)
+
+
+def test_rows_of_kinds_and_of_loco_are_those_of_their_images_alone(tmp_path):
+    """From histograms that are summed by kind; of LOCO's two kinds the means as well."""
+    maps, items, sizes, masks = make_set(tmp_path, np.random.default_rng(3), n=9, regions=1)
+    kinds = ("good", "logical_anomalies", "structural_anomalies")
+    items = [
+        i._replace(kind=kinds[k % 3 if k % 3 == 0 else k % 2 + 1]) for k, i in enumerate(items)
+    ]
+    empty = np.zeros(sizes[0], bool)
+    for k in range(0, 9, 3):
+        masks[k] = empty
+        items[k] = items[k]._replace(masks=())
+    scores = maps.flatten(1).amax(1).numpy()
+    known = evaluate.calibrate([1.0], how=3.0)
+    scored = evaluate.Scored(maps, evaluate.classify(scores, known), known)
+    category = evaluate.Category("c", "MVTec LOCO AD", [tmp_path], items, {255: (0.5, True)})
+    row = evaluate.measure(category, scored, sizes)
+    for kind, of_kind in zip(kinds[1:], row["kinds"], strict=True):
+        chosen = [k for k, item in enumerate(items) if item.kind in ("good", kind)]
+        y, m = maps[chosen].numpy(), [masks[k] for k in chosen]
+        bad = np.array([items[k].kind == kind for k in chosen])
+        part = kind.split("_")[0]
+        assert of_kind["category"] == f"c/{kind}" and of_kind["test_images"] == bad.sum()
+        assert of_kind["image_auroc"] == image_metrics(scores[chosen], bad)[0]
+        assert row[f"image_auroc_{part}"] == of_kind["image_auroc"]
+        exact = image_metrics(y.ravel(), np.array(m).ravel())
+        assert abs(of_kind["pixel_auroc"] - exact[0]) < 0.01
+        assert abs(of_kind["aupro"] - brute_pro(y, m, 0.3)) < 0.01
+        spro = brute_pro(y, m, 0.05, lambda area: int(0.5 * area))
+        assert abs(row[f"spro_{part}"] - spro) < 0.01
+        assert of_kind["recall"] == 100 * np.mean(scores[chosen][bad] > 3)
+    for name in ("image_auroc", "spro"):
+        assert row[name] == np.mean([row[f"{name}_logical"], row[f"{name}_structural"]])
 
 
 def test_area_is_divided_by_the_limit_and_interpolated_at_it():

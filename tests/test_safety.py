@@ -468,7 +468,7 @@ def test_a_scoring_that_is_killed_anywhere_keeps_its_rows(data, trained, tmp_pat
     [
         ("fsync", 1, "none"),
         ("replace", 5, "none"),
-        ("pixel_metrics", 1, "none"),
+        ("pixel_counts", 1, "none"),
         ("replace", 17, "none"),
         ("replace", 18, "worst"),
         ("draw_rows", 1, "worst"),
@@ -597,7 +597,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
         (wtflow, "flow_matching_loss", 18),
         (wtflow.PositionGaussian, "fit", 5),
         (torch, "save", 3),
-        (evaluate, "pixel_metrics", 2),
+        (evaluate, "pixel_counts", 2),
         (evaluate, "draw_rows", 6),
     ],
 )

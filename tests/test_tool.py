@@ -101,6 +101,35 @@ def test_equal_good_scores_have_a_threshold_just_above():
     assert 1 < known.threshold < 1.001 and known.tail.suspects == 0
 
 
+def test_equal_pixels_are_copies_and_nothing_else_is(tmp_path, capsys):
+    """In another file format, too. A part that differs by a grey level in one pixel is no copy."""
+    evaluate.SAID.clear()
+    image = picture(0, size=(64, 64))[0].astype(np.uint8)
+    other = image.copy()
+    other[5, 5, 0] += 1
+    paths = [tmp_path / f"{k}.{suffix}" for k, suffix in enumerate(("png", "png", "bmp", "png"))]
+    for path, array in zip(paths, (image, other, image, image[:, ::-1]), strict=True):
+        save(path, array)
+    detector = evaluate.new_detector(paths, wtflow.Recipe(image_size=64))
+    features, first = evaluate.extract_good(detector, paths, paths)
+    assert first.tolist() == [0, 1, 0, 3] and len(features) == 3
+    note = "4 training images, 3 different: of equal ones, like 0.png, 2.bmp, the first is used"
+    assert note in capsys.readouterr().err
+    assert evaluate.copies_of([b"a", b"b"], ["a", "b"]).tolist() == [0, 1]
+    assert not capsys.readouterr().err
+
+
+def test_views_of_parts_in_a_fixture_are_no_copies():
+    """Of two cameras, different parts differ far less than the views do."""
+    rng = np.random.default_rng(0)
+    views = [picture(k, size=(64, 64))[0] * (1 - 0.8 * k) for k in range(2)]
+    parts = [
+        np.clip(view + rng.normal(0, 2, view.shape), 0, 255) for view in views for _ in "abcde"
+    ]
+    detector = train.fit([part.astype(np.uint8) for part in parts], image_size=64, steps=2, folds=0)
+    assert len(detector.normal_scores) == 10
+
+
 def test_copies_do_not_lower_the_threshold(capsys):
     """Each of 12 images four times: the detector is that of the 12, and this is said."""
     images = [picture(k)[0].astype(np.uint8) for k in range(12)]
@@ -408,6 +437,17 @@ def test_a_table_that_was_changed_is_refused_in_one_line(data, model, tmp_path, 
     command = ("--model", model, "--image", data / "bolt/test", "--out", table, "--resume")
     fails(run("evaluate.py", *command), "s.csv", words)
     assert table.read_bytes() == before
+
+
+def test_images_of_another_aspect_are_named_once(model, tmp_path, capsys):
+    evaluate.SAID.clear()
+    detector, image = evaluate.load_model(model), picture(0)[0].astype(np.uint8)
+    evaluate.score(detector, [image, np.kron(image, np.ones((3, 3, 1), np.uint8))])
+    assert "may not compare" not in capsys.readouterr().err
+    save(tmp_path / "wide.png", image[:20])
+    evaluate.score(detector, [tmp_path / "wide.png"] * 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "wide.png: its height is 0.417 times its width, of training images 0.833 to" in line
 
 
 def test_one_pil_image_may_be_in_a_list_several_times(model, tmp_path):
@@ -793,7 +833,7 @@ def test_other_weights_than_in_training_are_refused(data, model, tmp_path):
     torch.save(state, tmp_path / "w.pth")
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
     half = ("--weights", tmp_path / "half.pth")
-    fails(run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "float16")
+    fails(run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "not float32")
     options, own = ("--data", data / "bolt", "--out", tmp_path), ("--weights", tmp_path / "w.pth")
     succeeds(run("train.py", *options, *own, *TINY))
     fails(run("train.py", *options, *TINY, "--resume"), "weights", "model.pt")

@@ -291,21 +291,6 @@ test_E4_rank_rejects = rejects(
 )
 
 
-@claim(lambda as_high, n: (1 + as_high) / (n + 1), examples=20, good=goods, seed=seeds)
-def test_E4_p_rank(p, good, seed):
-    """p_rank of classify: of exchangeable scores left out in turn it is uniform."""
-    pairs = each_left_out(normal(rng(seed), good + 1).exp().numpy())
-    found = [evaluate.classify([one], evaluate.calibrate(rest))[0].p_rank for one, rest in pairs]
-    close(found, [p((rest >= one).sum(), good) for one, rest in pairs])
-    close(np.sort(found), np.arange(1, good + 2) / (good + 1))
-
-
-test_E4_p_rank_rejects = rejects(
-    test_E4_p_rank,
-    p={"1 left out": lambda k, n: k / (n + 1), "n for n + 1": lambda k, n: (1 + k) / n},
-)
-
-
 # ---- The printed table ------------------------------------------------------------------------
 def known_rows(seed):
     """Rows with a prediction."""
