@@ -243,7 +243,7 @@ class PositionField(nn.Module):
         x = x.movedim(1, -1)
         rows = x.reshape(-1, x.shape[-1])  # (N, d)
         if self.time_width:
-            times = sinusoid(t, self.time_width).repeat_interleave(len(rows) // len(x), 0)
+            times = sinusoid(t, self.time_width).repeat_interleave(math.prod(x.shape[1:-1]), 0)
             rows = torch.cat([rows, times.to(rows.dtype)], 1)
         return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
 
