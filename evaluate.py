@@ -1869,7 +1869,7 @@ def write_suspects(
     first: Array,
     found: tuple[Tensor, Tensor],
     known: Calibration,
-    white_level: float,
+    reading: Reading,
 ) -> None:
     """train-scores.csv of the training images, the highest first, and what stands out among them.
 
@@ -1900,7 +1900,7 @@ def write_suspects(
         )
         drawn = [(kept[j], maps[j], f"{scores[j]:.3g}") for j in shown[:12]]
         drawn = [(images[k], None, y, f"{names[k]}: {score}") for k, y, score in drawn]
-        draw(picture, draw_rows, drawn, known, white_level)
+        draw(picture, draw_rows, drawn, known, reading.white_level)
 
 
 def in_words(prediction: Prediction) -> str:

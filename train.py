@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -223,11 +223,8 @@ def run_category(
     """Train, evaluate and save one category in the folder of each seed; with --resume go on."""
     began, progress, paths = time.monotonic(), Progress(prefix), category.train
     settings = settings_of(category, recipe, args)
-    states = [
-        State(folder, settings | {"seed": seed}, progress) for seed, folder in folders.items()
-    ]
-    source = source_of(category)
-    todo = [state for state in states if not state.finished(args.resume, source)]
+    states = [State(folders[seed], settings | {"seed": seed}, progress) for seed in folders]
+    todo = [state for state in states if not state.finished(args.resume)]
     if not todo:
         return
 
@@ -235,75 +232,68 @@ def run_category(
     detector = evaluate.new_detector(paths, recipe, args.weights, args.device, args.ignored)
     evaluate.say(f"{prefix}: {resolution(detector.recipe, paths)}", sys.stderr)
     tests = [item.path for item in category.test]
-    report = partial(progress, "test image", len(tests))
-    test = evaluate.extract(detector, tests, report)
+    test = evaluate.extract(detector, tests, partial(progress, "test image", len(tests)))
     report = partial(progress, "training image", len(paths))
     features, first = evaluate.extract_good(detector, paths, paths, report)
     spent = time.monotonic() - began
 
     for state in todo:
-        state.began = time.monotonic() - spent - state.seconds
-        trained = fit_detector(
-            detector, features, state.seed, state.report, state.save, state.found
-        )
+        began = state.began = time.monotonic() - spent - state.seconds
+        steps = state.report, state.save, state.found
+        trained = fit_detector(detector, features, state.settings["seed"], *steps)
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-        white_level = detector.reading.white_level
-        evaluate.write_suspects(state.folder, paths, first, trained, known, white_level)
-        evaluate.save_model(state.model, detector, source=source)
+        evaluate.write_suspects(state.folder, paths, first, trained, known, detector.reading)
+        evaluate.save_model(state.folder / "model.pt", detector)
         evaluate.remove_results(evaluate.maps_folder(state.folder).rglob("*.tiff"))  # of another
-        row = evaluate.report(state.folder, category, detector, test, args, state.began)
-        state.finish(row, args.left_out)
+        row = evaluate.report(state.folder, category, detector, test, args, began)
+        evaluate.write_json(state.json, state.settings | {"row": row, "left_out": args.left_out})
+        evaluate.remove_results([state.file])
 
 
 class State:
     """What is there of a category and a seed, and where a run that was killed goes on.
 
     state.pt holds a training that has begun. recipe.json, written last, holds the settings and the
-    row of the table: with it a category is finished.
+    row of the table: with it, and no state.pt, a category is finished.
     """
 
     def __init__(self, folder: Path, settings: dict, progress: Callable):
-        self.folder, self.settings, self.seed = folder, settings, settings["seed"]
+        self.folder, self.settings, self.progress = folder, settings, progress
         self.file, self.json = folder / "state.pt", folder / evaluate.FINISHED
-        self.model, self.progress = folder / "model.pt", progress
         self.found, self.seconds, self.began = None, 0.0, 0.0
 
-    def finished(self, resume: bool, source: str) -> bool:
-        """Whether all is there; else what was begun is loaded with resume, and removed without.
+    def finished(self, resume: bool) -> bool:
+        """Whether all is there. What has begun is loaded with resume, and removed without.
 
-        Raises InputError for other settings, for files that are not from here, and for a model of
-        another folder's images, which would be replaced.
+        Raises InputError for files that are not from here, to resume with other settings, and to
+        train again where there is a model of another folder's images.
         """
         evaluate.refuse_foreign_results(self.folder)
-        if resume and self.file.exists():
-            self.found = evaluate.load_checkpoint(self.file)
-            self.refuse_others(self.file, self.found["settings"], but=("fpr", "threshold"))
-            self.seconds = self.found["seconds"]
-        elif resume and self.json.exists():
-            self.refuse_others(self.json, evaluate.read_json(self.json), but=("device",))
+        file = self.file if self.file.exists() else self.json
+        if not file.exists():
+            return False
+        had = evaluate.load_checkpoint(file) if file == self.file else evaluate.read_json(file)
+        given = ("fpr", "threshold") if file == self.file else ("device",)  # not of use to it
+        names = self.settings.keys() - {"source", *given} if resume else ["source"]
+        there = had["settings"] if file == self.file else had
+        mine = {k: v for k, v in self.settings.items() if k in names}
+        differ = [
+            f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if there.get(k) != v
+        ]
+        if differ and resume:
+            text = f"of another run ({'; '.join(differ)}): give its settings, another --out, or no"
+            raise InputError(f"{file}: {text} --resume")
+        if differ:
+            text = "a model of images in another folder: give another --out, or remove it"
+            raise InputError(f"{self.folder}: {text}")
+        if resume and file == self.json:
             text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
             evaluate.say_once(f"pictures of finished categories stay: {text}")
-            return True
-        else:
-            try:
-                had = evaluate.load_checkpoint(self.model).get("source", source)
-            except InputError:  # no model, or one that is damaged
-                had = source
-            if had != source:
-                text = "a model of images in another folder: give another --out, or remove it"
-                raise InputError(f"{self.model}: {text}")
-            evaluate.remove_results([self.file, self.json])
-        return False
-
-    def refuse_others(self, path: Path, had: dict, but: tuple) -> None:
-        """Raises InputError naming the settings that are others than those here."""
-        mine = {k: v for k, v in self.settings.items() if k not in but}
-        differ = [f"{k} {had.get(k)} there, {v} here" for k, v in mine.items() if had.get(k) != v]
-        if differ:
-            raise InputError(
-                f"{path}: of another run ({'; '.join(differ)}): "
-                "give its settings, another --out, or no --resume"
-            )
+        elif resume:
+            self.found, self.seconds = had, had["seconds"]
+        elif file == self.file:
+            evaluate.remove_results([self.file, self.json])  # the model may be newer than its json
+        return resume and file == self.json
 
     def report(self, k: int, fits: int, step: int, steps: int, loss: float) -> None:
         self.progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
@@ -313,32 +303,24 @@ class State:
         seconds = time.monotonic() - self.began
         evaluate.save_checkpoint(self.file, Recipe(), seconds=seconds, **content)
 
-    def finish(self, row: dict, left_out: list[str]) -> None:
-        about = {"row": row, "left_out": left_out}
-        evaluate.write_json(self.json, self.settings | about)
-        evaluate.remove_results([self.file])
-
 
 def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
-    """What two runs must share for one to go on where the other was; lists for tuples, as JSON."""
-    recipe_ = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
-    ignored = 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes())
-    return recipe_ | {
+    """What two runs must share for one to go on where the other was; lists for tuples, as JSON.
+
+    source: a digest of the folder of the training images, which does not tell its path.
+    """
+    source = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()} | {
         "weights": args.weights_digest,
-        "ignored_pixels": ignored,
+        "ignored_pixels": 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes()),
         "images": len(category.train),
         "files": evaluate.digest_of_files(category.train),
         "test": evaluate.digest_of_files(category.test),
+        "source": hashlib.sha256(os.fsencode(source)).hexdigest()[:16],
         "fpr": args.fpr,
         "threshold": args.threshold,
         "device": args.device.type,  # generators of two devices differ
     }
-
-
-def source_of(category: Category) -> str:
-    """A digest of the folder of the training images, which does not tell its path."""
-    folder = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
 def resolution(recipe: Recipe, images: list[Path]) -> str:
@@ -378,39 +360,30 @@ def run(args: Namespace, recipe: Recipe, data: Path) -> None:
     name, categories = evaluate.read_dataset(data, args.category)
     categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
     several, out = len(args.seeds) > 1, evaluate.inside(Path(args.out), name)
-    folders = {seed: out for seed in args.seeds}
-    if several:
-        folders = {seed: out.parent / f"seed{seed}" / name for seed in args.seeds}
+    own = {seed: out.parent / f"seed{seed}" / name if several else out for seed in args.seeds}
     with contextlib.ExitStack() as locks:
-        for folder in {out, *folders.values()} if args.rank == 0 else ():
+        for folder in {out, *own.values()} if args.rank == 0 else ():
             locks.enter_context(evaluate.locked(folder))
             evaluate.refuse_foreign_results(folder)
         for k, category in enumerate(categories):
-            places = {seed: evaluate.inside(f, category.name) for seed, f in folders.items()}
-            refuse_data_under(places.values(), category)
+            folders = {seed: evaluate.inside(own[seed], category.name) for seed in own}
+            good = Path(os.path.realpath(category.train[0].parent))
+            if any(good.is_relative_to(os.path.realpath(f)) for f in folders.values()):
+                raise InputError(f"--out {args.out}: holds the data set: give another --out")
             if k % args.world == args.rank:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
-                run_category(category, recipe, places, args, prefix)
+                run_category(category, recipe, folders, args, prefix)
         if args.world > 1:
             torch.distributed.barrier()
-        if args.rank > 0:
-            return
-        runs = []
-        for folder in folders.values():
-            finished = [folder / category.name / evaluate.FINISHED for category in categories]
-            runs.append([evaluate.read_json(file)["row"] for file in finished])
-            evaluate.write_tables(folder, runs[-1])
-            evaluate.say(f"models, maps and tables: {folder}")
-        if several:
-            evaluate.write_spread(out, args.seeds, runs)
-
-
-def refuse_data_under(places: Iterable[Path], category: Category) -> None:
-    """Raises InputError if the data set lies where its results would."""
-    data = Path(os.path.realpath(category.train[0].parent))
-    for place in places:
-        if data.is_relative_to(os.path.realpath(place)):
-            raise InputError(f"--out: {place} holds the data set: give another --out")
+        if args.rank == 0:
+            runs = []
+            for folder in own.values():
+                files = [folder / category.name / evaluate.FINISHED for category in categories]
+                runs.append([evaluate.read_json(file)["row"] for file in files])
+                evaluate.write_tables(folder, runs[-1])
+                evaluate.say(f"models, maps and tables: {folder}")
+            if several:
+                evaluate.write_spread(out, args.seeds, runs)
 
 
 # ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
@@ -462,7 +435,6 @@ DEMO = "WT-Flow demo"  # in its images: they alone are written over
 
 def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: int = 256) -> Path:
     """Write the demo data set under `root`, the same at every call; returns root."""
-
     mark = PngInfo()
     mark.add_text("Software", DEMO)
 
@@ -531,15 +503,12 @@ def literal(text: str) -> Any:
 
 def processes() -> tuple[int, int]:
     """(rank of this process, number of processes), as torchrun says. Raises InputError."""
-    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    if not any(given.values()):
-        return 0, 1
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     try:
-        rank, world = (int(text or "") for text in given.values())
+        return (0, 1) if rank is world is None else (int(rank or ""), int(world or ""))
     except ValueError:
-        text = ", ".join(f"{k}={v}" for k, v in given.items())
-        raise InputError(f"{text}: not those of torchrun: unset them, or start with it") from None
-    return rank, world
+        text = f"RANK={rank}, WORLD_SIZE={world}: not those of torchrun: unset them"
+        raise InputError(text) from None
 
 
 def main(argv: list[str] | None = None) -> None:

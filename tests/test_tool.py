@@ -164,7 +164,7 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     for path in paths:
         save(path, picture(0)[0])
     found = torch.ones(20, 8, 8), scores
-    evaluate.write_suspects(tmp_path / "c", paths, first, found, known, 255.0)
+    evaluate.write_suspects(tmp_path / "c", paths, first, found, known, evaluate.Reading())
     *_, one, other = read_table(tmp_path / "c/train-scores.csv")
     assert (one["image"], one["copy_of"], one["leave_out"]) == ("20.png", "04.png", "x")
     assert (other["image"], other["copy_of"], other["leave_out"]) == ("21.png", "05.png", "")
@@ -174,8 +174,8 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
         run(*command, "--out", tmp_path / "b", "--leave-out", folder / "train-scores.csv")
     )
     assert "stand out" not in result.stderr and not (tmp_path / "b/d/part/suspects.png").exists()
-    model = evaluate.load_checkpoint(tmp_path / "b/d/part/model.pt")
-    assert sorted(model["left_out"]) == ["04.png", "11.png"]
+    about = evaluate.read_json(tmp_path / "b/d/part/recipe.json")
+    assert sorted(about["left_out"]) == ["04.png", "11.png"]
     (tmp_path / "names.txt").write_text("good/04.png\n\n11.png\n")
     _, [category] = evaluate.read_dataset(tmp_path / "d/part")
     [kept], names = evaluate.leave_out([category], tmp_path / "names.txt")
@@ -822,7 +822,7 @@ def test_a_model_of_another_folder_is_never_replaced(data, trained, tmp_path):
     shutil.copytree(data, tmp_path / "tiny")
     before = (tmp_path / "o/tiny/bolt/model.pt").read_bytes()
     command = ("train.py", "--data", tmp_path / "tiny", "--out", tmp_path / "o", *TINY)
-    fails(run(*command), "bolt/model.pt", "images in another folder")
+    fails(run(*command), "tiny/bolt", "images in another folder")
     assert (tmp_path / "o/tiny/bolt/model.pt").read_bytes() == before
 
 
@@ -833,10 +833,12 @@ def test_other_weights_than_in_training_are_refused(data, model, tmp_path):
     torch.save(state, tmp_path / "w.pth")
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
     half = ("--weights", tmp_path / "half.pth")
-    fails(run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "not float32")
+    fails(
+        run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "not float32"
+    )
     options, own = ("--data", data / "bolt", "--out", tmp_path), ("--weights", tmp_path / "w.pth")
     succeeds(run("train.py", *options, *own, *TINY))
-    fails(run("train.py", *options, *TINY, "--resume"), "weights", "model.pt")
+    fails(run("train.py", *options, *TINY, "--resume"), "weights", "recipe.json")
     save(tmp_path / "a.png", picture(0)[0])
     command = ("evaluate.py", "--image", tmp_path / "a.png", "--out", tmp_path / "p")
     mine = ("--model", tmp_path / "tiny/bolt/model.pt")
