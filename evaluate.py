@@ -8,8 +8,10 @@
 2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
    Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
    Metrics     measure        maps, scores and masks of a category -> rows of its table
-3. Pictures and files: the only room that writes
-4. Commands
+3. Files       write_whole    whole or not there; locks, tables, models, CUDA graphs
+4. Pictures    draw           of images and maps, suspects, scores; names of what is written
+5. Export      export_model   a model as an ONNX program
+6. Commands    main           --run: evaluate_run, report; --image: score_files
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Metrics are in percent.
@@ -1346,21 +1348,17 @@ def written_here(path: Path, mark: str) -> bool:
 
 
 def refuse_foreign(path: Path, mark: str = RESULT) -> None:
+    """Raises InputError for a file that was not written here."""
     with writing(path):
         if os.path.lexists(path) and not written_here(path, mark):
-            raise InputError(
-                f"{path}: is no such file of this version's: move it, or write elsewhere"
-            )
+            raise InputError(f"{path}: not a file of this version's: move it, or write elsewhere")
 
 
 def refuse_foreign_results(folder: Path) -> None:
-    """Raises InputError if a file in a folder of results has the name of one and is not from here.
-
-    Before the work, for what would be written after it.
-    """
-    heads = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
+    """refuse_foreign, before the work, for what will be written into a folder of results."""
     for name in ("model.pt", "state.pt", FINISHED):
         refuse_foreign(folder / name)
+    heads = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
     for name, columns in heads.items():
         refuse_foreign(folder / f"{name}.csv", head_line(columns))
 
@@ -1508,30 +1506,26 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
 
 
 @contextlib.contextmanager
-def growing_table(table: Path | None, begun: dict[str, dict], resume: bool) -> Iterator[tuple]:
+def growing_table(table: Path, begun: dict[str, dict], resume: bool) -> Iterator[tuple]:
     """(names that are done, add(row)): a table of scores to which each row is written as it comes.
 
     begun: {image: {threshold, folder, modified}}. With resume, rows that begin so and have a score
     are done; those of images that are gone stay, others are made again. Raises InputError for rows
     of another folder, model or threshold, and if another process writes to the table.
     """
-    if table is None:
-        yield {*()}, lambda row: None
-        return
     with locked(table.parent, f".{table.name}.lock"):
-        rows = read_csv(table, FOLDER_SCORES)
-        same = next(iter(begun.values()))
+        rows, same = read_csv(table, FOLDER_SCORES), next(iter(begun.values()))
         for column in ("folder", "threshold") if resume else ("folder",):
             if others := {row[column] for row in rows} - {same[column]}:
-                raise InputError(f"{table}: has rows of another {column}, {listed([*others])}: "
-                                 "give another --out, or remove it")  # fmt: skip
-        kept = [row for row in rows if row["score"] and row["image"] not in begun
-                or row["score"] and row["modified"] == begun[row["image"]]["modified"]]  # fmt: skip
-        kept = kept if resume else []
-        if gone := sorted({row["image"] for row in kept} - {*begun}):
-            say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
-                     f"{listed(gone)}")  # fmt: skip
-        write_csv(table, FOLDER_SCORES, kept)
+                text = f"has rows of another {column}, {listed([*others])}: give another --out"
+                raise InputError(f"{table}: {text}, or remove it")
+        times = {name: row["modified"] for name, row in begun.items()}
+        rows = [row for row in rows if row["score"] and resume]
+        rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
+        if gone := sorted({row["image"] for row in rows} - {*begun}):
+            text = f"rows of {len(gone)} images that are not in this folder stay: {listed(gone)}"
+            say_once(f"{table}: {text}")
+        write_csv(table, FOLDER_SCORES, rows)
         with writing(table):
             file = open(table, "ab", buffering=0)  # closing it writes nothing more
 
@@ -1542,7 +1536,7 @@ def growing_table(table: Path | None, begun: dict[str, dict], resume: bool) -> I
                     data = data[file.write(data) :]
 
         with file:
-            yield {row["image"] for row in kept}, add
+            yield {row["image"] for row in rows}, add
 
 
 def write_tables(folder: Path, rows: list[dict]) -> None:
@@ -1668,9 +1662,8 @@ def read_json(path: Path) -> dict:
             raise ValueError("not from here")
         return values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise InputError(
-            f"{path}: not as train.py wrote it ({first_line(e)}): train again"
-        ) from None
+        text = f"cannot be read ({first_line(e)}): train.py writes it: remove it and train again"
+        raise InputError(f"{path}: {text}") from None
 
 
 class CudaGraphs:
@@ -1813,8 +1806,8 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: f
         shown = right.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
         bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
         bar.ax.axhline(middle, color="white", linewidth=2)
-        bar.set_ticks([low, middle, high], labels=[f"{low:.3g}", f"{middle:.3g}\n{name}",
-                                                   f"{high:.3g}"])  # fmt: skip
+        labels = [f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"]
+        bar.set_ticks([low, middle, high], labels=labels)
 
 
 def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
@@ -1910,11 +1903,11 @@ def in_words(prediction: Prediction) -> str:
 
 
 # Names of what is written, from those of the images alone
-def paths_below(paths: list[Path]) -> list[Path]:
-    """Paths below the folder that all of them have in common."""
+def paths_below(paths: list[Path], place: str = "") -> list[Path]:
+    """Paths below the folder that all of them have in common, put into a place."""
     paths = [Path(os.path.normpath(path)) for path in paths]
     shared = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(shared) for path in paths]
+    return [place / path.relative_to(shared) for path in paths]
 
 
 def names_of(items: list[Item]) -> list[Path]:
@@ -1922,9 +1915,7 @@ def names_of(items: list[Item]) -> list[Path]:
     names = {}
     for kind in {item.kind for item in items}:
         paths = [item.path for item in items if item.kind == kind]
-        names |= {
-            (kind, p): Path(kind) / name for p, name in zip(paths, paths_below(paths), strict=True)
-        }
+        names |= {(kind, p): n for p, n in zip(paths, paths_below(paths, kind), strict=True)}
     return [names[item.kind, item.path] for item in items]
 
 
@@ -1940,15 +1931,13 @@ def short(text: str) -> str:
     return text if len(data) <= 200 else f"{data[:180].decode('utf-8', 'ignore')}_{digest}"
 
 
-SOFTWARE = 305  # a tag of TIFF
-
-
 def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:
     """Maps as MVTec's evaluation script reads them: float32 TIFF beside the category's folder."""
+    software = 305  # a tag of TIFF
     for y, name, size in zip(maps, names_of(category.test), sizes, strict=True):
         save = partial(Image.fromarray(at_size(y, size)).save, format="TIFF")
         path = inside(maps_folder(folder), name.with_suffix(".tiff"))
-        write_whole(path, partial(save, tiffinfo={SOFTWARE: RESULT}))
+        write_whole(path, partial(save, tiffinfo={software: RESULT}))
 
 
 def maps_folder(folder: Path) -> Path:
@@ -2077,27 +2066,22 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
     Of other test images than the run's own it goes into a folder of its own, below that.
     """
-    device = pick_device(args.device)
+    device, rows = pick_device(args.device), []
     name, categories = read_dataset(args.data, args.category, trained=True)
     folder = Path(args.run)
-    folder = folder / name if (folder / name).is_dir() else folder
-    models = {category.name: inside(folder, category.name) / "model.pt" for category in categories}
-    for model in models.values():
-        if not model.exists():
-            raise InputError(f"{model}: no such file: give --run what train.py wrote")
-    digests = {category.name: digest_of_files(category.test) for category in categories}
-    out, rows = folder, []
-    if any(read_json(models[k].with_name(FINISHED))["test"] != v for k, v in digests.items()):
-        out = folder / short(f"on-{name}-{'-'.join(digests.values())}"[:60])
+    folder = out = folder / name if (folder / name).is_dir() else folder
+    models = [inside(folder, category.name) / "model.pt" for category in categories]
+    digests = [digest_of_files(category.test) for category in categories]
+    if [read_json(model.with_name(FINISHED))["test"] for model in models] != digests:
+        out = folder / short(
+            f"on-{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
+        )
         say(f"note: other test images than those of the run: into {out}", sys.stderr)
     with locked(out):
-        for category in categories:
-            began, detector = (
-                time.monotonic(),
-                load_model(models[category.name], device, args.weights),
-            )
+        for category, model in zip(categories, models, strict=True):
+            began, place = time.monotonic(), inside(out, category.name)
+            detector = load_model(model, device, args.weights)
             test = extract(detector, [item.path for item in category.test])
-            place = inside(out, category.name)
             rows.append(report(place, category, detector, test, args, began))
         write_tables(out, rows)
     say(f"tables and pictures: {out}")
@@ -2125,7 +2109,7 @@ def report(
     category: Category,
     detector: wtflow.Detector,
     test: tuple,
-    args: argparse.Namespace,
+    args: Any,
     began: float,
 ) -> dict:
     """Score a category's test images, print and write what comes of it; the row of metrics.
@@ -2139,9 +2123,7 @@ def report(
         maps, scores = detector.score(features)
     found, exceeded = classify(scores.numpy(), known), []
     for kind, bad in (("good", False), ("defective", True)):
-        own = [
-            p.verdict for item, p in zip(items, found, strict=True) if (item.kind != "good") == bad
-        ]
+        own = [p.verdict for k, p in enumerate(found) if (items[k].kind != "good") == bad]
         if own and not math.isnan(known.threshold):
             exceeded.append(f"{own.count('defect')} of {len(own)} {kind}")
     of_test = f", exceeded by {' and '.join(exceeded)} test images" if exceeded else ""
@@ -2186,7 +2168,8 @@ def score_files(args: argparse.Namespace) -> None:
     about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
     begun = {harmless(name): about | {"modified": modified(path)} for path, name in names.items()}
     failed, flagged = 0, 0
-    with growing_table(table, begun, args.resume) as (done, add):
+    rows = contextlib.nullcontext(({*()}, lambda row: None))
+    with growing_table(table, begun, args.resume) if table else rows as (done, add):
         todo = [path for path, name in names.items() if harmless(name) not in done]
         for path, (found, y, _) in zip(todo, predictions_of(detector, todo, known), strict=True):
             name, good = names[path], not isinstance(found, InputError)

@@ -188,7 +188,7 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     (tmp_path / "names.txt").write_text("04.png\n")
     with pytest.raises(InputError, match="is that of 2: write more"):
         evaluate.leave_out(twins, tmp_path / "names.txt")
-    fails(run(*command, "--leave-out", tmp_path / "none.txt"), "none.txt", "--leave-out")
+    fails(run(*command, "--leave-out", tmp_path / "none.txt"), "none.txt")
 
 
 def test_every_score_has_a_prediction(data, trained, model, tmp_path):
@@ -757,7 +757,7 @@ WIDE = "wide_resnet50_2"
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "No such file")),
         ("evaluate.py", ("--model", ".", "--image", "."), ("directory", "model.pt")),
         ("evaluate.py", ("--run", ".", "--fpr", -1), ("--fpr -1",)),
-        ("evaluate.py", ("--run", "."), ("bolt/model.pt", "no such file")),
+        ("evaluate.py", ("--run", "."), ("bolt/recipe.json", "No such file")),
     ],
 )
 def test_slips_end_in_one_true_line(tmp_path, monkeypatch, data, command, options, words):
