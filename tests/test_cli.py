@@ -124,17 +124,6 @@ def test_processes_share_the_categories(data, trained, tmp_path):
     assert without_seconds(tmp_path / "o/tiny") == without_seconds(trained[0])
 
 
-def test_torchrun_processes_take_gpus_in_turn(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored after the test
-    for rank, mine in ((None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
-        if rank is not None:
-            monkeypatch.setenv("LOCAL_RANK", rank)
-        assert str(evaluate.pick_device("auto")) == mine
-    assert not torch.backends.cudnn.allow_tf32
-
-
 def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = data / "bolt/train/good"
