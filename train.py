@@ -272,7 +272,12 @@ class State:
         file = self.file if self.file.exists() else self.json
         if not file.exists():
             return False
-        had = evaluate.load_checkpoint(file) if file == self.file else evaluate.read_json(file)
+        try:
+            had = evaluate.load_checkpoint(file) if file == self.file else evaluate.read_json(file)
+        except InputError:
+            if resume:
+                raise
+            had = self.settings | {"settings": self.settings}  # damaged, so nothing to keep
         given = ("fpr", "threshold") if file == self.file else ("device",)  # not of use to it
         names = self.settings.keys() - {"source", *given} if resume else ["source"]
         there = had["settings"] if file == self.file else had
