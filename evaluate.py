@@ -8,8 +8,10 @@
 2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
    Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
    Metrics     measure        maps, scores and masks of a category -> rows of its table
-3. Pictures and files: the only room that writes
-4. Commands
+3. Files       write_whole    whole or not there; locks, tables, models, CUDA graphs
+4. Pictures    draw           of images and maps, suspects, scores; names of what is written
+5. Export      export_model   a model as an ONNX program
+6. Commands    main           --run: evaluate_run, report; --image: score_files
 
 An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
 never. Metrics are in percent.
@@ -19,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -32,7 +35,8 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -47,6 +51,7 @@ if __name__ == "__main__":
     # others. Longer costs a shared machine far more than its share, no spin at all makes training
     # alone take half as long again (python -m tests.benchmark speed, GOMP_SPINCOUNT=300000 or 0).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it loads Ctrl-C ends it without a word
 
 import numpy as np
 import torch
@@ -709,8 +714,9 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
     """Values (H, W) of a mask, not zero where it is defective.
 
     Of the channels the largest, but for alpha; a palette is read by its colours. Says so if nothing
-    or most of it is defective. Raises InputError for a format that may have changed the values, for
-    faint values beside bright ones, and if its image has another size, (H, W).
+    or most of it is defective; where a bright one has faint values, from half of its largest on.
+    Raises InputError for a format that may have changed the values, for a palette of labels and a
+    border, and if its image has another size, (H, W).
     """
     image = open_image(path)
     if image.format not in LOSSLESS:
@@ -723,10 +729,13 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
         values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
     faint = values[(values > 0) & (values < FAINT * values.max())]
     if values.max() >= BRIGHT and faint.size:
-        raise InputError(
-            f"{path}: {faint.max()} beside {values.max()}: a label beside a border that does not "
-            "count, or what JPEG or resizing left? Save the mask with 0 and 255 alone"
-        )
+        if image.mode == "P":
+            text = f"label {faint.max()} beside a border {values.max()}, which does not count"
+            raise InputError(f"{path}: {text}: save the mask with 0 and 255 alone")
+        half = float(values.max()) / 2
+        text = "faint values beside bright ones, as JPEG or resizing leaves them"
+        say_once(f"{path}: {text}: defective from {half:g} on", about=(path.parent, "faint"))
+        values = np.where(values >= half, values, 0)
     if image.mode == "P":
         values = np.asarray(image.convert("RGB")).max(2)
     share = (values != 0).mean()
@@ -834,7 +843,8 @@ def new_detector(
     """
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
+    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights)
+    detector = detector.to(pick_device(device))
     aspects = sorted(h / w for h, w in sizes)
     make = {"aspect": (aspects[0], aspects[-1])}
     detector.reading = Reading(white_level_of(files), ignore, make)
@@ -1262,241 +1272,261 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
         print_table(tuple(rows[0]), rows)
 
 
-# ---- 3. Pictures and files: the only room that writes. Files are whole or not there --------------
+# ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
 FORMAT = 8  # of checkpoints; another one is refused
+RESULT = "WT-Flow result"  # in the first bytes of every file from here; a table has its head
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-def no_memory(e: Exception) -> bool:
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+def write_whole(path: Path, write: Callable, mark: str = RESULT) -> None:
+    """write(open file), flush to disk, rename: the old file or the new one.
 
-
-def write_whole(path: Path, write: Callable) -> None:
-    """write(temporary path beside `path`), flush to disk, rename: the old file or the new one."""
+    Raises InputError if that cannot be, or if the old file is without the mark: not from here.
+    """
+    refuse_foreign(path, mark)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):  # where the folder is a file
+        if temporary.is_file() and not temporary.is_symlink():
+            temporary.unlink()  # of a killed run
+        file = open(temporary, "xb")  # which follows no link
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
             temporary.unlink(missing_ok=True)
-        if no_memory(e):
             raise
-        remedy = "free some space or change --out, --run, --export"
-        raise InputError(f"{path}: cannot be written ({e}): {remedy}") from None
-
-
-def hold(file: Any) -> None:
-    """Lock an open file until it is closed. Raises OSError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on this platform: two runs are told apart by the user
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into an InputError that names the path."""
+    """Turn what stands against writing into an InputError that names the path and a remedy."""
     try:
         yield
     except OSError as e:
-        reason = e.strerror or e
-        raise InputError(f"{path}: cannot be written ({reason}): give another --out") from None
+        full = e.errno in NO_SPACE
+        remedy = "free some space" if full else "give another --out, --run or --export"
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}): {remedy}") from None
+
+
+def written_here(path: Path, mark: str) -> bool:
+    """Whether a file begins as those from here do; an empty one has nothing to lose."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(2048)
+    return not head or mark.encode() in head
+
+
+def refuse_foreign(path: Path, mark: str = RESULT) -> None:
+    """Raises InputError for a file that was not written here."""
+    with writing(path):
+        if os.path.lexists(path) and not written_here(path, mark):
+            raise InputError(f"{path}: not a file of this version's: move it, or write elsewhere")
+
+
+def refuse_foreign_results(folder: Path) -> None:
+    """refuse_foreign, before the work, for what will be written into a folder of results."""
+    for name in ("model.pt", "state.pt", FINISHED):
+        refuse_foreign(folder / name)
+    heads = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
+    for name, columns in heads.items():
+        refuse_foreign(folder / f"{name}.csv", head_line(columns))
+
+
+def refuse_results(paths: list[Path]) -> None:
+    """Raises InputError if one of the images is a picture that was written here."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # which its reader names
+            if path.stat().st_size and written_here(path, RESULT):
+                raise InputError(f"{path}: a result of this program, no image for it: move it")
+
+
+def remove_results(paths: Iterable[Path]) -> None:
+    """Remove those of the files that were written here."""
+    for path in paths:
+        with writing(path):
+            if written_here(path, RESULT):
+                path.unlink()
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """folder / name. Raises InputError for a name that leads out of the folder."""
+    path = Path(os.path.normpath(folder / name))
+    if Path(os.path.normpath(folder)) not in path.parents:
+        raise InputError(f"{name}: a name that leads out of {folder}: give it another")
+    return path
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`/.lock; a second run into the folder is refused with the first's process id."""
-    with writing(folder):
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a lock in a folder. Raises InputError, with its process id, if another process does."""
+    path, flags = folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
+        lock = open(os.open(path, flags, 0o666), "r+b", buffering=0)
     with lock:
+        holder = lock.read(20).decode("ascii", "replace")
+        if holder and not holder.isdigit():
+            raise InputError(f"{path}: not written by this program: move it, or write elsewhere")
+        # A lock that the last holder has removed by now holds nothing
+        if not hold(lock) or not os.fstat(lock.fileno()).st_nlink:
+            who = f"process {holder or 'unknown'} is writing here"
+            raise InputError(f"{folder}: {who}: wait for it, or give another --out")
         try:
-            hold(lock)
-        except OSError as e:  # held by another, or of a file system without locks
-            lock.seek(0)
-            raise InputError(
-                f"{folder}: cannot be locked ({e.strerror}): process {lock.read().strip()} may be "
-                "writing here: wait for it, or give another --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield  # the file stays: another process may have opened it, and not locked it yet
+            with writing(path):
+                lock.truncate(0)
+                lock.seek(0)
+                lock.write(str(os.getpid()).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def hold(file: Any) -> bool:
+    """Lock an open file until it is closed; False if another process has locked it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError) as e:  # Windows, or a file system without locks
+        say_once(f"no lock here ({first_line(e)}): see to it that no second run writes here too")
+    return True
 
 
 # Tables
-FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a cell that begins so
+TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins so
 
 
 def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
-    """A table for any spreadsheet: see csv_text; a byte order mark where a name is not ASCII."""
-    text = csv_text(columns, rows)
-    data = encoded(text, mark=not text.isascii())
-    write_whole(path, lambda to: to.write_bytes(data))
+    """A table in UTF-8, which a table of other columns is not replaced by."""
+    data = encoded(csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+    write_whole(path, lambda file: file.write(data), head_line(columns))
 
 
-def encoded(text: str, mark: bool = False) -> bytes:
-    """UTF-8, with a byte order mark or not; a name that is not UTF-8 as it is on the disk."""
-    return text.encode("utf-8-sig" if mark else "utf-8", "surrogateescape")
+def head_line(columns: tuple) -> str:
+    return ",".join(columns) + "\r\n"
 
 
-def csv_text(columns: tuple, rows: list[dict], head: bool = True) -> str:
-    """Lines of a CSV file. Text that a spreadsheet would run as a formula begins with '."""
-    file = io.StringIO(newline="")
-    table = csv.writer(file)
-    if head:
-        table.writerow(columns)
-    for row in rows:
-        cells = [cell_text(row[c]) for c in columns]
-        text = [isinstance(row[c], str) and cell.lstrip("'").startswith(FORMULA)
-                for c, cell in zip(columns, cells, strict=True)]  # fmt: skip
-        table.writerow(["'" * t + cell for t, cell in zip(text, cells, strict=True)])
-    return file.getvalue()
+def encoded(text: str) -> bytes:
+    """UTF-8; a name that is not is written as it is on the disk."""
+    return text.encode("utf-8", "surrogateescape")
 
 
-# Columns of scores.csv
-SCORES = ("image", "kind", "score", "p_value", "verdict", "error")
+def csv_text(columns: tuple, rows: list[dict]) -> str:
+    """Rows as lines of a CSV file, for separators of any country."""
+
+    def cell(value):
+        text = harmless(value) if isinstance(value, str) else cell_text(value)
+        quoted = any(c in text for c in ',;\t\r\n"')
+        return '"' + text.replace('"', '""') + '"' if quoted else text
+
+    return "".join(",".join(cell(row[c]) for c in columns) + "\r\n" for row in rows)
+
+
+def harmless(text: str) -> str:
+    """A name as the path ./name where a spreadsheet would run it; numbers stay."""
+    if text.startswith(TOLD):
+        with contextlib.suppress(ValueError):
+            float(text)
+            return text
+        return f"./{text}"
+    return text
+
+
+def read_csv(path: Path, columns: tuple) -> list[dict]:
+    """Rows of a table that write_csv wrote, but a last one that is half written; [] of none.
+
+    Raises InputError for a table of other columns, or one that was changed since.
+    """
+    if not os.path.lexists(path):
+        return []
+    refuse_foreign(path, head_line(columns))
+    with writing(path):
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    text = text[: text.rfind("\n") + 1]
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        if rows and None in rows[-1].values():  # a line break in its name
+            rows.pop()
+        if any(None in (*row, *row.values()) for row in rows):
+            raise ValueError("a row with more or fewer cells")
+        for row in rows:
+            float(row.get("score") or 0)
+    except (csv.Error, ValueError) as e:
+        raise InputError(f"{path}: not as it was written ({first_line(e)}): move it") from None
+    return rows
+
+
+SCORES = ("image", "kind", "score", "p_value", "verdict")  # columns of a category's scores.csv
+# And of that of --image FOLDER: what a row is of, to the image's time in nanoseconds
+FOLDER_SCORES = (*SCORES, "threshold", "folder", "modified", "error")
+TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")  # of train-scores.csv
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
-    """A row of scores.csv: of a prediction, or of the error that left the image without one."""
-    row = {"image": name, "kind": kind, **dict.fromkeys(SCORES[2:], "")}
+    """A row of scores: of a prediction, or of the error that left the image without one."""
+    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": ""}
     if isinstance(found, InputError):
         return row | {"error": str(found)}
-    numbers = {name: getattr(found, name) for name in ("score", "p_value")}
+    numbers = {"score": found.score, "p_value": found.p_value}
     texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
     return row | texts | {"verdict": found.verdict}
 
 
-def unquoted(name: str) -> str:
-    """A name as it was before csv_text."""
-    return name[1:] if name[:1] == "'" and name.lstrip("'").startswith(FORMULA) else name
-
-
 @contextlib.contextmanager
-def growing_table(table: Path | None, names: list[str], resume: bool) -> Iterator[tuple]:
-    """({name: row} that a table of scores had, add(row)): each row is written as it is added.
+def growing_table(table: Path, begun: dict[str, dict], resume: bool) -> Iterator[tuple]:
+    """(names that are done, add(row)): a table of scores to which each row is written as it comes.
 
-    Without resume it starts anew; with it, rows of images that had an error are left out. names: of
-    all images to come. Raises InputError if another process writes to it (not on Windows).
+    begun: {image: {threshold, folder, modified}}. With resume, rows that begin so and have a score
+    are done; those of images that are gone stay, others are made again. Raises InputError for rows
+    of another folder, model or threshold, and if another process writes to the table.
     """
-    if table is None:
-        yield {}, lambda row: None
-        return
-    with writing(table):
-        table.parent.mkdir(parents=True, exist_ok=True)
-        f = open(table, "a+b")
-
-    def write(text, mark=False):
+    with locked(table.parent, f".{table.name}.lock"):
+        rows, same = read_csv(table, FOLDER_SCORES), next(iter(begun.values()))
+        for column in ("folder", "threshold") if resume else ("folder",):
+            if others := {row[column] for row in rows} - {same[column]}:
+                text = f"has rows of another {column}, {listed([*others])}: give another --out"
+                raise InputError(f"{table}: {text}, or remove it")
+        times = {name: row["modified"] for name, row in begun.items()}
+        rows = [row for row in rows if row["score"] and resume]
+        rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
+        if gone := sorted({row["image"] for row in rows} - {*begun}):
+            text = f"rows of {len(gone)} images that are not in this folder stay: {listed(gone)}"
+            say_once(f"{table}: {text}")
+        write_csv(table, FOLDER_SCORES, rows)
         with writing(table):
-            f.write(encoded(text, mark))
-            f.flush()
+            file = open(table, "ab", buffering=0)  # closing it writes nothing more
 
-    with f:
-        try:
-            hold(f)
-        except OSError:
-            raise InputError(f"{table}: another process writes to it: give another --out") from None
-        f.seek(0)
-        text = f.read().decode("utf-8-sig", "surrogateescape") if resume else ""
-        text = text[: text.rfind("\n") + 1]  # a last row may be half written
-        whole = io.StringIO(text, newline="")
-        had = {unquoted(row["image"]): row for row in csv.DictReader(whole) if row["score"]}
-        rows = [row | {"image": name} for name, row in had.items()]
-        f.truncate(0)
-        write(csv_text(SCORES, rows), mark=not "".join([*names, *had]).isascii())
-        yield had, lambda row: write(csv_text(SCORES, [row], head=False))
+        def add(row):
+            data = encoded(csv_text(FOLDER_SCORES, [row | begun[harmless(row["image"])]]))
+            with writing(table):
+                while data:
+                    data = data[file.write(data) :]
 
-
-def write_scores(folder: Path, category: Category, scored: Scored) -> None:
-    """scores.csv of a category's test images."""
-    names = [name.as_posix() for name in names_of(category.test)]
-    rows = [
-        score_row(name, item.kind, prediction)
-        for name, item, prediction in zip(names, category.test, scored.predictions, strict=True)
-    ]
-    if rows:
-        write_csv(folder / "scores.csv", SCORES, rows)
-
-
-# Columns of train-scores.csv
-TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")
-SHOWN = 12  # suspects in a picture
-
-
-def write_suspects(
-    folder: Path,
-    images: list[Path],
-    first: Array,
-    maps: Tensor,
-    scores: Tensor,
-    known: Calibration,
-    white_level: float,
-) -> None:
-    """train-scores.csv of the training images, the highest first, and what stands out among them.
-
-    first: of copies_of; maps (k, h, w) and scores (k,) are held-out ones of the k images that are
-    no copies. Images that stand out are marked in the table, so that --leave-out takes it, and so
-    are their copies; they are named on stderr and drawn in suspects.png.
-    """
-    shared = Path(os.path.commonpath([path.parent for path in images]))
-    names = [path.relative_to(shared).as_posix() for path in images]
-    kept = np.unique(first)
-    predictions = classify(scores.numpy(), known)
-    falling = np.argsort(-scores.numpy(), kind="stable")
-    shown = falling[: known.tail.suspects if known.tail else 0]
-    mark = {j: "x" for j in kept[shown]}
-    rows = []
-    for j in falling:
-        row = score_row(names[kept[j]], "", predictions[j])
-        rows.append(row | {"copy_of": "", "leave_out": mark.get(kept[j], "")})
-    for j in np.setdiff1d(np.arange(len(images)), kept):
-        row = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
-        rows.append(row | {"leave_out": mark.get(first[j], "")})
-    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
-    images, names = [images[j] for j in kept], [names[j] for j in kept]
-    picture = folder / "suspects.png"
-    picture.unlink(missing_ok=True)
-    if len(shown):
-        print(
-            f"{folder.name}: {len(shown)} of {len(names)} good training images stand out "
-            f"({listed([names[j] for j in shown])}): look at {one_line(picture)}; to train "
-            f"without them: --leave-out {one_line(folder / 'train-scores.csv')}",
-            file=sys.stderr,
-        )
-        failed, titles = [], [f"{names[j]}: {scores[j]:.3g}" for j in shown[:SHOWN]]
-        with drawing_may_fail(failed):
-            pictures = [read_image(images[j], white_level) for j in shown[:SHOWN]]
-            draw_suspects(picture, pictures, maps[shown[:SHOWN]], known, titles)
-        warn_of(failed)
+        with file:
+            yield {row["image"] for row in rows}, add
 
 
 def write_tables(folder: Path, rows: list[dict]) -> None:
     """results.csv and metrics.csv, each with a last row `mean`; prints the table.
 
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
+    Of a part of the categories both have their names in theirs.
     """
+    names = [row["category"] for row in rows]
+    had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)} - {"mean"}
+    part = "" if had <= {*map(harmless, names)} else short("-".join(("", *names)))
     kinds = [kind for row in rows for kind in row["kinds"]]
-    part = of_a_part(folder / "results.csv", [row["category"] for row in rows])
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
     write_csv(folder / f"metrics{part}.csv", COLUMNS + MORE, rows + kinds)
-    defined = tuple(c for c in MORE if any(row[c] is not None for row in rows))
-    print_table(COLUMNS + defined, rows)
-
-
-def of_a_part(table: Path, names: list[str]) -> str:
-    """What is added to the name of a table of some of the categories that it has: "-a-b", or ""."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            had = {row["category"] for row in csv.DictReader(f)} - {"mean"}
-    except (OSError, KeyError):
-        return ""
-    return "" if had <= {*names} else "-" + "-".join(names)[:50]
+    print_table(COLUMNS + tuple(c for c in MORE if any(row[c] is not None for row in rows)), rows)
 
 
 def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
@@ -1506,66 +1536,22 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
     """
     means, spreads, printed = [], [], []
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
-        mean, spread = dict(rows[0]), dict(rows[0])
-        for name, value in rows[0].items():
-            if isinstance(value, (int, float)):
-                values = [row[name] for row in rows]
-                mean[name] = float(np.mean(values))
-                spread[name] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        mean, spread, text = (dict(rows[0]) for _ in range(3))
+        for name in (name for name, v in rows[0].items() if isinstance(v, (int, float))):
+            values = [row[name] for row in rows]
+            mean[name], spread[name] = float(np.mean(values)), float(np.std(values, ddof=1))
+            text[name] = f"{mean[name]:.2f} +- {spread[name]:.2f}"
         means.append(mean)
         spreads.append(spread)
-        numbers = [name for name in COLUMNS if isinstance(mean[name], float)]
-        texts = {name: f"{cell_text(mean[name])} +- {cell_text(spread[name])}" for name in numbers}
-        printed.append(mean | texts)
+        printed.append(text)
     write_csv(folder / "results.csv", COLUMNS, means)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
-    print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
+    say(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
     print_table(COLUMNS, printed)
 
 
-def write_json(path: Path, values: dict) -> None:
-    """Plain values, a line each."""
-    text = json.dumps(values, indent=4, ensure_ascii=False)
-    write_whole(path, lambda to: to.write_text(text, "utf-8", errors="surrogateescape"))
-
-
 # Checkpoints
-def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
-    """Tensors and plain values, and the recipe that they belong to."""
-    state = {"format": FORMAT, "recipe": asdict(recipe), **content}
-    write_whole(path, partial(torch.save, state))
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder: give the model.pt of a category")
-    if not path.exists():
-        raise InputError(f"{path}: no such file: train.py writes OUT/DATA/CATEGORY/model.pt")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "recipe" not in state:
-            raise ValueError("without a recipe")
-    except PermissionError:
-        raise
-    except Exception as e:  # damaged archives raise a dozen types; none of them is ours
-        raise InputError(
-            f"{path}: not a WT-Flow model ({first_line(e)[:80]}): train it again"
-        ) from None
-    if (found := state.get("format", 1)) != FORMAT:
-        raise InputError(f"{path}: of format {found}, this version reads {FORMAT}: train it again")
-    try:
-        state["recipe"] = wtflow.Recipe(**state["recipe"])
-    except (TypeError, InputError) as e:
-        raise InputError(f"{path}: its recipe is not valid ({e}): train it again") from None
-    return state
-
-
 def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
     reading = detector.reading._asdict()
@@ -1585,24 +1571,72 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
         reading = Reading(**state["reading"])
         ignore = None if reading.ignore is None else reading.ignore.numpy()
         detector.reading = reading._replace(ignore=ignore)
-        if not all(torch.isfinite(v).all() for v in state["model"].values()):
+        if not all(v.isfinite().all() for v in state["model"].values()):
             raise ValueError("its weights are not finite")
-        if state["weights"] != detector.extractor.digest:
-            raise InputError(
-                f"trained on other weights of {detector.recipe.backbone}: pass those with --weights"
-            )
-    except InputError as e:  # its extractor has no weights here, or others
+        if not len(detector.normal_scores):
+            raise ValueError("it is not fitted")
+        other = state["weights"] != detector.extractor.digest
+    except InputError as e:  # its extractor has no weights here
         raise InputError(f"{path}: {e}") from None
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(
-            f"{path}: does not fit its own recipe ({reason}): mend that, or train it again"
-        ) from None
+    except Exception as e:
+        if no_memory(e):
+            raise
+        raise InputError(f"{path}: not a whole model ({one_line(e)[:200]}): train again") from None
+    if other:
+        name = detector.recipe.backbone
+        raise InputError(f"{path}: trained on other weights of {name}: pass those with --weights")
     detector = detector.to(device)
     if device.type == "cuda":  # in place of the two methods, on this detector alone
         detector._extract = CudaGraphs(detector._extract)
         detector._score = CudaGraphs(detector._score)
     return detector
+
+
+def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
+    """Tensors and plain values, and the recipe that they belong to."""
+    state = {"written_by": RESULT, "format": FORMAT, "recipe": asdict(recipe), **content}
+    buffer = io.BytesIO()  # of a disk that is full torch does not tell the reason
+    torch.save(state, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("format", 1) if "recipe" in state else "unknown"
+        if found != FORMAT:
+            raise ValueError(f"format {found}, this version reads {FORMAT}")
+        return state | {"recipe": wtflow.Recipe(**state["recipe"])}
+    except OSError as e:
+        remedy = "give --model OUT/DATA/CATEGORY/model.pt, which train.py writes"
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}): {remedy}") from None
+    except Exception as e:  # damaged archives raise a dozen types
+        if no_memory(e):
+            raise
+        reason = first_line(e)[:200]
+        raise InputError(f"{path}: not a model of WT-Flow ({reason}): train it again") from None
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Plain values, a line each."""
+    text = json.dumps({"written_by": RESULT} | values, indent=4, ensure_ascii=False)
+    write_whole(path, lambda file: file.write(encoded(text)))
+
+
+def read_json(path: Path) -> dict:
+    """What write_json wrote. Raises InputError for anything else."""
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        if values["written_by"] != RESULT:
+            raise ValueError("not from here")
+        return values
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        text = f"cannot be read ({first_line(e)}): train.py writes it: remove it and train again"
+        raise InputError(f"{path}: {text}") from None
 
 
 class CudaGraphs:
@@ -1635,7 +1669,7 @@ class CudaGraphs:
             fitted = [detector.field, *buffers]
             if [*map(id, fitted)] != [*map(id, self.fitted)]:
                 self.fitted, self.graphs = fitted, {}
-                self.read = [v.detach() for v in detector.parameters()]
+                self.read = [v.detach() for v in (*detector.parameters(), *detector.buffers())]
                 # One memory and stream for all, as no two run at a time
                 self.place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             key = x.shape, x.stride(), x.dtype
@@ -1667,155 +1701,186 @@ def captured(f: Callable, x: Tensor, pool: Any = None, stream: Any = None) -> Ca
     return replay
 
 
-# Pictures
+# ---- 4. Pictures: one that cannot be drawn or written costs itself -------------------------------
 BACKGROUND = 0.75  # [ours] of the median good score: about the median position of good maps
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
 
 
-def new_figure(*shape: int, **options: Any) -> tuple:
-    """A figure and its axes. They have no window and leave the caller's backend as it is."""
+def write_pictures(
+    folder: Path, category: Category, scored: Scored, sizes: list, white_level: float, which: str
+) -> None:
+    """maps/KIND/*.png and scores.png of a category's test images. which: "all", "worst", "none"."""
+    remove_results([folder / "scores.png", *(folder / "maps").rglob("*.png")])
+    if which == "none":
+        return
+    names, bad = names_of(category.test), [item.kind != "good" for item in category.test]
+    prefixes = telling_images(scored.predictions, bad)
+    for j in range(len(names)) if which == "all" else prefixes:
+        item, words = category.test[j], in_words(scored.predictions[j])
+        union = masks_of(item, sizes[j])[1] if item.masks else None
+        row = item.path, union, scored.maps[j], f"{category.name}:  {words}:  {names[j].as_posix()}"
+        path = inside(folder / "maps", picture_name(names[j], prefixes.get(j, "")))
+        draw(path, draw_rows, [row], scored.known, white_level)
+    scores = np.array([p.score for p in scored.predictions])
+    draw(folder / "scores.png", draw_scores, category.name, scores, np.array(bad), scored.known)
+
+
+def draw(path: Path, f: Callable, *args: Any) -> None:
+    """Save a figure that f(figure, *args) fills; where that fails, say so and go on."""
     from matplotlib.figure import Figure  # here: it takes longer to import than an image to score
 
-    fig = Figure(layout="constrained", **options)
-    return fig, fig.subplots(*shape)
+    try:
+        figure, file = Figure(layout="constrained"), io.BytesIO()  # no window, no backend
+        f(figure, *args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            figure.savefig(file, format="png", dpi=100, metadata={"Software": RESULT})
+        write_whole(path, lambda to: to.write(file.getbuffer()))
+    except Exception as e:
+        if no_memory(e):
+            raise
+        say(f"note: no picture {path} ({first_line(e)[:200]})", sys.stderr)
 
 
-def save_figure(fig: Any, path: Path) -> None:
-    """Drawn in memory first: a figure that cannot be drawn is no disk that cannot be written."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-        fig.savefig(file, format="png", dpi=100)
-    write_whole(path, lambda to: to.write_bytes(file.getbuffer()))
+def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: float) -> None:
+    """Draw rows (image file, mask (H, W) or None, map (h, w), title): image and map of each.
 
-
-def in_words(prediction: Prediction) -> str:
-    p = prediction.p_value
-    p = "p < 0.0001" if p < 1e-4 else f"p {p:.2g}"  # so far out nobody has seen the tail
-    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
-
-
-def draw_map(
-    path: Path, image: Image.Image, union: Any, y: Tensor, known: Calibration, title: str
-) -> None:
-    """Picture of one image: itself, the outline of its mask (H, W) or None, its map y (h, w)."""
-    fig, axes = new_figure(1, 2, figsize=(8.2, 4))
-    aspect, size = drawn_shape(image)
-    image = image.resize(size, Image.BILINEAR)
-    for axis, name in zip(axes, ("image", "anomaly map"), strict=True):
-        axis.imshow(np.asarray(image), aspect=aspect)
-        axis.set(title=name, xticks=[], yticks=[])
-    if union is not None and union.any():
-        axes[0].set_title("image, outline of its mask")
-        # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
-        union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
-        axes[0].contour(union, [0.5], colors="black", linewidths=3)
-        axes[0].contour(union, [0.5], colors="yellow", linewidths=1.4)
-    add_map(fig, axes[1], y, size, aspect, known)
-    fig.suptitle(one_line(title)[:100], fontsize=11, parse_math=False)
-    save_figure(fig, path)
-
-
-def drawn_shape(image: Image.Image) -> tuple[str, tuple]:
-    """Aspect and size (W, H) in which an image is drawn; a strip is drawn wider than it is."""
-    aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-    shrunk = min(1, DRAWN / max(image.size))
-    return aspect, tuple(max(1, round(shrunk * side)) for side in image.size)
-
-
-def add_map(fig: Any, axis: Any, y: Tensor, size: tuple, aspect: str, known: Calibration) -> None:
-    """Draw map y (h, w) at a size (W, H), with a bar of its colours.
-
-    They mean the same in all pictures of a model: from about the median position of good images
-    over the threshold, which is the middle, to as far above it. Without a threshold the middle is
-    the highest good score.
+    Outlined is the mask, ringed where there is none the maximum of the map. Colours mean the same
+    in all pictures of a model: from about the median position of good images over the threshold,
+    or the highest good score, which is the middle, to as far above it.
     """
     middle = max(known.middle(), 1e-6)
     low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
     high = 2 * middle - low
-    # viridis reads the same to a colour-blind person
-    colours = {"cmap": "viridis", "vmin": low, "vmax": high}
-    shown = axis.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
-    bar = fig.colorbar(shown, ax=axis, fraction=0.046, extend="both")
-    bar.set_ticks([low, middle, high])
-    bar.ax.axhline(middle, color="white", linewidth=2)
     name = "highest good" if math.isnan(known.threshold) else "threshold"
-    bar.set_ticklabels([f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"])
-
-
-def draw_suspects(
-    path: Path, images: list[Image.Image], maps: Tensor, known: Calibration, titles: list[str]
-) -> None:
-    """Picture of images beside their maps (n, h, w), two pairs a row; their maxima are marked."""
-    rows = -(-len(images) // 2)
-    fig, axes = new_figure(rows, 4, figsize=(12, 2.8 * rows))
-    axes = axes.reshape(rows, 4)
-    for axis in axes.flat:
-        axis.axis("off")
-    for k, (image, y, title) in enumerate(zip(images, maps, titles, strict=True)):
-        left, right = axes[k // 2, 2 * (k % 2) : 2 * (k % 2) + 2]
-        aspect, size = drawn_shape(image)
-        left.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
-        add_map(fig, right, y, size, aspect, known)
-        i, j = np.unravel_index(int(y.argmax()), y.shape)
-        place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
+    figure.set_size_inches(8.2, 4 * len(rows))
+    all_axes = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
+        image = read_image(path, white_level)
+        shrunk = min(1, DRAWN / max(image.size))
+        size = tuple(max(1, round(shrunk * side)) for side in image.size)
+        # A strip is drawn wider than it is
+        aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
         for axis in (left, right):
-            axis.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
-        left.set_title(one_line(title)[:60], fontsize=9, parse_math=False)
-    save_figure(fig, path)
+            axis.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
+            axis.set(xticks=[], yticks=[])
+        left.set_title(one_line(title)[:110], loc="left", fontsize=9, parse_math=False)
+        if union is not None and union.any():
+            # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
+            union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
+            left.contour(union, [0.5], colors="black", linewidths=3)
+            left.contour(union, [0.5], colors="yellow", linewidths=1.4)
+        else:
+            i, j = np.unravel_index(int(y.argmax()), y.shape)
+            place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
+            left.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
+        # viridis reads the same to a colour-blind person
+        colours = {"cmap": "viridis", "vmin": low, "vmax": high}
+        shown = right.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
+        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
+        bar.ax.axhline(middle, color="white", linewidth=2)
+        labels = [f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"]
+        bar.set_ticks([low, middle, high], labels=labels)
 
 
-def draw_scores(path: Path, title: str, scores: Array, bad: Array, known: Calibration) -> None:
-    """Histograms of the scores: test images, good and defective; training images, fitted tail.
+def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
+    """Draw histograms of scores: of test images, good and defective; of training images, the tail.
 
     The last bar is of all that are higher. Lines: the threshold, and those of RATES.
     """
-    fig, axes = new_figure(1 + bool(len(scores)), figsize=(6, 3 + 2.4 * bool(len(scores))))
-    test, train = (axes[0], axes[1]) if len(scores) else (None, axes)
-    good, tail = known.good_scores, known.tail
-    every = np.r_[scores, good]
-    middle = known.middle()
+    rows = 1 + bool(len(scores))
+    figure.set_size_inches(6, 0.6 + 2.4 * rows)
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    good, middle, every = known.good_scores, known.middle(), np.r_[scores, known.good_scores]
     end = min(max(every.max(), 1.1 * middle), 2 * middle)
     edges = np.linspace(min(every.min(), middle), end, 61)
-
-    def histogram(axis, values, colour, name):
+    shown = [(axes[-1], good, "#0072B2", "good training images")]
+    if len(scores):
+        shown += [(axes[0], scores[~bad], "#0072B2", "good test images")]
+        shown += [(axes[0], scores[bad], "#E69F00", "defective test images")]
+    for axis, values, colour, name in shown:
         label = f"{name} ({len(values)})"
         axis.hist(np.minimum(values, end), edges, color=colour, alpha=0.65, label=label)
-
-    histogram(train, good, "#0072B2", "good training images")
-    if test is not None:
-        histogram(test, scores[~bad], "#0072B2", "good test images")
-        histogram(test, scores[bad], "#E69F00", "defective test images")
-    if tail is not None:
-        expected = -len(good) * np.diff(tail.p_value(edges))
-        train.plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
-        rates = ", ".join(f"{rate:g}" for rate in RATES[::-1])
-        for rate in RATES:
-            label = f"{rates} %" if rate == RATES[0] else None
-            train.axvline(tail.threshold(rate / 100), color="0.4", linestyle=":", label=label)
-    for axis in filter(None, (test, train)):
+    if known.tail is not None:
+        expected = -len(good) * np.diff(known.tail.p_value(edges))
+        axes[-1].plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
+        lines = [known.tail.threshold(rate / 100) for rate in RATES]
+        label = ", ".join(f"{rate:g}" for rate in RATES) + " %"
+        axes[-1].vlines(lines, *axes[-1].get_ylim(), color="0.4", linestyle=":", label=label)
+    for axis in axes:
         if not math.isnan(known.threshold):
             axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
         axis.set(ylabel="images", xlim=(edges[0], end))
         axis.legend(fontsize=8)
     above = ", the last bar: and above" if every.max() > end else ""
-    train.set(xlabel=f"image score{above}")
-    (train if test is None else test).set_title(one_line(title)[:60], parse_math=False)
-    save_figure(fig, path)
+    axes[-1].set_xlabel(f"image score{above}")
+    axes[0].set_title(one_line(title)[:60], parse_math=False)
 
 
-def telling_images(predictions: list[Prediction], bad: Array, each: int = 3) -> dict[int, str]:
+def telling_images(predictions: list[Prediction], bad: list[bool], each: int = 3) -> dict[int, str]:
     """{index: prefix} of the images to show; of the good ones below the threshold, the nearest."""
-    scores = np.array([p.score for p in predictions])
-    flagged = np.array([p.verdict == "defect" for p in predictions])
-    rising = np.argsort(scores, kind="stable")
-    chosen = {
-        "false_positive": [j for j in rising[::-1] if flagged[j] and not bad[j]][:each],
-        "miss": [j for j in rising if bad[j] and not flagged[j]][:each],
-        "hit": [j for j in rising[::-1] if bad[j] and flagged[j]][:each],
-        "good": [j for j in rising[::-1] if not bad[j] and not flagged[j]][:1],
-    }
-    return {j: f"{kind}{k + 1}_" for kind, js in chosen.items() for k, j in enumerate(js)}
+    rising, groups = np.argsort([p.score for p in predictions], kind="stable").tolist(), {}
+    names = {(True, False): "false_positive", (False, True): "miss", (True, True): "hit"}
+    for j in rising:
+        group = names.get((predictions[j].verdict == "defect", bad[j]), "good")
+        groups.setdefault(group, []).append(j)
+    chosen = {name: js[:each] if name == "miss" else js[::-1][:each] for name, js in groups.items()}
+    chosen["good"] = chosen.get("good", [])[:1]
+    return {j: f"{name}{k + 1}_" for name, js in chosen.items() for k, j in enumerate(js)}
+
+
+def write_suspects(
+    folder: Path,
+    images: list[Path],
+    first: Array,
+    found: tuple[Tensor, Tensor],
+    known: Calibration,
+    reading: Reading,
+) -> None:
+    """train-scores.csv of the training images, the highest first, and what stands out among them.
+
+    first: of copies_of; found: held-out maps (k, h, w) and scores (k,) of the k images that are no
+    copies. Images that stand out are marked in the table, so that --leave-out takes it, and so are
+    their copies; they are named on stderr, and the first 12 drawn in suspects.png.
+    """
+    names = [path.as_posix() for path in paths_below(images)]
+    kept, (maps, scores) = np.unique(first), found
+    falling = np.argsort(-scores.numpy(), kind="stable")
+    shown = falling[: known.tail.suspects if known.tail else 0]
+    marked, predictions = {*kept[shown]}, classify(scores.numpy(), known)
+    rows = [score_row(names[kept[j]], "", predictions[j]) | {"copy_of": ""} for j in falling]
+    copies = np.setdiff1d(np.arange(len(images)), kept)
+    empty = dict.fromkeys(TRAIN_SCORES, "")
+    rows += [empty | {"image": names[j], "copy_of": names[first[j]]} for j in copies]
+    for row, j in zip(rows, [*kept[falling], *copies], strict=True):
+        row["leave_out"] = "x" if first[j] in marked else ""
+    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
+    picture = folder / "suspects.png"
+    remove_results([picture])
+    if len(shown):
+        which = listed([names[j] for j in kept[shown]])
+        say(
+            f"{folder.name}: {len(shown)} of {len(kept)} good training images stand out ({which}): "
+            f"look at {picture}; to train without them: --leave-out {folder / 'train-scores.csv'}",
+            sys.stderr,
+        )
+        drawn = [(kept[j], maps[j], f"{scores[j]:.3g}") for j in shown[:12]]
+        drawn = [(images[k], None, y, f"{names[k]}: {score}") for k, y, score in drawn]
+        draw(picture, draw_rows, drawn, known, reading.white_level)
+
+
+def in_words(prediction: Prediction) -> str:
+    tail = prediction.p_value
+    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
+    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
+
+
+# Names of what is written, from those of the images alone
+def paths_below(paths: list[Path], place: str = "") -> list[Path]:
+    """Paths below the folder that all of them have in common, put into a place."""
+    paths = [Path(os.path.normpath(path)) for path in paths]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [place / path.relative_to(shared) for path in paths]
 
 
 def names_of(items: list[Item]) -> list[Path]:
@@ -1823,137 +1888,41 @@ def names_of(items: list[Item]) -> list[Path]:
     names = {}
     for kind in {item.kind for item in items}:
         paths = [item.path for item in items if item.kind == kind]
-        shared = os.path.commonpath([path.parent for path in paths])
-        names |= {(kind, path): Path(kind) / path.relative_to(shared) for path in paths}
+        names |= {(kind, p): n for p, n in zip(paths, paths_below(paths, kind), strict=True)}
     return [names[item.kind, item.path] for item in items]
 
 
-def picture_names(names: list[Path]) -> list[str]:
-    """A file name for the picture of each: folders and stem, short, distinct in any case."""
-    out, taken = [], set()
-    for name in names:
-        text = "_".join(name.with_suffix("").parts)[:50]
-        while text.casefold() in taken:
-            text += "_2"
-        taken.add(text.casefold())
-        out.append(text)
-    return out
+def picture_name(name: Path, prefix: str = "") -> Path:
+    """The file of an image's picture: a/b.jpg -> a/PREFIXb_jpg.png, no other image has it."""
+    return name.with_name(short(f"{prefix}{name.stem}_{name.suffix[1:]}") + ".png")
 
 
-@contextlib.contextmanager
-def drawing_may_fail(failed: list) -> Iterator[None]:
-    """Add a picture that cannot be drawn to `failed`; a full disk, say, goes on as an error."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        if no_memory(e):
-            raise
-        failed.append(one_line(first_line(e))[:150])
+def short(text: str) -> str:
+    """A text of at most 200 bytes, by a digest of it in place of what is too much."""
+    data = encoded(text)
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return text if len(data) <= 200 else f"{data[:180].decode('utf-8', 'ignore')}_{digest}"
 
 
-def warn_of(failed: list) -> None:
-    """One line on stderr for the pictures that could not be drawn, if there are any."""
-    if failed:
-        others = f", and {len(failed) - 1} more could not" if len(failed) > 1 else ""
-        print(f"warning: a picture could not be drawn ({failed[0]}){others}", file=sys.stderr)
+def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:
+    """Maps as MVTec's evaluation script reads them: float32 TIFF beside the category's folder."""
+    software = 305  # a tag of TIFF
+    for y, name, size in zip(maps, names_of(category.test), sizes, strict=True):
+        save = partial(Image.fromarray(at_size(y, size)).save, format="TIFF")
+        path = inside(maps_folder(folder), name.with_suffix(".tiff"))
+        write_whole(path, partial(save, tiffinfo={software: RESULT}))
 
 
-def remove_pictures(folder: Path) -> None:
-    """Those of a category's earlier model, or threshold."""
-    for old in (folder / "scores.png", *(folder / "maps").glob("*.png")):
-        old.unlink(missing_ok=True)
+def maps_folder(folder: Path) -> Path:
+    return folder.parent / "anomaly_maps" / folder.name / "test"
 
 
-def write_pictures(
-    folder: Path,
-    category: Category,
-    scored: Scored,
-    sizes: list[tuple],
-    white_level: float,
-    which: str,
-    save_maps: bool,
-) -> None:
-    """maps/*.png and scores.png of a category's test images. which: "all", "worst" or "none".
-
-    save_maps: float32 TIFF maps as MVTec's evaluation script reads them, beside the category.
-    """
-    names = names_of(category.test)
-    if save_maps:
-        place = folder.parent / "anomaly_maps" / category.name / "test"
-        for y, name, size in zip(scored.maps, names, sizes, strict=True):
-            tiff = Image.fromarray(at_size(y, size))
-            write_whole((place / name).with_suffix(".tiff"), partial(tiff.save, format="TIFF"))
-    remove_pictures(folder)
-    if which == "none":
-        return
-    bad = np.array([item.kind != "good" for item in category.test])
-    prefixes, files, failed = telling_images(scored.predictions, bad), picture_names(names), []
-    for j in range(len(names)) if which == "all" else prefixes:
-        item, words = category.test[j], in_words(scored.predictions[j])
-        title = f"{category.name}:  {words}:  {names[j].as_posix()}"
-        path = folder / "maps" / f"{prefixes.get(j, '')}{files[j]}.png"
-        with drawing_may_fail(failed):
-            image = read_image(item.path, white_level)
-            union = masks_of(item, sizes[j])[1] if item.masks else None
-            draw_map(path, image, union, scored.maps[j], scored.known, title)
-    scores = np.array([p.score for p in scored.predictions])
-    with drawing_may_fail(failed):
-        draw_scores(folder / "scores.png", category.name, scores, bad, scored.known)
-    warn_of(failed)
-
-
-def draw_contact_sheet(folder: Path, names: list[str]) -> None:
-    """contact-sheet.png of a data set: two pictures of each category, from maps/."""
-    rows = []
-    for name in names:
-        found = [
-            sorted((folder / name / "maps").glob(f"{kind}1_*.png"))
-            for kind in ("hit", "miss", "false_positive", "good")
-        ]
-        rows.append([Image.open(paths[0]) for paths in found if paths][:2])
-    rows = [row for row in rows if row]
-    if not rows:
-        (folder / "contact-sheet.png").unlink(missing_ok=True)
-        return
-    w, h = rows[0][0].size
-    sheet = Image.new("RGB", (2 * w, h * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * w, i * h))
-    write_whole(folder / "contact-sheet.png", partial(sheet.save, format="PNG"))
-
-
-CONSTANTS = "wtflow.json"  # file in an exported .pt2: its threshold and size
+# ---- 5. Export -----------------------------------------------------------------------------------
 AGREES = 1e-3  # of the largest value: how far an exported program may be from its model
-READER = '''"""How {name} wants its images. It needs numpy and Pillow alone.
-
-    import onnxruntime
-    from {stem}_read import read
-    session = onnxruntime.InferenceSession("{name}")
-    maps, scores, p_values, defect = session.run(None, {{"images": read("image.png")}})
-"""
-
-import numpy as np
-from PIL import Image, ImageOps
-
-
-def read(path):
-    """Pixels uint8 (1, 3, {height}, {width}) of an image file; several: np.concatenate."""
-    image = Image.open(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"{{path}}: more than 8 bits a colour: this model has seen 8")
-    if image.format == "JPEG":
-        image.draft(None, ({enough}, {enough}))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    image = image.resize(({width}, {height}), Image.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)[None].copy()
-'''
 
 
 class Program(torch.nn.Module):
-    """Images uint8 (B, 3, H, W) -> maps (B, h, w), scores, p-values (B,), defect (B,) bool."""
+    """RGB uint8 (B, 3, H, W) of any H, W -> maps (B, h, w), scores, p-values (B,), defect (B,)."""
 
     def __init__(self, detector: wtflow.Detector, known: Calibration):
         super().__init__()
@@ -1961,230 +1930,200 @@ class Program(torch.nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         detector, tail = self.detector, self.known.tail
-        x = wtflow.extract_features(detector.extractor, images, detector.recipe)
+        size = wtflow.image_shape(detector.recipe)
+        x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)  # as Pillow's
+        x = wtflow.extract_features(detector.extractor, x.round().clamp(0, 255), detector.recipe)
         maps, scores = detector._score(x)
         z = (scores.log() - tail.location) / tail.scale
         return maps, scores, -torch.expm1(-torch.exp(-z)), scores > self.known.threshold
 
 
 def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
-    """Write a detector as .pt2 or .onnx, if it gives what the detector does on noise.
+    """Write a detector as an ONNX program that resizes images itself, if it gives the same.
 
-    Read without this repository, which the program does not need: .onnx as the file says that is
-    written beside it, .pt2 for one image at a time by
+        session = onnxruntime.InferenceSession("screw.onnx")
+        maps, scores, p_values, defect = session.run(None, {"images": images})    # uint8, RGB
 
-        files = {"wtflow.json": ""}
-        program = torch.export.load("screw.pt2", extra_files=files).module()
-        y, score = program(image)                   # uint8 (1, 3, H, W)
-        defect = score > json.loads(files["wtflow.json"])["threshold"]
-
-    Raises InputError for another suffix, without a threshold, or if packages for .onnx are missing.
+    Its metadata say how it wants images. Raises InputError without the packages it takes, and for a
+    model of more than 8 bits, with ignored pixels or without a threshold.
     """
-    if path.suffix not in (".pt2", ".onnx"):
-        raise InputError(f"--export {path}: give a file that ends in .pt2 or .onnx")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if path.suffix.lower() != ".onnx":
+        raise InputError(f"--export {path}: give a file that ends in .onnx")
+    if missing:
+        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
     if known.tail is None or detector.reading.ignore is not None:
         raise InputError(f"--export {path}: a model without a threshold, or one with --ignore, "
                          "works here alone: train it otherwise")  # fmt: skip
-    height, width = wtflow.image_shape(detector.recipe)
-    generator = torch.Generator().manual_seed(0)
-    size = (2, 3, height, width)
-    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
-        save = export_onnx if path.suffix == ".onnx" else export_pt2
-        data, found = save(path, detector, known, images)
-    pairs = list(zip(found, detector(images), strict=False))
-    difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
-    if not difference <= AGREES:  # nor where it is NaN
-        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
-    write_whole(path, lambda to: to.write_bytes(data))
-    print(f"{one_line(path)}: uint8 RGB of {width} x {height}, {known.text()}\n"
-          f"largest difference from the model on noise: {difference:.1e}")  # fmt: skip
-
-
-def export_pt2(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
-    """The bytes of a torch.export program of one image, and what it gives for images."""
-    height, width = images.shape[2:]
-    constants = {"height": height, "width": width, "white_level": detector.reading.white_level}
-    constants |= {"threshold": known.threshold, "fpr": known.fpr}
-    file = io.BytesIO()
-    program = torch.export.export(detector, (images[:1],))
-    torch.export.save(program, file, extra_files={CONSTANTS: json.dumps(constants)})
-    file.seek(0)
-    program = torch.export.load(file).module()
-    found = [program(image) for image in images.split(1)]
-    return file.getvalue(), [torch.cat(part) for part in zip(*found, strict=True)]
-
-
-def export_onnx(path: Path, detector: wtflow.Detector, known: Calibration, images: Tensor) -> tuple:
-    """The bytes of a Program in ONNX, for any number of images, and what it gives for images.
-
-    Writes the file that reads an image for it. White levels other than 255 are refused.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    if missing:
-        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
+    if detector.reading.white_level != 255:
+        raise InputError(f"--export {path}: of images of more than 8 bits: convert them, and train")
     import onnxruntime
 
+    height, width = wtflow.image_shape(detector.recipe)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    axes = {0: "batch", 2: "height", 3: "width"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
-    if detector.reading.white_level != 255:
-        raise InputError(f"--export {path}: of images of more than 8 bits: export it as .pt2")
-    file, names = io.BytesIO(), ["maps", "scores", "p_values", "defect"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
         program = torch.onnx.export(
             Program(detector, known).eval(),
-            (images,),
+            (noise.repeat_interleave(2, 3),),
             input_names=["images"],
-            output_names=names,
-            dynamic_shapes={"images": {0: "batch"}},
+            output_names=["maps", "scores", "p_values", "defect"],
+            dynamic_shapes={"images": axes},
             dynamo=True,
             verbose=False,
         )
-    program.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    found = [torch.from_numpy(v) for v in session.run(None, {"images": images.numpy()})]
-    height, width = images.shape[2:]
-    sizes = {"height": height, "width": width, "enough": 2 * max(height, width)}
-    text = READER.format(name=path.name, stem=path.stem, **sizes)
-    write_whole(path.with_name(f"{path.stem}_read.py"), lambda to: to.write_text(text))
-    return file.getvalue(), found
+    model = program.model_proto
+    model.producer_name = RESULT
+    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width",
+             "resized_to": f"{width} x {height}, in the program", "threshold": known.threshold,
+             "opset": model.opset_import[0].version, "ir_version": model.ir_version}  # fmt: skip
+    for name, value in about.items():
+        model.metadata_props.add(key=name, value=str(value))
+    data = model.SerializeToString()
+    found = onnxruntime.InferenceSession(data).run(None, {"images": noise.numpy()})
+    pairs = list(zip(map(torch.from_numpy, found), detector(noise), strict=False))
+    difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
+    if not difference <= AGREES:  # nor where it is NaN
+        raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
+    write_whole(path, lambda file: file.write(data))
+    say(f"{path}: uint8 RGB of any size, opset {about['opset']}, {known.text()}")
+    say(f"largest difference from the model on noise: {difference:.1e}")
 
 
-# ---- 4. Commands: what a user types. Each calls the rooms above ----------------------------------
-class OneLineParser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        # No option cut short: --image would be --image-size in train.py.
-        super().__init__(allow_abbrev=False, **options)
+# ---- 6. Commands: what a user types. Each calls the rooms above ----------------------------------
+EFFECTIVE = {  # each command, and the options that have an effect on it
+    ("run", "data"): ("category", "weights", "device", "fpr", "threshold", "maps", "save_maps"),
+    ("model",): ("weights", "fpr", "threshold"),
+    ("model", "image"): ("weights", "device", "fpr", "threshold", "maps", "out", "resume"),
+    ("model", "export"): ("weights", "fpr", "threshold"),
+}
 
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    add_common_options(parser)
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
+    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
+    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
+    text = "of --image: a folder for scores.csv and pictures; of a folder, a table FILE.csv alone "
+    add("--out", metavar="DIR", help=text + "(default: here; of a folder no pictures)")
+    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
+    add("--export", metavar="FILE", help="the model as a program: FILE.onnx (default: none)")
+    args = parser.parse_args(argv)
+    check_options(args)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    asked = given & {"run", "data", "model", "image", "export"}
+    command = next((names for names in EFFECTIVE if {*names} == asked), None)
+    if command is None:
+        raise InputError("give --run and --data, or --model, alone or with --image or --export")
+    for name in sorted(given - asked - {*EFFECTIVE[command]}):
+        raise InputError(f"--{name.replace('_', '-')}: has no effect with --{command[-1]}")
+    if command == ("run", "data"):
+        return evaluate_run(args)
+    if command == ("model", "image"):
+        return score_files(args)
+    detector = load_model(args.model, "cpu", args.weights)
+    known = calibration_of(detector, args.fpr, args.threshold)
+    if args.export:
+        return export_model(Path(args.export), detector, known)
+    say(known.text())
+    print_thresholds(known, np.zeros(0), [])
 
 
-def keep_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory.
+def evaluate_run(args: argparse.Namespace) -> None:
+    """The table again from the models under --run: the data set's folder or the --out above it.
 
-    By default each layer's large block goes back to the system and is paged in anew.
+    Of other test images than the run's own it goes into a folder of its own, below that.
     """
-    m_mmap_max, m_trim_threshold = -4, -1
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**30)
-    except (AttributeError, OSError, TypeError):  # another C library: nothing to set
-        pass
+    device, rows = pick_device(args.device), []
+    name, categories = read_dataset(args.data, args.category, trained=True)
+    folder = Path(args.run)
+    folder = out = folder / name if (folder / name).is_dir() else folder
+    models = [inside(folder, category.name) / "model.pt" for category in categories]
+    digests = [digest_of_files(category.test) for category in categories]
+    if [read_json(model.with_name(FINISHED))["test"] for model in models] != digests:
+        out = folder / short(
+            f"on-{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
+        )
+        say(f"note: other test images than those of the run: into {out}", sys.stderr)
+    with locked(out):
+        for category, model in zip(categories, models, strict=True):
+            began, place = time.monotonic(), inside(out, category.name)
+            detector = load_model(model, device, args.weights)
+            test = extract(detector, [item.path for item in category.test])
+            rows.append(report(place, category, detector, test, args, began))
+        write_tables(out, rows)
+    say(f"tables and pictures: {out}")
 
 
-def exit_cleanly(main: Callable) -> None:
-    """Run main; what the user can mend ends as one line on stderr and exit code 2."""
-    keep_memory()
-    Image.MAX_IMAGE_PIXELS = None  # head_of has a limit of its own, in bytes
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-        return
-    except InputError as e:
-        message = str(e)
-    except KeyboardInterrupt:
-        print("interrupted: --resume goes on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout, like head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as e:  # what reading and writing do not name themselves, like a closed folder
-        if e.filename is None:
-            raise
-        message = f"{e.filename}: {e.strerror}: check the path and its permissions"
-    except (MemoryError, RuntimeError) as e:
-        if not no_memory(e):
-            raise
-        message = "out of memory: give train.py a smaller --image-size, or more memory and --resume"
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+FINISHED = "recipe.json"  # of a category: settings and results; written last
 
 
-def score_category(
-    detector: wtflow.Detector, category: Category, features: Tensor | None, known: Calibration
-) -> Scored:
-    """Score a category's test features (n, d, h, w); prints what several thresholds find."""
+def digest_of_files(items: list) -> str:
+    """Of paths, or of items and their masks: their folders, names and checksums."""
+    paths = []
+    for item in items:
+        paths += [item.path, *(item.masks or ())] if isinstance(item, Item) else [item]
+    refuse_results(paths)
+    digest = hashlib.sha256()
+    for path in paths:
+        with unreadable(path):
+            checksum = zlib.crc32(path.read_bytes())
+        digest.update(encoded(f"{path.parent.name}/{path.name}:{checksum}\n"))
+    return digest.hexdigest()[:16]
+
+
+def report(
+    folder: Path,
+    category: Category,
+    detector: wtflow.Detector,
+    test: tuple,
+    args: Any,
+    began: float,
+) -> dict:
+    """Score a category's test images, print and write what comes of it; the row of metrics.
+
+    test: what extract gives of them. Prints what several thresholds find.
+    """
+    (features, sizes, _), items = test, category.test
+    known = calibration_of(detector, args.fpr, args.threshold)
     maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
     if features is not None:
         maps, scores = detector.score(features)
-    predictions = classify(scores.numpy(), known)
-    counts = {"good": [], "defective": []}
-    for item, prediction in zip(category.test, predictions, strict=True):
-        kind = "good" if item.kind == "good" else "defective"
-        counts[kind].append(prediction.verdict == "defect")
-    some = not math.isnan(known.threshold)
-    counts = [f"{sum(v)} of {len(v)} {kind}" for kind, v in counts.items() if v and some]
-    of_test = f", exceeded by {' and '.join(counts)} test images" if counts else ""
-    print(f"{category.name}: {known.text()}{of_test}", flush=True)
-    print_thresholds(known, scores.numpy(), [item.kind for item in category.test])
-    return Scored(maps, predictions, known, detector.reading.ignore)
+    found, exceeded = classify(scores.numpy(), known), []
+    for kind, bad in (("good", False), ("defective", True)):
+        own = [p.verdict for k, p in enumerate(found) if (items[k].kind != "good") == bad]
+        if own and not math.isnan(known.threshold):
+            exceeded.append(f"{own.count('defect')} of {len(own)} {kind}")
+    of_test = f", exceeded by {' and '.join(exceeded)} test images" if exceeded else ""
+    say(f"{category.name}: {known.text()}{of_test}")
+    print_thresholds(known, scores.numpy(), [item.kind for item in items])
+    scored = Scored(maps, found, known, detector.reading.ignore)
+    row = measure(category, scored, sizes)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    names = [name.as_posix() for name in names_of(items)]
+    rows = [score_row(n, i.kind, p) for n, i, p in zip(names, items, found, strict=True)]
+    if rows:
+        write_csv(folder / "scores.csv", SCORES, rows)
+    if args.save_maps:
+        write_maps(folder, category, maps, sizes)
+    write_pictures(folder, category, scored, sizes, detector.reading.white_level, args.maps)
+    return row
 
 
-def evaluate_run(args: argparse.Namespace, device: torch.device) -> None:
-    """The table again from the models under --run: the data set's folder or the --out above it."""
-    name, categories = read_dataset(args.data, args.category)
-    folder = Path(args.run)
-    if (folder / name).is_dir():
-        folder = folder / name
-    for model in (folder / category.name / "model.pt" for category in categories):
-        if not model.exists():
-            raise InputError(f"{model}: no such file: give --run what train.py wrote")
-    rows = []
-    for category in categories:
-        began, place = time.monotonic(), folder / category.name
-        detector = load_model(place / "model.pt", device, args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        features, sizes, _ = extract(detector, [item.path for item in category.test])
-        scored = score_category(detector, category, features, known)
-        row = measure(category, scored, sizes)
-        row["seconds"] = round(time.monotonic() - began, 1)
-        rows.append(row)
-        write_scores(place, category, scored)
-        white_level, which = detector.reading.white_level, args.maps
-        write_pictures(place, category, scored, sizes, white_level, which, args.save_maps)
-    write_tables(folder, rows)
-    if args.maps != "none":
-        draw_contact_sheet(folder, [category.name for category in categories])
-
-
-def places_of(image: Path, out: Path | None, paths: list[Path]) -> tuple[Path | None, list]:
-    """(table of scores or None, picture or None of each path) of --image and --out.
-
-    Raises InputError if one would replace what is none, or be among the images.
-    """
-    if image.is_dir():
-        table = out if out and out.suffix.lower() == ".csv" else (out or Path(".")) / "scores.csv"
-        if table.exists():
-            with open(table, "rb") as f:
-                if f.readline().strip().decode("utf-8-sig", "replace") != ",".join(SCORES):
-                    raise InputError(f"{table}: is no table of scores: give another --out")
-        if out is None or table == out:
-            return table, [None] * len(paths)
-        if image.resolve() in (out.resolve(), *out.resolve().parents):
-            raise InputError(f"--out {out}: lies in the folder of the images: give another")
-        names = picture_names([path.relative_to(image) for path in paths])
-        return table, [out / f"{name}_map.png" for name in names]
-    place = out or Path(f"{picture_names([Path(image.name)])[0]}_map.png")
-    if place.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: give FILE.png for the picture of one image")
-    if place.exists() and place.samefile(image):
-        raise InputError(f"--out {out}: is the image itself: give another")
-    return None, [place]
-
-
-def score_files(args: argparse.Namespace, device: torch.device) -> None:
+def score_files(args: argparse.Namespace) -> None:
     """Print score, p-value and verdict of one image, or of each under a folder; see --out.
 
     A damaged image costs one line and, at the end, exit code 2.
     """
-    image, out = Path(args.image), Path(args.out) if args.out else None
+    image = Path(args.image)
     if not image.exists():
         raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
-    detector = load_model(args.model, device, args.weights)
+    detector = load_model(args.model, pick_device(args.device), args.weights)
     root, paths = image.parent, [image]
     if image.is_dir():
         root, paths = image, images_under(image)
@@ -2192,39 +2131,38 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
         say_unread(image.resolve().name, [p for p in all_files(image) if p not in scored])
         if not paths:
             raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
-    table, places = places_of(image, out, paths)
-    places = dict(zip(paths, places, strict=True))
+    elif args.resume:
+        raise InputError("--resume: has no effect with one image")
+    table, pictures = places_of(image, args.out and Path(args.out), args.maps)
+    refuse_results(paths)
     known = calibration_of(detector, args.fpr, args.threshold)
-    print(known.text(), flush=True)
+    say(known.text())
     names = {path: path.relative_to(root).as_posix() for path in paths}
-    failed, flagged, not_drawn = 0, 0, []
-    with growing_table(table, list(names.values()), args.resume) as (had, add):
-        if had:
-            refuse_another_model(table, known, had)
-            if gone := sorted(had.keys() - {*names.values()}):
-                say_once(f"{table}: rows of {len(gone)} images that are not in this folder stay: "
-                         f"{listed(gone)}")  # fmt: skip
-        todo = {path: place for path, place in places.items() if names[path] not in had}
-        predictions = predictions_of(detector, list(todo), known)
-        for path, (prediction, y, _) in zip(todo, predictions, strict=True):
-            name, good = names[path], not isinstance(prediction, InputError)
-            if good and todo[path] is not None and args.maps != "none":
-                title = f"{in_words(prediction)}:  {name}"
-                draw_file(todo[path], path, detector.reading, y, known, title, not_drawn)
-            add(score_row(name, name.rpartition("/")[0], prediction))  # last: --resume has both
+    about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
+    begun = {harmless(name): about | {"modified": modified(path)} for path, name in names.items()}
+    failed, flagged = 0, 0
+    rows = contextlib.nullcontext(({*()}, lambda row: None))
+    with growing_table(table, begun, args.resume) if table else rows as (done, add):
+        todo = [path for path, name in names.items() if harmless(name) not in done]
+        for path, (found, y, _) in zip(todo, predictions_of(detector, todo, known), strict=True):
+            name, good = names[path], not isinstance(found, InputError)
+            if good and pictures:
+                row = path, None, y, f"{in_words(found)}:  {name}"
+                place = inside(pictures, picture_name(Path(name)))
+                draw(place, draw_rows, [row], known, detector.reading.white_level)
+            add(score_row(name, name.rpartition("/")[0], found))  # last: --resume has both
             if good:
-                flagged += prediction.verdict == "defect"
-                print(one_line(f"{name}  {in_words(prediction)}"), flush=True)
+                flagged += found.verdict == "defect"
+                say(f"{name}  {in_words(found)}")
             else:
                 failed += 1
-                print(f"error: {one_line(prediction)}", file=sys.stderr)
-    warn_of(not_drawn)
+                say(f"error: {found}", sys.stderr)
     if flagged > max(len(todo) / 2, MANY):
-        print(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
-              "compression not those of training?", file=sys.stderr)  # fmt: skip
+        say(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
+            "compression not those of training?", sys.stderr)  # fmt: skip
     if table is not None:  # on stderr: stdout has one line an image
         without = f", {failed} of {len(paths)} images have none" if failed else ""
-        print(f"scores: {one_line(table)}{without}", file=sys.stderr)
+        say(f"scores: {table}{without}", sys.stderr)
     if failed:
         sys.exit(2)
 
@@ -2232,37 +2170,36 @@ def score_files(args: argparse.Namespace, device: torch.device) -> None:
 MANY = 5  # images: fewer may well all be defective
 
 
-def draw_file(
-    place: Path, path: Path, reading: Reading, y: Tensor, known: Calibration, title: str, failed
-) -> None:
-    """Draw an image file and its map; add to failed if it cannot be drawn, or is gone by now."""
-    try:
-        image = read_image(path, reading.white_level)
-    except InputError as e:
-        failed.append(str(e))
-        return
-    with drawing_may_fail(failed):
-        draw_map(place, image, None, y, known, title)
+def modified(path: Path) -> str:
+    """When a file was changed, in nanoseconds: another one of its name has another time."""
+    with contextlib.suppress(OSError):  # which its reader names
+        return str(path.stat().st_mtime_ns)
+    return ""
 
 
-def refuse_another_model(table: Path, known: Calibration, had: dict) -> None:
-    """Raises InputError unless the rows had of a table are of this model and this threshold.
+def places_of(image: Path, out: Path | None, maps: str) -> tuple[Path | None, Path | None]:
+    """(table of scores or None, folder of pictures or None) of --image and --out."""
+    folder, here = image.is_dir(), out or Path(".")
+    if out and out.suffix.lower() in (*SUFFIXES, *([] if folder else [".csv"])):
+        raise InputError(f"--out {out}: give a folder, for the table and the pictures")
+    if folder and out and out.suffix.lower() == ".csv":
+        return out, None
+    table, pictures = here / "scores.csv" if folder or out else None, here
+    if maps == "none" or folder and out is None:
+        return table, None
+    real = Path(os.path.realpath(here))
+    if folder and Path(os.path.realpath(image)) in (real, *real.parents):
+        raise InputError(f"--out {out}: lies in the folder of the images: give another")
+    return table, pictures
 
-    By the p-values of their scores: two models have different tails. A rank would jump where the
-    digits that are written are not enough.
-    """
-    rows = had.values()
-    scores = np.array([float(row["score"]) for row in rows])
-    found = classify(scores, known)
-    near = np.isclose(scores, known.threshold, rtol=1e-5)  # six digits are written
-    pairs = zip(near, found, rows, strict=True)
-    same = all(close or p.verdict == row["verdict"] for close, p, row in pairs)
-    there, here = [float(row["p_value"] or "nan") for row in rows], [p.p_value for p in found]
-    if not (same and np.allclose(there, here, rtol=1e-2, atol=1e-12, equal_nan=True)):
-        raise InputError(
-            f"{table}: scores or verdicts are of another model or threshold: give another --out, "
-            "or no --resume"
-        )
+
+class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # No option cut short: --image would be --image-size in train.py.
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -2293,48 +2230,55 @@ def number_or_text(text: str) -> float | str:
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError for what argparse lets pass."""
     check_threshold(args.fpr, args.threshold)
-    for name in ("data", "out"):
-        if getattr(args, name, None) == "":
-            raise InputError(f"--{name} is empty: give a path")
+    if args.fpr != 1 and not isinstance(args.threshold, str):
+        raise InputError("--fpr: has no effect with --threshold NUMBER")
+    for name, value in vars(args).items():
+        if value == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty: give a path")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    add_common_options(parser)
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
-    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
-    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
-    text = "of an image, its picture FILE.png; of a folder, a table FILE.csv, or a folder for "
-    add("--out", metavar="PATH", help=text + "scores.csv and pictures (default: here, no pictures)")
-    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
-    text = "the model as a program: FILE.onnx, FILE.pt2 (default: none)"
-    add("--export", metavar="FILE", help=text)
-    args = parser.parse_args(argv)
-    check_options(args)
-    device = pick_device(args.device)
-    given = {name for name in ("run", "data", "model", "image", "export") if getattr(args, name)}
-    if args.out and "image" not in given:
-        raise InputError("--out: goes with --image: models and tables stay in --run")
-    if args.category and "data" not in given:
-        raise InputError("--category: goes with --run and --data")
-    if args.save_maps and "run" not in given:
-        raise InputError("--save-maps: goes with --run; from Python, evaluate.score gives the map")
-    if given == {"model", "export"}:
-        detector = load_model(args.model, "cpu", args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        export_model(Path(args.export), detector, known)
-    elif given == {"model"}:
-        detector = load_model(args.model, device, args.weights)
-        known = calibration_of(detector, args.fpr, args.threshold)
-        print(known.text())
-        print_thresholds(known, np.zeros(0), [])
-    elif given == {"model", "image"}:
-        score_files(args, device)
-    elif given == {"run", "data"}:
-        evaluate_run(args, device)
-    else:
-        raise InputError("give --run and --data, or --model, alone or with --image or --export")
+def exit_cleanly(main: Callable) -> None:
+    """Run main as a command; what the user can mend ends as one line on stderr and exit code 2."""
+    keep_memory()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except InputError as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        say("interrupted: --resume goes on", sys.stderr)
+        sys.exit(130)
+    except OSError as e:  # what reading and writing do not name themselves, like a closed folder
+        name = e.filename or "standard output"
+        message = f"{name}: {e.strerror or e}: check the path, its space and its permissions"
+        if e.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):  # the reader of stdout, like head, has had enough
+            sys.exit(141)
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e):
+            raise
+        message = "out of memory: give train.py a smaller --image-size, or more memory and --resume"
+    say(f"error: {message}", sys.stderr)
+    sys.exit(2)
+
+
+def no_memory(e: Exception) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+
+
+def keep_memory() -> None:
+    """Let glibc keep up to 1 GiB of freed memory, else each layer's block is paged in anew."""
+    m_mmap_max, m_trim_threshold = -4, -1
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**30)
 
 
 if __name__ == "__main__":

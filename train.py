@@ -11,21 +11,25 @@ import datetime
 import hashlib
 import math
 import os
+import signal
 import sys
 import time
 import zlib
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads, as evaluate.py explains
+if __name__ == "__main__":  # before torch loads; the reasons are in evaluate.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import evaluate
@@ -41,8 +45,6 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
-RANK = int(os.environ.get("RANK", 0))  # of this process among WORLD, as torchrun says
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- 1. Fitting a detector to the features of good images ----------------------------------------
@@ -214,120 +216,122 @@ def fit(
     return detector
 
 
-# ---- 2. One category, from images to a model -----------------------------------------------------
+# ---- 2. One category, from images to a model for each seed ---------------------------------------
 def run_category(
-    category: Category, recipe: Recipe, seed: int, folder: Path, args: Namespace, device, prefix
-) -> dict:
-    """Train, evaluate and save one category; its metrics. A finished one is only read on resume."""
-    began, progress = time.monotonic(), Progress(prefix)
-    sizes = evaluate.image_sizes(category.train)
-    recipe = wtflow.recipe_for(recipe, sizes)
-    print(f"{prefix}: {resolution(recipe, sizes)}", file=sys.stderr)
+    category: Category, recipe: Recipe, folders: dict[int, Path], args: Namespace, prefix: str
+) -> None:
+    """Train, evaluate and save one category in the folder of each seed; with --resume go on."""
+    began, progress, paths = time.monotonic(), Progress(prefix), category.train
+    settings = settings_of(category, recipe, args)
+    states = [State(folders[seed], settings | {"seed": seed}, progress) for seed in folders]
+    todo = [state for state in states if not state.finished(args.resume)]
+    if not todo:
+        return
 
-    # A finished category is read, one that was begun goes on from its state.
-    model_file, state_file, state = folder / "model.pt", folder / "state.pt", None
-    mine = signature(category, recipe, seed, args.weights_digest)
-    mine["ignored_pixels"] = 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes())
-    begun = {**mine, "device": device.type}  # generators of two devices differ
-    finished = {**mine, "fpr": args.fpr, "threshold": args.threshold}  # training needs neither
-    if args.resume and model_file.exists() and not state_file.exists():
-        row = continued(model_file, finished)["row"]
-        text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
-        evaluate.say_once(f"pictures of finished categories stay: {text}")
-        return row
-    source = refuse_another_source(model_file, category)
-    if args.resume and state_file.exists():
-        state = continued(state_file, begun)
-        began -= state["seconds"]
-    else:
-        state_file.unlink(missing_ok=True)  # of an earlier run
+    # Features, once for all seeds. Test images come first: a broken one stops the run at once.
+    detector = evaluate.new_detector(paths, recipe, args.weights, args.device, args.ignored)
+    evaluate.say(f"{prefix}: {resolution(detector.recipe, paths)}", sys.stderr)
+    tests = [item.path for item in category.test]
+    test = evaluate.extract(detector, tests, partial(progress, "test image", len(tests)))
+    report = partial(progress, "training image", len(paths))
+    features, first = evaluate.extract_good(detector, paths, paths, report)
+    spent = time.monotonic() - began
 
-    # Features. The test images come first: a broken one stops the run before training.
-    detector = evaluate.new_detector(category.train, recipe, args.weights, device, args.ignored)
-    white_level = detector.reading.white_level
-    paths = [item.path for item in category.test]
-    test, sizes, _ = evaluate.extract(detector, paths, partial(progress, "test image", len(paths)))
-    report = partial(progress, "training image", len(category.train))
-    good, first = evaluate.extract_good(detector, category.train, category.train, report)
-
-    # Training
-    def report_step(k, fits, step, steps, loss):
-        progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
-
-    def save(k, held_out, field):
-        about = {"signature": begun, "seconds": time.monotonic() - began}
-        evaluate.save_checkpoint(state_file, recipe, k=k, held_out=held_out, field=field, **about)
-
-    trained = fit_detector(detector, good, seed, report_step, save, state)
-    known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-    evaluate.write_suspects(folder, category.train, first, *trained, known, white_level)
-
-    # Evaluation
-    scored = evaluate.score_category(detector, category, test, known)
-    row = evaluate.measure(category, scored, sizes)
-    row["seconds"] = round(time.monotonic() - began, 1)
-
-    # Saving. Pictures last: one that fails costs no training; the state goes when all are there.
-    evaluate.write_scores(folder, category, scored)
-    for old in (folder.parent / "anomaly_maps" / category.name).rglob("*.tiff"):
-        old.unlink()
-    about = {"signature": finished, "row": row, "source": source, "left_out": args.left_out}
-    evaluate.write_json(folder / "recipe.json", {**mine, "left_out": args.left_out})
-    evaluate.save_model(model_file, detector, **about)
-    which = args.maps, args.save_maps
-    evaluate.write_pictures(folder, category, scored, sizes, white_level, *which)
-    state_file.unlink(missing_ok=True)
-    return row
+    for state in todo:
+        began = state.began = time.monotonic() - spent - state.seconds
+        steps = state.report, state.save, state.found
+        trained = fit_detector(detector, features, state.settings["seed"], *steps)
+        known = evaluate.calibration_of(detector, args.fpr, args.threshold)
+        evaluate.write_suspects(state.folder, paths, first, trained, known, detector.reading)
+        evaluate.save_model(state.folder / "model.pt", detector)
+        evaluate.remove_results(evaluate.maps_folder(state.folder).rglob("*.tiff"))  # of another
+        row = evaluate.report(state.folder, category, detector, test, args, began)
+        evaluate.write_json(state.json, state.settings | {"row": row, "left_out": args.left_out})
+        evaluate.remove_results([state.file])
 
 
-def refuse_another_source(model_file: Path, category: Category) -> str:
-    """A digest of the folder of the training images, which does not tell its path.
+class State:
+    """What is there of a category and a seed, and where a run that was killed goes on.
 
-    Raises InputError if a model of another folder's images would be replaced.
+    state.pt holds a training that has begun. recipe.json, written last, holds the settings and the
+    row of the table: with it, and no state.pt, a category is finished.
     """
-    folder = Path(os.path.commonpath([path.parent for path in category.train])).resolve()
-    source = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    try:
-        had = evaluate.load_checkpoint(model_file).get("source")
-    except InputError:  # none, or one that is damaged or of another version
-        had = None
-    if had not in (None, source):
-        raise InputError(
-            f"{model_file}: a model of images in another folder: give another --out, or remove it"
-        )
-    return source
+
+    def __init__(self, folder: Path, settings: dict, progress: Callable):
+        self.folder, self.settings, self.progress = folder, settings, progress
+        self.file, self.json = folder / "state.pt", folder / evaluate.FINISHED
+        self.found, self.seconds, self.began = None, 0.0, 0.0
+
+    def finished(self, resume: bool) -> bool:
+        """Whether all is there. What has begun is loaded with resume, and removed without.
+
+        Raises InputError for files that are not from here, to resume with other settings, and to
+        train again where there is a model of another folder's images.
+        """
+        evaluate.refuse_foreign_results(self.folder)
+        file = self.file if self.file.exists() else self.json
+        if not file.exists():
+            return False
+        try:
+            had = evaluate.load_checkpoint(file) if file == self.file else evaluate.read_json(file)
+        except InputError:
+            if resume:
+                raise
+            had = self.settings | {"settings": self.settings}  # damaged, so nothing to keep
+        given = ("fpr", "threshold") if file == self.file else ("device",)  # not of use to it
+        names = self.settings.keys() - {"source", *given} if resume else ["source"]
+        there = had["settings"] if file == self.file else had
+        mine = {k: v for k, v in self.settings.items() if k in names}
+        differ = [
+            f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if there.get(k) != v
+        ]
+        if differ and resume:
+            text = f"of another run ({'; '.join(differ)}): give its settings, another --out, or no"
+            raise InputError(f"{file}: {text} --resume")
+        if differ:
+            text = "a model of images in another folder: give another --out, or remove it"
+            raise InputError(f"{self.folder}: {text}")
+        if resume and file == self.json:
+            text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
+            evaluate.say_once(f"pictures of finished categories stay: {text}")
+        elif resume:
+            self.found, self.seconds = had, had["seconds"]
+        elif file == self.file:
+            evaluate.remove_results([self.file, self.json])  # the model may be newer than its json
+        return resume and file == self.json
+
+    def report(self, k: int, fits: int, step: int, steps: int, loss: float) -> None:
+        self.progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
+
+    def save(self, k: int, held_out: list, field: dict) -> None:
+        content = {"k": k, "held_out": held_out, "field": field, "settings": self.settings}
+        seconds = time.monotonic() - self.began
+        evaluate.save_checkpoint(self.file, Recipe(), seconds=seconds, **content)
 
 
-def signature(category: Category, recipe: Recipe, seed: int, weights_digest: int) -> dict:
-    """What a saved state must share with this run to be continued.
+def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
+    """What two runs must share for one to go on where the other was; lists for tuples, as JSON.
 
-    Recipe, seed, the extractor's weights, and the files: their folders, names and sizes.
+    source: a digest of the folder of the training images, which does not tell its path.
     """
-    paths = list(category.train)
-    for item in category.test:
-        paths += [item.path, *(item.masks or ())]
-    files = "\n".join(f"{p.parent.name}/{p.name}:{p.stat().st_size}" for p in paths)
-    about = {"seed": seed, "weights": weights_digest, "images": len(category.train)}
-    return {**asdict(recipe), **about, "files": hashlib.sha256(files.encode()).hexdigest()[:16]}
+    source = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()} | {
+        "weights": args.weights_digest,
+        "ignored_pixels": 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes()),
+        "images": len(category.train),
+        "files": evaluate.digest_of_files(category.train),
+        "test": evaluate.digest_of_files(category.test),
+        "source": hashlib.sha256(os.fsencode(source)).hexdigest()[:16],
+        "fpr": args.fpr,
+        "threshold": args.threshold,
+        "device": args.device.type,  # generators of two devices differ
+    }
 
 
-def continued(path: Path, mine: dict) -> dict:
-    """The checkpoint of an interrupted run. Raises InputError naming what differs from this one."""
-    state = evaluate.load_checkpoint(path)
-    had = state.get("signature") or {}
-    differ = [f"{k} {had.get(k)} there, {mine[k]} here" for k in mine if had.get(k) != mine[k]]
-    if differ:
-        raise InputError(
-            f"{path}: of another run ({'; '.join(differ)}): "
-            "give its settings, another --out, or no --resume"
-        )
-    return state
-
-
-def resolution(recipe: Recipe, sizes: list[tuple[int, int]]) -> str:
+def resolution(recipe: Recipe, images: list[Path]) -> str:
     """One line: what the network sees of the median image, and how large a defect must be."""
     height, width = wtflow.image_shape(recipe)
-    h, w = sorted(sizes, key=math.prod)[len(sizes) // 2]
+    h, w = sorted(evaluate.image_sizes(images), key=math.prod)[len(images) // 2]
     shrunk = math.sqrt(h * w / (height * width))
     side = round(recipe.spacing * shrunk)
     larger = ": for smaller ones give a larger --image-size" if shrunk > 2.5 else ""
@@ -350,36 +354,41 @@ class Progress:
         self.done, (first, start) = done, self.start
         left = (now - start) / max(done - first, 1) * (total - done)
         if done == total or now - self.shown > 10:
-            print(f"{self.prefix}: {what} {done}/{total}, {left:.0f} s left", file=sys.stderr)
+            text = f"{what} {done}/{total}, {left:.0f} s left"
+            evaluate.say(f"{self.prefix}: {text}", sys.stderr)
             self.shown = now
 
 
-# ---- 3. A data set, a seed -----------------------------------------------------------------------
-def run(args: Namespace, recipe: Recipe, seed: int, out: Path, data, device) -> list | None:
-    """All categories of a data set for one seed; rank 0 writes the table. Its rows, on rank 0."""
+# ---- 3. A data set, all seeds --------------------------------------------------------------------
+def run(args: Namespace, recipe: Recipe, data: Path) -> None:
+    """All categories of a data set; the process of rank 0 writes the tables."""
     name, categories = evaluate.read_dataset(data, args.category)
     categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
-    folder = out / name
-    for category in categories:
-        place = folder / category.name
-        if category.train[0].parent.resolve().is_relative_to(place.resolve()):
-            raise InputError(f"--out {out}: {place} holds the data set: give another --out")
-    with evaluate.locked(folder) if RANK == 0 else contextlib.nullcontext():
+    several, out = len(args.seeds) > 1, evaluate.inside(Path(args.out), name)
+    own = {seed: out.parent / f"seed{seed}" / name if several else out for seed in args.seeds}
+    with contextlib.ExitStack() as locks:
+        for folder in {out, *own.values()} if args.rank == 0 else ():
+            locks.enter_context(evaluate.locked(folder))
+            evaluate.refuse_foreign_results(folder)
         for k, category in enumerate(categories):
-            if k % WORLD == RANK:
+            folders = {seed: evaluate.inside(own[seed], category.name) for seed in own}
+            good = Path(os.path.realpath(category.train[0].parent))
+            if any(good.is_relative_to(os.path.realpath(f)) for f in folders.values()):
+                raise InputError(f"--out {args.out}: holds the data set: give another --out")
+            if k % args.world == args.rank:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
-                place = folder / category.name
-                run_category(category, recipe, seed, place, args, device, prefix)
-        if WORLD > 1:
+                run_category(category, recipe, folders, args, prefix)
+        if args.world > 1:
             torch.distributed.barrier()
-        if RANK > 0:
-            return None
-        models = [folder / category.name / "model.pt" for category in categories]
-        rows = [evaluate.load_checkpoint(model)["row"] for model in models]
-        evaluate.write_tables(folder, rows)
-        evaluate.draw_contact_sheet(folder, [category.name for category in categories])
-        print(f"models, maps and tables: {folder}")
-        return rows
+        if args.rank == 0:
+            runs = []
+            for folder in own.values():
+                files = [folder / category.name / evaluate.FINISHED for category in categories]
+                runs.append([evaluate.read_json(file)["row"] for file in files])
+                evaluate.write_tables(folder, runs[-1])
+                evaluate.say(f"models, maps and tables: {folder}")
+            if several:
+                evaluate.write_spread(out, args.seeds, runs)
 
 
 # ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
@@ -426,12 +435,17 @@ def damage(rng, image, kind):
     return image * (1 - dark), distance < 1
 
 
+DEMO = "WT-Flow demo"  # in its images: they alone are written over
+
+
 def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: int = 256) -> Path:
     """Write the demo data set under `root`, the same at every call; returns root."""
+    mark = PngInfo()
+    mark.add_text("Software", DEMO)
 
     def save(path, values):
         image = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-        evaluate.write_whole(path, partial(image.save, format="PNG"))
+        evaluate.write_whole(path, partial(image.save, format="PNG", pnginfo=mark), DEMO)
 
     for seed, draw_part in enumerate((weave, washer)):
         rng, folder = np.random.default_rng(seed), root / draw_part.__name__
@@ -492,25 +506,30 @@ def literal(text: str) -> Any:
     return text
 
 
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes), as torchrun says. Raises InputError."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    try:
+        return (0, 1) if rank is world is None else (int(rank or ""), int(world or ""))
+    except ValueError:
+        text = f"RANK={rank}, WORLD_SIZE={world}: not those of torchrun: unset them"
+        raise InputError(text) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    recipe, device = recipe_of(args), evaluate.pick_device(args.device)
+    recipe, args.device = recipe_of(args), evaluate.pick_device(args.device)
+    args.rank, args.world = processes()
     # First, so that a missing file stops the run at once
     args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
     args.ignored = evaluate.read_ignored(args.ignore)
-    out = Path(args.out)
-    data = args.data or out / "demo-data/demo"
-    if not args.data and RANK == 0:
+    data = args.data or Path(args.out) / "demo-data/demo"
+    if not args.data and args.rank == 0:
         make_demo(data)
-    if WORLD > 1:
+    if args.world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
-    several = len(args.seeds) > 1
-    outs = [out / f"seed{seed}" if several else out for seed in args.seeds]
-    runs = [run(args, recipe, *each, data, device) for each in zip(args.seeds, outs, strict=True)]
-    if several and runs[0]:
-        name, _ = evaluate.read_dataset(data, args.category)
-        evaluate.write_spread(out / name, args.seeds, runs)
+    run(args, recipe, data)
 
 
 if __name__ == "__main__":

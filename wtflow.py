@@ -243,7 +243,7 @@ class PositionField(nn.Module):
         x = x.movedim(1, -1)
         rows = x.reshape(-1, x.shape[-1])  # (N, d)
         if self.time_width:
-            times = sinusoid(t, self.time_width).repeat_interleave(len(rows) // len(x), 0)
+            times = sinusoid(t, self.time_width).repeat_interleave(math.prod(x.shape[1:-1]), 0)
             rows = torch.cat([rows, times.to(rows.dtype)], 1)
         return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
 
@@ -585,7 +585,9 @@ def check_recipe(recipe: Recipe) -> None:
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
     need(recipe.batch >= 2 - unet, "batch", f"give at least {2 - unet}")
     strides = [k for k in (4, 8, 16) if k in recipe.strides]
-    need(strides and strides == [*recipe.strides], "strides", "choose from 4, 8, 16, like (8, 16)")
+    right = strides and repr(strides) == repr([*recipe.strides])  # 8.0 equals 8
+    need(right, "strides", "choose from 4, 8, 16, like (8, 16)")
+    need(recipe.aspect == 0 or recipe.aspect >= 1 / 8, "aspect", "give 0, or 0.125 to 8")
     unit = side_unit(recipe)
     need(recipe.image_size % unit == 0, "image_size", f"give a multiple of {unit}")
 
@@ -821,13 +823,18 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
             state = torch.load(file, map_location="cpu", weights_only=True)
         body = {k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}
         net.load_state_dict(body, assign=True)
+        if any(v.dtype != torch.float32 for v in net.parameters()):
+            raise ValueError("its values are not float32")
         net.digest = digest_of(body)
+    except InputError:
+        raise
     except OSError as e:
         remedy = f"download {WideResNet50.URL} and pass" if wide else "pass"
         raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as e:
+    except Exception as e:  # what is no file of tensors raises a dozen types
         damaged = isinstance(e, pickle.UnpicklingError)  # torch says how to run what is in the file
-        reason = "not a file of tensors" if damaged else str(e).splitlines()[0]
+        text = str(e) or type(e).__name__
+        reason = "not a file of tensors" if damaged else text.splitlines()[0]
         raise InputError(
             f"{weights}: not a state dict of {backbone} ({reason}): pass its own with --weights"
         ) from None

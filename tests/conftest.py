@@ -73,11 +73,12 @@ def run(command, *args):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def shell(*args):
+def shell(*args, stdout=subprocess.PIPE):
     """Python with these arguments as a subprocess."""
     return subprocess.run(
         [sys.executable, *map(str, args)],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=240,
         stdin=subprocess.DEVNULL,

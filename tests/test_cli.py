@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fails, make_mvtec, picture, run, save, shell, succeeds
-from PIL import Image
 
 import evaluate
 
@@ -46,8 +45,8 @@ def test_train_writes_models_maps_and_the_table(trained):
         assert row["category"] in result.stdout and row["aupro"] in result.stdout
     for name in ("bolt", "nut"):
         assert (folder / name / "model.pt").is_file()
-        assert 4 <= len(list((folder / name / "maps").glob("*.png"))) <= 7
-    assert (folder / "contact-sheet.png").is_file() and not (folder / "spread.csv").exists()
+        assert 4 <= len(list((folder / name / "maps").rglob("*.png"))) <= 7
+    assert not (folder / "spread.csv").exists()
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
 
 
@@ -74,14 +73,31 @@ def test_checkpoints_hold_tensors_and_plain_values_and_no_path(trained):
         assert secret not in (trained[0] / "metrics.csv").read_text()
 
 
-def test_evaluate_gives_the_table_again(data, trained, tmp_path):
+def test_evaluate_gives_the_table_again_and_other_test_images_one_of_their_own(
+    data, trained, tmp_path
+):
+    """Of which test/ is enough; the run's own table stays."""
     shutil.copytree(trained[0], tmp_path / "tiny")
     before = without_seconds(tmp_path / "tiny")
     for where in (tmp_path, tmp_path / "tiny"):
-        succeeds(run("evaluate.py", "--run", where, "--data", data, "--save-maps"))
+        succeeds(run("evaluate.py", "--run", where, "--data", data, "--maps", "none"))
         assert without_seconds(tmp_path / "tiny") == before
-    tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
-    assert tiff.mode == "F" and tiff.size == (48, 40)
+    shutil.copytree(data, tmp_path / "new/tiny")
+    for name in ("bolt", "nut"):
+        shutil.rmtree(tmp_path / f"new/tiny/{name}/train")
+    (tmp_path / "new/tiny/bolt/test/good/006.png").unlink()
+    whole = (tmp_path / "tiny/results.csv").read_bytes()
+    for _ in range(2):
+        succeeds(run("evaluate.py", "--run", tmp_path, "--data", tmp_path / "new/tiny"))
+    assert (tmp_path / "tiny/results.csv").read_bytes() == whole
+    [other] = (tmp_path / "tiny").glob("on-tiny-*")
+    table = rows(other, "results.csv")
+    assert [row["test_images"] for row in table] == ["5", "6", "11"]
+    assert table[1] == rows(tmp_path / "tiny")[1] | {
+        "train_images": "0",
+        "seconds": table[1]["seconds"],
+    }
+    assert (other / "bolt/scores.csv").is_file() and [*other.rglob("bolt/maps/**/*.png")]
 
 
 def test_seeds_give_models_of_their_own_the_same_each_time(data, trained, tmp_path):
@@ -106,17 +122,6 @@ def test_processes_share_the_categories(data, trained, tmp_path):
     options = ("--data", data, "--out", tmp_path / "o", *TINY)
     succeeds(shell(*launch, ROOT / "train.py", *options))
     assert without_seconds(tmp_path / "o/tiny") == without_seconds(trained[0])
-
-
-def test_torchrun_processes_take_gpus_in_turn(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored after the test
-    for rank, mine in ((None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
-        if rank is not None:
-            monkeypatch.setenv("LOCAL_RANK", rank)
-        assert str(evaluate.pick_device("auto")) == mine
-    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_folder_of_good_images_trains_and_scores(data, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Nothing lost, nothing trusted: broken files, foreign checkpoints, kills, full disks, locks."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -22,13 +23,18 @@ from test_cli import TINY, model_of, same_tensors, without_seconds
 import evaluate
 import train
 import wtflow
+from evaluate import InputError
 
 DRAWN = (*TINY, "--maps", "worst")
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def train_apart(log, *options, prepare=None):
-    """train.py in a process of its own, started, with a state saved after every step.
+    return apart(train, log, *options, prepare=prepare)
+
+
+def apart(module, log, *options, prepare=None):
+    """A command in a process of its own, started, with a state saved after every step.
 
     A fork of this one, so that nothing is imported again. Its output goes to the file `log`;
     prepare(): called in it before.
@@ -43,7 +49,7 @@ def train_apart(log, *options, prepare=None):
         train.REPORT_STEPS = 1
         if prepare is not None:
             prepare()
-        evaluate.exit_cleanly(lambda: train.main([str(option) for option in options]))
+        evaluate.exit_cleanly(lambda: module.main([str(option) for option in options]))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -124,6 +130,7 @@ FOREIGN = {
     "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
     "type": lambda s: changed_model(s, feature_mean="x"),
     "blocks": lambda s: changed_model(s, **{"gaussian.factor": s["model"]["gaussian.factor"][:1]}),
+    "unfitted": lambda s: changed_model(s, normal_scores=torch.zeros(0)),
     "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
     "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
 }
@@ -139,9 +146,9 @@ def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch, nam
     else:
         kinds = {"truncated": blob[: len(blob) // 2], "empty": b"", "evil": pickle.dumps(Evil())}
         path.write_bytes(kinds[name])
-    image = ("--image", data / "bolt/test/good/006.png", "--out", tmp_path / "o.png")
+    image = ("--image", data / "bolt/test/good/006.png", "--out", tmp_path / "o")
     fails(run("evaluate.py", "--model", path, *image), f"{name}.pt")
-    assert not (tmp_path / "o.png").exists() and not (tmp_path / "evil-was-here").exists()
+    assert not (tmp_path / "o").exists() and not (tmp_path / "evil-was-here").exists()
 
 
 def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
@@ -155,7 +162,7 @@ def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
         bad.write_bytes(bytes(flipped))
         try:
             state = evaluate.load_checkpoint(bad)
-        except evaluate.InputError as e:
+        except InputError as e:
             assert "x.pt" in str(e)
             continue
         assert state["recipe"] == whole["recipe"]
@@ -165,23 +172,35 @@ def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
 def test_resume_refuses_other_settings_another_backbone_and_other_images(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "tiny")
     resume = ("--out", tmp_path, "--resume", *TINY)
-    for changes, word in (
-        (("--seeds", 5), "seed"),
-        (("--coupling", "optimal"), "coupling"),
-        (("--rho", 0.7), "rho"),
+    for changes, words in (
+        (("--seeds", 5), ("seed",)),
+        (("--coupling", "optimal"), ("coupling",)),
+        (("--rho", 0.7), ("rho",)),
+        (("--fpr", 20), ("fpr 1.0 there, 20.0 here",)),
     ):
-        fails(run("train.py", "--data", data, *resume, *changes), word, "model.pt")
+        fails(run("train.py", "--data", data, *resume, *changes), "recipe.json", *words)
     more = tmp_path / "more/tiny"
     shutil.copytree(data, more)
-    save(more / "bolt/train/good/000.png", picture(5)[0])
-    fails(run("train.py", "--data", more, *resume), "(files ")  # as many images, another one
+    for name in ("train/good/000.png", "ground_truth/dent/000_mask.png"):
+        path = more / "bolt" / name  # another file of the same name, size in bytes and time
+        before, whole = path.stat(), path.read_bytes()
+        path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        fails(run("train.py", "--data", more, *resume), "(files " if "train" in name else "(test ")
+        path.write_bytes(whole)
     save(more / "bolt/train/good/999.png", picture(5)[0])
     fails(run("train.py", "--data", more, *resume), "images")
-    state = torch.load(tmp_path / "tiny/bolt/model.pt", weights_only=True)
-    state["signature"]["backbone"] = "efficientnet_lite2"
-    torch.save(state, tmp_path / "tiny/bolt/model.pt")
+    file = tmp_path / "tiny/bolt/recipe.json"
+    file.write_text(file.read_text().replace("efficientnet_lite0", "efficientnet_lite2"))
     result = run("train.py", "--data", data, *resume)
     fails(result, "backbone efficientnet_lite2 there, efficientnet_lite0 here")
+
+
+def train_until(name, call, log, *options):
+    """train.py that is killed at the n-th call of a function."""
+    process = train_apart(log, *options, prepare=lambda: dies_at(name, call))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
 
 
 def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
@@ -190,11 +209,8 @@ def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
     succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
     cut = tmp_path / "cut"
     shutil.copytree(trained[0], cut / "tiny")
-    process = train_apart(
-        tmp_path / "log", *options, "--out", cut, prepare=lambda: dies_at("score_category", 1)
-    )
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL and (cut / "tiny/bolt/state.pt").exists()
+    train_until("report", 1, tmp_path / "log", *options, "--out", cut)
+    assert (cut / "tiny/bolt/state.pt").exists()
     fails(run("train.py", "--data", data / "bolt", *TINY, "--out", cut, "--resume"), "state.pt")
     succeeds(run("train.py", *options, "--out", cut, "--resume"))
     assert same_tensors(model_of(cut / "tiny", "bolt"), model_of(tmp_path / "whole/tiny", "bolt"))
@@ -202,12 +218,8 @@ def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
 
 def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_path):
     options = ("--data", data / "bolt", *TINY, "--out", tmp_path)
-    for seed, dies in ((3, "score_category"), (4, "extract")):  # after the last state, before any
-        process = train_apart(
-            tmp_path / "log", *options, "--seeds", seed, prepare=lambda dies=dies: dies_at(dies, 1)
-        )
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+    for seed, dies in ((3, "report"), (4, "extract")):  # after the last state, before any
+        train_until(dies, 1, tmp_path / "log", *options, "--seeds", seed)
     succeeds(run("train.py", *options, "--seeds", 4, "--resume"))
 
 
@@ -218,22 +230,172 @@ def test_pictures_that_are_asked_for_later_are_drawn_by_evaluate(data, trained, 
     result = succeeds(run("train.py", *options, "--out", tmp_path, *TINY, "--resume"))
     assert "finished categories stay: evaluate.py --run draws them again" in result.stderr
     succeeds(run("evaluate.py", *options, "--run", tmp_path))
-    assert len([*(tmp_path / "tiny/bolt/maps").iterdir()]) == 6
-    assert len([*tmp_path.rglob("bolt/**/*.tiff")]) == 6
-    again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3, "--maps", "none")
+    pictures = [*(tmp_path / "tiny/bolt/maps").rglob("*.png")]
+    assert len(pictures) == 6 and tmp_path / "tiny/bolt/maps/dent/hit3_000_png.png" in pictures
+    tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
+    assert tiff.mode == "F" and tiff.size == (48, 40) and len([*tmp_path.rglob("*.tiff")]) == 12
+    again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3)
     succeeds(run("train.py", *again))  # another model: the pictures are not its own
-    left = [*tmp_path.rglob("maps/*.png"), *tmp_path.rglob("*.tiff")]
-    assert not left and not [*tmp_path.rglob("contact-sheet.png")]
+    assert not [*tmp_path.rglob("maps/**/*.png"), *tmp_path.rglob("*.tiff")]
 
 
-def test_two_runs_into_one_folder(data, tmp_path):
+# ---- locks, links, files of others ---------------------------------------------------------------
+def test_a_second_run_into_a_folder_is_refused(data, trained, tmp_path):
+    """By train.py, evaluate.py --run and --image; the lock of a killed run is none."""
     fcntl = pytest.importorskip("fcntl")
-    (tmp_path / "tiny").mkdir()
-    with open(tmp_path / "tiny/.lock", "w") as lock:
-        lock.write("4242")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        fails(run("train.py", "--data", data, "--out", tmp_path, *TINY), "4242", "--out")
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    table = tmp_path / "tiny/line.csv"
+    image = ("--model", trained[0] / "bolt/model.pt", "--image", data / "bolt/test")
+    commands = {
+        "tiny/.lock": [("train.py", "--data", data, "--out", tmp_path, *TINY),
+                       ("evaluate.py", "--run", tmp_path, "--data", data)],
+        "tiny/.line.csv.lock": [("evaluate.py", *image, "--out", table)],
+    }  # fmt: skip
+    for name, several in commands.items():
+        with open(tmp_path / name, "w") as lock:
+            lock.write("4242")
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for command in several:
+                fails(run(*command), "process 4242 is writing here", "--out")
+    assert not table.exists()
+    succeeds(run(*commands["tiny/.lock"][1], "--maps", "none"))
+    succeeds(run(*commands["tiny/.line.csv.lock"][0]))
+    assert not [*tmp_path.rglob("*.lock")]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_note(monkeypatch, tmp_path, capsys, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    evaluate.SAID.clear()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with evaluate.locked(tmp_path):
+        pass
+    assert os.strerror(code) in capsys.readouterr().err
+
+
+def test_links_in_place_of_our_files_are_not_followed(tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
+    for name in (".lock", ".a.csv.tmp"):
+        (tmp_path / name).symlink_to(own)
+    with pytest.raises(InputError, match=r"\.lock: cannot be written"), evaluate.locked(tmp_path):
+        pass
+    with pytest.raises(InputError, match="a.csv: cannot be written"):
+        evaluate.write_csv(tmp_path / "a.csv", ("image",), [])
+    assert own.read_text() == "mine" and (tmp_path / ".a.csv.tmp").is_symlink()
+    (tmp_path / ".b.csv.tmp").write_text("of a run that was killed")
+    evaluate.write_csv(tmp_path / "b.csv", ("image",), [])
+    assert (tmp_path / "b.csv").read_bytes() == b"image\r\n"
+    assert not (tmp_path / ".b.csv.tmp").exists()
+
+
+FOREIGN_FILES = ("results.csv", "bolt/scores.csv", "bolt/train-scores.csv", "bolt/recipe.json",
+                 "bolt/model.pt", "bolt/state.pt")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN_FILES)
+def test_a_file_that_is_not_ours_stops_the_run_before_any_work(data, tmp_path, monkeypatch, name):
+    path = tmp_path / "tiny" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine, 1, 2")
+    monkeypatch.setattr(evaluate, "extract", None)
+    fails(run("train.py", "--data", data, "--out", tmp_path, *TINY), name, "move it")
+    assert path.read_text() == "mine, 1, 2"
+
+
+def test_pictures_that_are_not_ours_stay(data, trained, tmp_path):
+    """Whether they have the name of one that is to be drawn or not; that one costs itself."""
+    shutil.copytree(trained[0], tmp_path / "tiny")
+    names = ("maps/mine.png", "maps/dent/hit3_000_png.png", "scores.png")
+    for name in names:
+        (tmp_path / "tiny/bolt" / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / "tiny/bolt" / name, picture(7)[0])
+    mine = {name: (tmp_path / "tiny/bolt" / name).read_bytes() for name in names}
+    options = ("--run", tmp_path, "--data", data, "--category", "bolt")
+    result = succeeds(run("evaluate.py", *options))
+    assert all((tmp_path / "tiny/bolt" / name).read_bytes() == mine[name] for name in names)
+    for name in names[1:]:
+        assert f"{name} (" in result.stderr and "move it" in result.stderr
+    assert (tmp_path / "tiny/bolt/maps/dent/hit1_002_png.png").is_file()
+
+
+def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_path):
+    """By --image: the scores of a run, those of another folder, a photograph."""
+    model = ("--model", trained[0] / "bolt/model.pt")
+    shutil.copytree(trained[0] / "bolt", tmp_path / "run")
+    folder = ("evaluate.py", *model, "--image", data / "bolt/test")
+    before = (tmp_path / "run/scores.csv").read_bytes()
+    fails(run(*folder, "--out", tmp_path / "run"), "scores.csv", "move it")
+    assert (tmp_path / "run/scores.csv").read_bytes() == before
+    succeeds(run(*folder, "--out", tmp_path / "a.csv"))
+    before = (tmp_path / "a.csv").read_bytes()
+    for more in ((), ("--resume",)):
+        other = ("evaluate.py", *model, "--image", data / "nut/test", "--out", tmp_path / "a.csv")
+        fails(run(*other, *more), "a.csv: has rows of another folder", "bolt/test")
+    assert (tmp_path / "a.csv").read_bytes() == before
+    photo = tmp_path / "000_png.png"
+    save(photo, picture(1)[0])
+    before = photo.read_bytes()
+    image = data / "bolt/test/dent/000.png"
+    result = run("evaluate.py", *model, "--image", image, "--out", tmp_path)
+    assert "no picture" in succeeds(result).stderr and photo.read_bytes() == before
+
+
+def test_nothing_is_written_outside_out_whatever_names_say(tmp_path):
+    """Test images of paths like candle/../../x.png, and categories like ../x."""
+    root = tmp_path / "d/candle/Data"
+    paths = [root / "a.png", root / "../../x.png", tmp_path / "d/y.png"]
+    items = [evaluate.Item(path, "good", ()) for path in paths]
+    category = evaluate.Category("candle", "VisA", [], items, None)
+    maps = torch.zeros(3, 4, 4)
+    evaluate.write_maps(tmp_path / "out/candle", category, maps, [(4, 4)] * 3)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3
+    assert all(tmp_path / "out/anomaly_maps/candle/test/good" in path.parents for path in written)
+    for name in ("..", "../x", "/x", "a/../..", ""):
+        with pytest.raises(InputError, match="leads out of"):
+            evaluate.inside(tmp_path / "out", name)
+
+
+def test_what_the_program_wrote_is_never_an_input(data, trained, tmp_path):
+    """Of train.py, --run and --image; the demo's own images are."""
+    folder = tmp_path / "line"
+    shutil.copytree(data / "bolt/train/good", folder)
+    succeeds(run("train.py", "--data", folder, "--out", tmp_path / "o", *TINY, "--maps", "worst"))
+    drawn = next((tmp_path / "o").rglob("scores.png"))
+    shutil.copy(drawn, folder / "scores.png")
+    out, model = ("--out", tmp_path / "p"), ("--model", trained[0] / "bolt/model.pt")
+    fails(run("train.py", "--data", folder, *out, *TINY), "scores.png: a result of this program")
+    fails(run("evaluate.py", *model, "--image", folder, *out), "scores.png: a result")
+    fails(run("evaluate.py", *model, "--image", drawn, *out), "scores.png: a result")
+    demo = train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
+    train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
+    assert evaluate.digest_of_files(sorted(demo.rglob("*.png")))
+
+
+def test_escapes_and_line_breaks_in_names_do_not_reach_the_terminal(data, tmp_path):
+    bad = "\x1b]0;owned\x07\u202e\nx"
+    shutil.copytree(data / "bolt", tmp_path / f"d{bad}/bolt{bad}")
+    (tmp_path / f"d{bad}/bolt{bad}/test/dent").rename(tmp_path / f"d{bad}/bolt{bad}/test/de{bad}")
+    truth = tmp_path / f"d{bad}/bolt{bad}/ground_truth/dent"
+    truth.rename(truth.with_name(f"de{bad}"))
+    (tmp_path / f"d{bad}/bolt{bad}/notes{bad}.txt").write_text("")
+    out = tmp_path / f"o{bad}"
+    options = ("--data", tmp_path / f"d{bad}", "--out", out)
+    results = [run("train.py", *options, *TINY), run("train.py", *options, *TINY, "--resume")]
+    model = next(out.rglob("model.pt"))
+    images = ("--model", model, "--image", tmp_path / f"d{bad}/bolt{bad}/test")
+    results.append(run("evaluate.py", *images, "--out", tmp_path / f"s{bad}"))
+    for result in results:
+        text = succeeds(result).stdout + result.stderr
+        assert all(c.isprintable() for line in text.split("\n") for c in line)
+        assert not any(line.startswith("x") for line in text.split("\n"))
+    assert len([*(tmp_path / f"s{bad}").rglob("*.png")]) == 6
 
 
 # ---- kills ---------------------------------------------------------------------------------------
@@ -283,6 +445,24 @@ def dies_at(name, call):
     setattr(module, name, dying)
 
 
+@pytest.mark.parametrize("when, call", [("fsync", 1), ("replace", 1), ("csv_text", 3)])
+def test_a_scoring_that_is_killed_anywhere_keeps_its_rows(data, trained, tmp_path, when, call):
+    """While --resume writes its table again, and while it adds a row."""
+    command = ("--model", trained[0] / "bolt/model.pt", "--image", data / "bolt/test", "--out",
+               tmp_path / "s.csv", "--resume")  # fmt: skip
+    succeeds(run("evaluate.py", *command))
+    whole = (tmp_path / "s.csv").read_bytes()
+    half = b"".join(whole.splitlines(keepends=True)[:4])
+    (tmp_path / "s.csv").write_bytes(half)
+    process = apart(evaluate, tmp_path / "log", *command, prepare=lambda: dies_at(when, call))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert (tmp_path / "s.csv").read_bytes().startswith(half)
+    succeeds(run("evaluate.py", *command))
+    assert (tmp_path / "s.csv").read_bytes() == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"s.csv", "log"}
+
+
 @pytest.mark.parametrize(
     "when, call, maps",
     [
@@ -291,8 +471,8 @@ def dies_at(name, call):
         ("pixel_counts", 1, "none"),
         ("replace", 17, "none"),
         ("replace", 18, "worst"),
-        ("draw_map", 1, "worst"),
-        ("draw_contact_sheet", 1, "worst"),
+        ("draw_rows", 1, "worst"),
+        ("write_json", 1, "none"),
         ("write_csv", 1, "none"),
         ("write_csv", 2, "none"),
     ],
@@ -300,7 +480,7 @@ def dies_at(name, call):
 def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, maps):
     """SIGKILL at the n-th flush, rename, metric, picture or table: what stands is whole.
 
-    Sixteen renames are of states, four for each of four fits; then scores.csv, the model.
+    Sixteen renames are of states, four for each of four fits; then train-scores.csv, the model.
     """
     options = ("--data", data, "--out", tmp_path, *TINY, "--maps", maps)
     process = train_apart(tmp_path / "log", *options, prepare=lambda: dies_at(when, call))
@@ -309,8 +489,7 @@ def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, 
     for path in tmp_path.rglob("*.pt"):
         if not path.name.startswith("."):
             torch.load(path, weights_only=True)
-    table_was_next = when == "draw_contact_sheet" or (when, call) == ("write_csv", 2)
-    assert table_was_next or no_table(tmp_path)
+    assert no_table(tmp_path)
     succeeds(run("train.py", *options, "--resume"))
     resumed_is_whole(tmp_path / "tiny", trained[0])
 
@@ -345,12 +524,13 @@ def test_full_disk(data, trained, tmp_path, share):
     """
     with small_disk(tmp_path / "small", int(share * held_by(trained[0]))) as small:
         result = run("train.py", "--data", data, "--out", small, *DRAWN)
-        fails(result, "cannot be written", "--out")
+        fails(result, "cannot be written", "free some space")
         assert no_table(small) and not list(small.rglob("*.tmp"))
 
 
 @needs_root
 def test_full_disk_at_a_picture(data, trained, tmp_path):
+    """Models stay, and what cannot be written says so."""
     with small_disk(tmp_path / "small", 2 * held_by(trained[0])) as small:
         run_of = small / "tiny"
         shutil.copytree(trained[0], run_of)
@@ -359,10 +539,38 @@ def test_full_disk_at_a_picture(data, trained, tmp_path):
         models = {path: path.read_bytes() for path in run_of.rglob("*.pt")}
         size = f"remount,size={held_by(small) + 2**16}"  # room for the table of scores
         subprocess.run(["mount", "-o", size, str(small)], check=True)
-        result = run("evaluate.py", "--run", run_of, "--data", data, "--maps", "worst")
-        fails(result, ".png: cannot be written", "free some space")
+        result = run("evaluate.py", "--run", run_of, "--data", data, "--maps", "all")
+        assert ".png: cannot be written (No space left on device): free some" in result.stderr
         assert not list(small.rglob("*.tmp"))
         assert all(path.read_bytes() == model for path, model in models.items())
+
+
+@needs_root
+def test_a_full_disk_loses_no_row_of_a_table(data, trained, tmp_path):
+    """Of --image FOLDER --resume, at any size; with space again it goes on, from no byte too."""
+    command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image", data / "bolt")
+    with small_disk(tmp_path / "small", 1 << 16) as small:
+        table, filler = small / "s.csv", small / "filler"
+
+        def fill():
+            with contextlib.suppress(OSError), open(filler, "wb", 0) as f:
+                while True:
+                    f.write(bytes(4096))
+
+        table.touch()
+        fill()
+        fails(run(*command, "--out", table), "cannot be written", "free some space")
+        filler.unlink()
+        succeeds(run(*command, "--out", table))  # the empty table is a new one
+        whole = table.read_bytes()
+        half = b"".join(whole.splitlines(keepends=True)[:5])
+        table.write_bytes(half)
+        fill()
+        fails(run(*command, "--out", table, "--resume"), "cannot be written", "free some space")
+        assert table.read_bytes() == half
+        filler.unlink()
+        succeeds(run(*command, "--out", table, "--resume"))
+        assert table.read_bytes() == whole
 
 
 def test_a_machine_without_memory_left(data, tmp_path):
@@ -390,7 +598,7 @@ def test_a_machine_without_memory_left(data, tmp_path):
         (wtflow.PositionGaussian, "fit", 5),
         (torch, "save", 3),
         (evaluate, "pixel_counts", 2),
-        (evaluate, "draw_map", 6),
+        (evaluate, "draw_rows", 6),
     ],
 )
 def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, module, name, call):
@@ -406,7 +614,7 @@ def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, modul
             torch.empty(1 << 50)
         return f(*args, **options)
 
-    options = ("--data", data, "--out", tmp_path, *(DRAWN if name == "draw_map" else TINY))
+    options = ("--data", data, "--out", tmp_path, *(DRAWN if name == "draw_rows" else TINY))
     monkeypatch.setattr(module, name, greedy)
     fails(run("train.py", *options), "out of memory", "--resume")
     monkeypatch.undo()
