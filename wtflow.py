@@ -39,7 +39,6 @@ Letters in shapes: n images, N positions, d channels of x_0, h x w the map.
 
 import importlib.util
 import math
-import pickle
 import statistics
 import zlib
 from collections.abc import Callable, Iterable
@@ -77,7 +76,6 @@ class Recipe:
     # Vector field and its training
     field: str = "position"  # [ours] "position": an MLP at each position; "unet": over the map
     width: int = 384  # [ours] channels of its hidden layers; of the U-Net's first level
-    time_conditioned: bool = True  # [paper] whether v_theta sees t
     steps: int = 0  # [ours] 0: as many as train.count_steps says
     batch: int = 1024  # [ours] positions ("position") or images ("unet") per step
     lr: float = 1e-2  # [ours] peak learning rate of AdamW
@@ -205,7 +203,7 @@ def flow_matching_loss(
 
     couple(x_0, generator) -> x_1 is a coupling. The expected loss is smallest for the marginal
     field u_t(x) = E[x_1 - x_0 | x_t = x]; among fields that do not see t, for its mean over
-    p(t | x) (claim B).
+    p(t | x) (B).
     """
     if t is None:
         t = torch.rand(len(x_0), generator=generator, dtype=x_0.dtype, device=x_0.device)
@@ -230,11 +228,10 @@ class PositionField(nn.Module):
 
     TIME_WIDTH = 32
 
-    def __init__(self, d: int, width: int = 384, time_conditioned: bool = True):
+    def __init__(self, d: int, width: int = 384):
         super().__init__()
-        self.time_width = self.TIME_WIDTH if time_conditioned else 0
         self.hidden = nn.Sequential(
-            *(nn.Linear(d + self.time_width, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
+            *(nn.Linear(d + self.TIME_WIDTH, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
             *(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.GELU()),
         )
         self.out = nn.Linear(width, d)
@@ -242,9 +239,8 @@ class PositionField(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x = x.movedim(1, -1)
         rows = x.reshape(-1, x.shape[-1])  # (N, d)
-        if self.time_width:
-            times = sinusoid(t, self.time_width).repeat_interleave(math.prod(x.shape[1:-1]), 0)
-            rows = torch.cat([rows, times.to(rows.dtype)], 1)
+        times = sinusoid(t, self.TIME_WIDTH).repeat_interleave(math.prod(x.shape[1:-1]), 0)
+        rows = torch.cat([rows, times.to(rows.dtype)], 1)
         return self.out(self.hidden(rows)).view(x.shape).movedim(-1, 1)
 
 
@@ -410,7 +406,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, time_width: int):
         super().__init__()
-        self.time = nn.Linear(time_width, c_in) if time_width else None
+        self.time = nn.Linear(time_width, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
@@ -418,8 +414,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, embedding):
-        if self.time is not None:
-            x = x + self.time(embedding)[:, :, None, None]
+        x = x + self.time(embedding)[:, :, None, None]
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
 
@@ -431,9 +426,9 @@ class UNetField(nn.Module):
     padded to multiples of 4 and cut back.
     """
 
-    def __init__(self, d: int, width: int = 128, time_conditioned: bool = True):
+    def __init__(self, d: int, width: int = 128):
         super().__init__()
-        b, e = width, 2 * (width // 2) * time_conditioned
+        b, e = width, 2 * (width // 2)
         self.time_width = e
         self.inp = nn.Conv2d(d, b, 1)
         self.out = nn.Conv2d(b, d, 1)
@@ -445,7 +440,7 @@ class UNetField(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        embedding = sinusoid(t, self.time_width) if self.time_width else None
+        embedding = sinusoid(t, self.time_width)
 
         def stage(blocks, y):
             for block in blocks:
@@ -464,7 +459,7 @@ class UNetField(nn.Module):
 def new_field(recipe: Recipe, d: int) -> nn.Module:
     """An untrained v_theta for d channels."""
     kind = PositionField if recipe.field == "position" else UNetField
-    return kind(d, recipe.width, recipe.time_conditioned)
+    return kind(d, recipe.width)
 
 
 # ---- 10. The detector: image -> anomaly map and score --------------------------------------------
@@ -811,33 +806,27 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
     torchvision's, fetched once, its hash checked (Wide-ResNet-50-2). net.digest tells them apart.
     """
     wide = backbone == "wide_resnet50_2"
+    file = weights or (None if wide else package_weights(backbone))
     with torch.device("meta"):  # no time spent on weights that are replaced
         net = WideResNet50() if wide else EfficientNetLite(backbone)
     try:
-        if weights is None and wide:
+        if file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
             state = torch.hub.load_state_dict_from_url(
                 WideResNet50.URL, map_location="cpu", check_hash=True, weights_only=True
             )
-        else:
-            file = weights or package_weights(backbone)
-            state = torch.load(file, map_location="cpu", weights_only=True)
         body = {k: v for k, v in state.items() if not k.startswith(EfficientNetLite.HEAD)}
         net.load_state_dict(body, assign=True)
         if any(v.dtype != torch.float32 for v in net.parameters()):
-            raise ValueError("its values are not float32")
+            raise ValueError("not float32")
         net.digest = digest_of(body)
-    except InputError:
-        raise
     except OSError as e:
         remedy = f"download {WideResNet50.URL} and pass" if wide else "pass"
         raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None
-    except Exception as e:  # what is no file of tensors raises a dozen types
-        damaged = isinstance(e, pickle.UnpicklingError)  # torch says how to run what is in the file
-        text = str(e) or type(e).__name__
-        reason = "not a file of tensors" if damaged else text.splitlines()[0]
-        raise InputError(
-            f"{weights}: not a state dict of {backbone} ({reason}): pass its own with --weights"
-        ) from None
+    except Exception:  # what is no file of tensors raises a dozen types
+        text = f"not a state dict of {backbone} in float32: pass its own with --weights"
+        raise InputError(f"{file}: {text}") from None
     for module in freeze(net).modules():  # buffers that no checkpoint holds
         for name, weight in [*module.named_parameters(recurse=False)]:
             delattr(module, name)

@@ -383,7 +383,6 @@ ABLATION = (
     {"rho": 0.5, "time": 0.48},
     {"time": 0.5},
     {"time": 0.7},
-    {"time_conditioned": False},
     {"steps": 400},
     {"steps": 1600},
     {"width": 768},
