@@ -38,8 +38,8 @@ from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # of AdamW
-IMAGES_PER_PASS = 100  # [ours] so many images are worth one pass over their positions
-MOST_STEPS = 800  # [ours]
+STEPS_PER_IMAGE = 4  # [ours] of the field of one position
+MOST_STEPS = 800  # [ours] of it
 EPOCHS = 100  # [released] of the U-Net
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
@@ -117,18 +117,17 @@ def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor
 
 
 def count_steps(recipe: Recipe, features: Tensor) -> int:
-    """Training steps for features (n, d, h, w): those of the recipe, if it gives a number.
+    """Training steps for features of n images: those of the recipe, if it gives a number.
 
-    By default n / IMAGES_PER_PASS passes over the positions, at most MOST_STEPS: few images want
-    few passes. The released U-Net makes EPOCHS passes over the maps.
+    By default STEPS_PER_IMAGE n, at most MOST_STEPS: few images want few passes. The released U-Net
+    makes EPOCHS passes over the maps.
     """
-    n, _, h, w = features.shape
+    n = len(features)
     if recipe.steps:
         return recipe.steps
     if recipe.field == "unet":
         return EPOCHS * -(-n // recipe.batch)
-    passes = n / IMAGES_PER_PASS
-    return max(1, min(MOST_STEPS, round(passes * n * h * w / recipe.batch)))
+    return min(MOST_STEPS, STEPS_PER_IMAGE * n)
 
 
 def warm_up_cosine(done: float) -> float:

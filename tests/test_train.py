@@ -24,15 +24,12 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     )
 
 
-def test_steps_are_a_pass_for_each_hundred_images_unless_a_number_is_given():
-    features = torch.zeros(50, 152, 8, 8)
-    assert train.count_steps(tiny(steps=0), features) == 50
-    assert train.count_steps(tiny(steps=0), features.repeat(2, 1, 1, 1)) == 200
-    assert train.count_steps(tiny(steps=0), features.repeat(6, 1, 1, 1)) == 800
-    assert train.count_steps(tiny(steps=0), features[:1]) == 1
+def test_steps_grow_with_the_images_to_a_limit_unless_a_number_is_given():
+    features = torch.zeros(9, 152, 8, 8)
+    assert train.count_steps(tiny(steps=0), features) == 36
+    assert train.count_steps(tiny(steps=0), features.repeat(30, 1, 1, 1)) == 800
     assert train.count_steps(tiny(steps=7), features) == 7
-    released = tiny(**RELEASED | {"steps": 0, "batch": 8})
-    assert train.count_steps(released, features[:9]) == 200
+    assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
 
 def test_each_step_has_its_learning_rate(monkeypatch):
