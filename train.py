@@ -37,11 +37,11 @@ import wtflow
 from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
-WEIGHT_DECAY = 0.01  # of AdamW
+WEIGHT_DECAY = 0.01  # [ours] of AdamW
 STEPS_PER_IMAGE = 4  # [ours] of the field of one position
 MOST_STEPS = 800  # [ours] of it
 EPOCHS = 100  # [released] of the U-Net
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
+WARM_UP = 0.1  # [ours] share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
@@ -119,8 +119,8 @@ def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor
 def count_steps(recipe: Recipe, features: Tensor) -> int:
     """Training steps for features of n images: those of the recipe, if it gives a number.
 
-    By default STEPS_PER_IMAGE n, at most MOST_STEPS: few images want few passes. The released U-Net
-    makes EPOCHS passes over the maps.
+    By default STEPS_PER_IMAGE n, at most MOST_STEPS: about two passes over the positions, fewer of
+    more than 200 images. The released U-Net makes EPOCHS passes over the maps.
     """
     n = len(features)
     if recipe.steps:

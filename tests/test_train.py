@@ -32,7 +32,7 @@ def test_steps_grow_with_the_images_to_a_limit_unless_a_number_is_given():
     assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
 
-def test_each_step_has_its_learning_rate(monkeypatch):
+def test_each_step_has_its_learning_rate():
     """The first of a cycle is zero: the field of one step is the one that was drawn."""
     detector, features = Detector(tiny(steps=1)), gaussian((4, 152, 4, 4))
     detector.feature_whitening += torch.eye(152)

@@ -113,6 +113,17 @@ def test_couplings_keep_shape_and_follow_their_generator(couple, shape):
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+def test_the_coupling_of_a_recipe_has_its_rho():
+    x_0 = gaussian((9, 4))
+    for recipe, same in (
+        (Recipe(rho=0.9), partial(wtflow.worst, rho=0.9)),
+        (Recipe(coupling="independent", rho=0.9), wtflow.independent),
+        (Recipe(coupling="optimal"), wtflow.optimal),
+    ):
+        x_1 = wtflow.coupling_of(recipe)(x_0, torch.Generator().manual_seed(1))
+        assert torch.equal(x_1, same(x_0, torch.Generator().manual_seed(1)))
+
+
 def test_optimal_beats_every_permutation():
     x_0 = gaussian((5, 3))
     x_1 = wtflow.optimal(x_0, torch.Generator().manual_seed(3))
@@ -267,6 +278,7 @@ def test_map_and_score_by_hand():
     weights = torch.tensor([1.0, 2.0, 1.0]) / 4
     assert torch.allclose(y[0, 1:4, 1:4], 6 * weights[:, None] * weights)
     assert s.item() == pytest.approx(6 / 4)
+    assert wtflow.map_and_score(-square)[1].item() == 0  # of rounding
     flat, s = wtflow.map_and_score(torch.full((2, 4, 3), 2.25))
     assert torch.allclose(flat, torch.tensor(1.5)) and torch.allclose(s, torch.tensor(1.5))
 
@@ -284,7 +296,7 @@ def test_released_map_and_score_by_hand():
 # ---- fields ------------------------------------------------------------------------------------
 def every_parameter_learns(field, y):
     y.square().sum().backward()
-    return all(p.grad is not None and torch.isfinite(p.grad).all() for p in field.parameters())
+    return all(p.grad.any() and torch.isfinite(p.grad).all() for p in field.parameters())
 
 
 @pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 8), (16, 9)])
@@ -313,6 +325,12 @@ def test_a_position_field_sees_each_position_alone_and_the_time_of_its_image():
     changed[1, :, 0, 2] += 1
     moved = (v_theta(changed, t) - y).abs().amax(1) > 1e-6
     assert moved[1, 0, 2] and moved.sum() == 1
+
+
+def test_the_embedding_of_time_by_hand():
+    angles = np.array([300.0, 3.0])  # 1000 t 10^0 and 1000 t 10^-2
+    by_hand = np.concatenate([np.cos(angles), np.sin(angles)])
+    assert np.allclose(wtflow.sinusoid(torch.tensor([0.3], dtype=torch.float64), 4), by_hand)
 
 
 @pytest.mark.parametrize("width, low, high", [(768, 760, 766), (128, 21, 22)])
@@ -349,7 +367,11 @@ def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
     again.load_state_dict(state)
     for one, other in zip(detector(images), again(images), strict=True):
         assert torch.equal(one, other)
-    for wrong in ({}, {**state, "more": torch.zeros(1)}, {**state, "out.bias": torch.zeros(2)}):
+    for wrong in (
+        {},
+        {**state, "more": torch.zeros(1)},
+        {**state, "field.out.bias": torch.zeros(2)},
+    ):
         with pytest.raises(RuntimeError):
             again.load_state_dict(wrong)
 
@@ -604,6 +626,9 @@ def test_features_are_one_grid_of_joined_levels():
     y, coarse = (wtflow.extract_features(net, images, r).float() for r in (three, wide))
     assert y.shape == (2, 176, n // 8, n // 4)
     close = partial(torch.allclose, rtol=1e-2, atol=1e-2)
+    assert close(y[:, :24], F.avg_pool2d(levels[4], 3, 2, 1).float())
     assert close(y[:, 24:64], F.avg_pool2d(levels[8], 3, 1, 1).float())
+    upper = F.avg_pool2d(levels[16], 3, 1, 1).float()
+    assert close(y[:, 64:], F.interpolate(upper, y.shape[-2:], mode="bilinear"))
     assert close(coarse[:, 64:], F.avg_pool2d(levels[16], 3, 1, 1).float())
     assert close(coarse[:, 24:64], y[:, 24:64, ::2, ::2])
