@@ -95,10 +95,9 @@ class Recipe:
 def extract_features(net: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
     """RGB uint8 (n, 3, H, W) -> features (n, d, h, w) float16, h = H / spacing.
 
-    The chosen layers of `net` on one grid. Each is averaged over 3 x 3 and sampled at every
-    `spacing` pixels, a coarser one interpolated, as PatchCore does (Roth et al. 2022). The release
-    has layer3 alone, AvgPool2d(3, 2, 1). Always float16, so that stored features equal those of an
-    image that is scored alone.
+    The chosen layers of `net` on one grid: each is averaged over 3 x 3 and sampled at every
+    `spacing` pixels, a coarser one interpolated (PatchCore, Roth et al. 2022). The release has
+    layer3 alone, AvgPool2d(3, 2, 1). Always float16: stored features equal those scored alone.
     """
     x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
     grid, joined = tuple(side // recipe.spacing for side in images.shape[-2:]), []
