@@ -726,6 +726,8 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
         say_once(f"{path}: {text}: defective from {top / 2:g} on", about=(path.parent, "faint"))
         values = np.where(values >= top / 2, values, 0)
     if image.mode == "P":
+        if top >= (colours := len(image.getpalette()) // 3):
+            raise InputError(f"{path}: {top} is none of its {colours} colours: save it with 0, 255")
         values = np.asarray(image.convert("RGB")).max(2)
     share = (values != 0).mean()
     if share == 0 or share > 0.5:
@@ -836,10 +838,9 @@ def new_detector(
     """
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights)
-    detector = detector.to(pick_device(device))
-    aspects = sorted(h / w for h, w in sizes)
-    make = {"aspect": (aspects[0], aspects[-1])}
+    recipe, aspects = wtflow.recipe_for(recipe, sizes), [h / w for h, w in sizes]
+    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
+    make = {"aspect": (min(aspects), max(aspects))}
     detector.reading = Reading(white_level_of(files), ignore, make)
     return detector
 

@@ -41,6 +41,14 @@ def turned(orientation):
     return exif
 
 
+def read_or_refused(path, read, *args):
+    """What it gives; None where it is refused by one line that names the path."""
+    try:
+        return read(*args)
+    except InputError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+
+
 # ---- layouts -------------------------------------------------------------------------------------
 def test_mvtec_root_and_one_category(tmp_path, capsys):
     """What lies beside the categories is named, and never trained on."""
@@ -89,20 +97,19 @@ def test_visa(visa):
     assert only(root) == c
     (root / "split_csv/1cls.csv").write_text(by_hand.replace("test,anomaly", "train,anomaly"))
     assert counts(only(root)) == (3, {"good": 2})
+    (root / "split_csv/1cls.csv").write_text(rows.replace(",", ";"))
+    with pytest.raises(InputError, match="1cls.csv: not VisA's split"):
+        read_dataset(root)
+    (root / "split_csv/1cls.csv").unlink()
+    with pytest.raises(InputError, match="1cls.csv: cannot be read"):
+        read_dataset(root)
 
 
-@pytest.mark.parametrize("image", ["candle/../../x.png", "nut/0.png", "/x.png", ";", None])
-def test_a_split_file_that_leads_elsewhere_or_is_none_is_refused(visa, image):
+@pytest.mark.parametrize("image", ["candle/../../x.png", "nut/0.png", "/x.png"])
+def test_an_image_outside_of_its_category_is_refused(visa, image):
     root, rows = visa
     (root / "split_csv/1cls.csv").write_text(f"{rows}\ncandle,test,normal,{image},")
-    words = "lies outside of .*candle: mend the split file"
-    if image == ";":
-        (root / "split_csv/1cls.csv").write_text(rows.replace(",", ";"))
-        words = "1cls.csv: not VisA's split"
-    if image is None:
-        (root / "split_csv/1cls.csv").unlink()
-        words = "1cls.csv: cannot be read"
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match="lies outside of .*candle: mend the split file"):
         read_dataset(root)
 
 
@@ -357,17 +364,12 @@ def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
             path.symlink_to("nowhere.png")
         elif folder != path:
             path.write_bytes(b"")
-    try:
-        _, categories = read_dataset(root.parent if whole else root)
-    except InputError as e:
-        assert str(tmp_path) in str(e) and "\n" not in str(e)
-        return
-    assert categories and all(c.train for c in categories)
-    for c in categories:
+    found = read_or_refused(tmp_path, read_dataset, root.parent if whole else root)
+    for c in found[1] if found else ():
+        assert c.train
         for p in [*c.train, *(i.path for i in c.test)]:  # all are empty or dangling links
-            with pytest.raises(InputError, match="cannot be read") as e:
+            with pytest.raises(InputError, match=f"{re.escape(str(p))}: cannot be read"):
                 read_image(p)
-            assert str(p) in str(e.value)
 
 
 LEFT_OUT = [  # a file, how many images it leaves out or what the refusal says
@@ -497,10 +499,7 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path):
             blob[k : k + n] = rng.bytes(rng.choice([n, n, n, int(rng.integers(0, 9))]))
         path.write_bytes(blob[: rng.integers(1, len(blob))] if rng.random() < 0.2 else blob)
         for read in (read_image, read_mask, lambda p: evaluate.image_sizes([p])):
-            try:
-                read(path)
-            except InputError as e:
-                assert str(path) in str(e) and "\n" not in str(e)
+            read_or_refused(path, read, path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
@@ -541,18 +540,14 @@ def test_a_strip_is_read_and_what_decodes_to_too_many_bytes_is_refused(
 
 
 def test_what_is_no_image_is_refused(tmp_path):
-    """PostScript would start a program; AVIF has no suffix here; a pipe would not end."""
-    path, readers = tmp_path / "x.png", (read_image, lambda path: evaluate.leave_out([], path))
+    """PostScript would start a program; a pipe would not end."""
+    path = tmp_path / "x.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(InputError, match="x.png: cannot be read as an image .cannot identify"):
         read_image(path)
-    if "AVIF" in Image.registered_extensions().values():
-        Image.fromarray(RGB).save(path, format="AVIF")
-        with pytest.raises(InputError, match="x.png: cannot be read as an image .cannot identify"):
-            read_image(path)
     path.unlink()
     os.mkfifo(path)
-    for read in readers:
+    for read in (read_image, lambda path: evaluate.leave_out([], path)):
         with pytest.raises(InputError, match="x.png: cannot be read as .*a.* pipe"):
             read(path)
 
@@ -674,6 +669,7 @@ def test_hostile_masks_are_read_as_regions_or_refused_by_name(
             image = Image.fromarray(a.astype(np.uint16))
         elif mode == "P":
             image = Image.fromarray(a, "P")
+            image.putpalette(np.arange(256).repeat(3).tolist())
         else:
             image = Image.fromarray(a).convert(mode)
         image.save(path, format={"txt": "PNG", "tif": "TIFF"}.get(suffix, suffix.upper()))
@@ -682,11 +678,9 @@ def test_hostile_masks_are_read_as_regions_or_refused_by_name(
     blob = path.read_bytes()
     kept = int(cut * len(blob)) if isinstance(cut, float) else cut
     path.write_bytes(blob[:kept])
-    try:
-        regions, union = evaluate.masks_of(evaluate.Item(path, "dent", (path,)), (12, 20))
-    except InputError as e:
-        assert str(path) in str(e) and "\n" not in str(e)
-    else:
+    item = evaluate.Item(path, "dent", (path,))
+    if found := read_or_refused(path, evaluate.masks_of, item, (12, 20)):
+        regions, union = found
         assert size == (12, 20) and union.dtype == bool and len(regions) == bool(union.any())
         if mode not in ("CMYK", "1"):
             assert np.array_equal(union, a > 0)
@@ -731,11 +725,12 @@ def test_masks_of_many_kinds_are_read(tmp_path, capsys, name, array, note):
         ("a.jpg", Image.fromarray(255 * MASK), "a mask as JPEG"),
         ("b.webp", Image.fromarray(255 * MASK), "a mask as WEBP"),
         ("c.png", VOC, "label 6 beside a border 255"),
-        ("d.tif", Image.fromarray(np.full(MASK.shape, np.nan, np.float32)), "floating-point"),
+        ("d.png", Image.fromarray(MASK, "P"), "1 is none of its 1 colours"),
+        ("e.tif", Image.fromarray(np.full(MASK.shape, np.nan, np.float32)), "floating-point"),
     ],
 )
 def test_masks_that_may_be_misread_are_refused(tmp_path, name, image, words):
-    """JPEG by format; VOC's labels and border; NaN, which is not zero."""
+    """JPEG by format; VOC's labels and border; a value without a colour; NaN, which is not zero."""
     image.save(tmp_path / name)
     for read in (evaluate.read_ignored, lambda path: read_mask(path, MASK.shape)):
         with pytest.raises(InputError, match=f"{name}: .*{words}"):
