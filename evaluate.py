@@ -520,9 +520,9 @@ def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> I
     if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
         raise InputError(
             f"an image of shape {value.shape} and {value.dtype}: give uint8 (H, W) or (H, W, 3) in "
-            "RGB; if channels come first image.transpose(1, 2, 0); of several list(images); of "
-            "other values (image * (255 / white_level)).round().astype(np.uint8), white_level 1 of "
-            "values in 0..1, the same for all"
+            "RGB, without transparency; if channels come first image.transpose(1, 2, 0); of "
+            "several list(images); of values in 0..1 (255 * image).round().astype(np.uint8); of "
+            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
         )
     return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
 
