@@ -137,7 +137,7 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     if file is None:
         return categories, []
     own, lines = categories, [line.strip().strip('"') for line in text_of(Path(file)).splitlines()]
-    if lines and "leave_out" in lines[0].split(","):
+    if lines and "leave_out" in lines[0].replace('"', "").split(","):
         rows = rows_of(Path(file))
         lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
         place = Path(file).resolve().parent.name
@@ -1112,8 +1112,8 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
             kind = f"{part}_anomalies"
             row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"] if kind in kinds else None
             row[f"spro_{part}"] = pixel_metrics(pixels, [kind], SPRO_LIMIT)[2]
-        for mean, of in (("image_auroc", "image_auroc_"), ("spro", "spro_")):
-            row[mean] = mean_of([row[f"{of}logical"], row[f"{of}structural"]])
+        for metric in ("image_auroc", "spro"):
+            row[metric] = mean_of([row[f"{metric}_logical"], row[f"{metric}_structural"]])
     return row | {"kinds": list(kinds.values())}
 
 

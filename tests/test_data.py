@@ -377,6 +377,7 @@ LEFT_OUT = [  # a file, how many images it leaves out or what the refusal says
     ('"C:\\parts\\bolt\\train\\good\\004.png"\r\n', "is that of 0"),
     ('"train\\good\\004.png"\r\n./005.png', 2),
     ("image,score,leave_out\n004.png,9,x\n005.png,8,\n", 1),
+    ('"image","score","leave_out"\n"004.png","9","x"\n', 1),
     ("", "leaves nothing out: put a mark"),
     ("image,score,leave_out\n004.png,9,\n", "leaves nothing out"),
     ("image,kind,score,p_value,verdict\n004.png,,9,0.1,good\n", "its column leave_out"),
