@@ -490,8 +490,9 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
         pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
     low, high = pixels.min(), pixels.max()
     if high - low <= FEW_LEVELS:
-        text = f"grey values {low} to {high} of 0 to 255 (white level {reading.white_level:g})"
-        say_once(f"{name}: has {text}: is it blank?", about=(Path(name).parent, "levels"))
+        text = f"grey values {low} to {high} of 0 to 255, the white level {reading.white_level:g}"
+        text += ": is it blank, or does a training image reach too high?"
+        say_once(f"{name}: has {text}", about=(Path(name).parent, "levels"))
     return pixels, image.info.get(FULL_SIZE, image.size[::-1])
 
 

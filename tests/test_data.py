@@ -628,7 +628,7 @@ def test_images_of_few_grey_levels_are_named(tmp_path, capsys):
     hot[0, 0] = 65535
     for k, (images, words) in enumerate((
         ([values], ""),
-        ([values, hot], "grey values 0 to 16 of 0 to 255 (white level 65535)"),
+        ([values, hot], "grey values 0 to 16 of 0 to 255, the white level 65535"),
         ([(values // 16).astype(np.uint8)], ""),
         ([(0 * values).astype(np.uint8)], "grey values 0 to 0 of 0 to 255"),
     )):  # fmt: skip
