@@ -1188,7 +1188,8 @@ def pixel_metrics(pixels: dict, defects: list, limit: float = PRO_LIMIT) -> tupl
 def image_metrics(scores: Array, defective: Array) -> tuple:
     """AUROC and average precision of image scores, exact."""
     falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
-    parts = (rank[defective], rank[~defective])
+    bad = np.asarray(defective, bool)
+    parts = (rank[bad], rank[~bad])
     return auroc_ap(*(np.bincount(part, minlength=len(falling)) for part in parts))
 
 
