@@ -136,34 +136,31 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
     """
     if file is None:
         return categories, []
-    own, lines = categories, [line.strip() for line in text_of(Path(file)).splitlines()]
-    if lines and re.match(r'"?image"?\s*([,;\t]|$)', lines[0]):
+    own, lines = categories, [line.strip().strip('"') for line in text_of(Path(file)).splitlines()]
+    if lines and "leave_out" in lines[0].replace('"', "").split(","):
         rows = rows_of(Path(file))
-        if any("leave_out" not in row for row in rows):
-            raise InputError(f"--leave-out {file}: no column leave_out, after a comma: give a "
-                             "train-scores.csv as it was written")  # fmt: skip
         lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
         place = Path(file).resolve().parent.name
         own = [category for category in categories if category.name == place] or categories
-    names, dropped = [name for line in lines if (name := line.strip('"'))], set()
-    if not names:
-        raise InputError(f"--leave-out {file}: leaves nothing out: put a mark into its column "
-                         "leave_out, or write a name a line")  # fmt: skip
     every = [path for category in own for path in category.train]
+    names, dropped = [line for line in lines if line], set()
     for name in names:
         path = PureWindowsPath(name)  # whose separators are both / and \
         parts = path.relative_to(path.anchor).parts
         found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
         if len(found) != 1:
-            what = f"that of {len(found)}: write more of its path" if found else "of none"
-            raise InputError(f"--leave-out {file}: {name} is {what}, it has to name one training "
-                             "image")  # fmt: skip
+            raise InputError(
+                f"--leave-out {file}: of the training images {name} is that of {len(found)}: write "
+                "more of its path, one a line; or give a train-scores.csv as it was written, with "
+                "its column leave_out"
+            )
         dropped.update(found)
-    say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
     kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
-    for category in kept:
-        if not category.train:
-            raise InputError(f"--leave-out {file}: no training image of {category.name} is left")
+    if not names or not all(category.train for category in kept):
+        what = "no training image of a category" if names else "nothing out"
+        raise InputError(f"--leave-out {file}: leaves {what}: put a mark into the column leave_out "
+                         "of those that are no good images, or write a name a line")  # fmt: skip
+    say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
     return kept, names
 
 
@@ -202,11 +199,8 @@ def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Categ
         elif folder != truth:
             own = folder / "gt" if rgb else child(truth, folder.name)
             own = own or (truth and truth / folder.name)
-            masks = own and masks_of_images(images, folder / inner, own, loco)
-            items += [Item(path, folder.name, own and masks[path]) for path in images]
-    if items and all(item.kind != "good" for item in items):
-        kinds = listed(sorted({item.kind for item in items}))
-        say_once(f"{root.name}: no good images in test: {kinds} are defects")
+            masks = masks_of_images(images, folder / inner, own, loco) if own else {}
+            items += [Item(path, folder.name, masks.get(path)) for path in images]
     images = [path for folder in good for path in images_under(folder / inner)]
     category = Category(root.name, images, items, saturation_of(root) if loco else None)
     return checked(category, root, folders_in(root), trained)
@@ -487,8 +481,7 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
     """
     name, ignore = name_of(value), reading.ignore
     with unreadable(name):
-        enough = 2 * max(shape) if ignore is None else 0
-        image = as_image(value, reading.white_level, enough)
+        image = as_image(value, reading.white_level, 2 * max(shape) if ignore is None else 0)
         if ignore is not None:
             if image.size != ignore.shape[::-1]:
                 size = "{} x {}, the mask of --ignore {} x {}".format(*image.size, *ignore.T.shape)
@@ -497,9 +490,9 @@ def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
         pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
     low, high = pixels.min(), pixels.max()
     if high - low <= FEW_LEVELS:
-        text = f"has grey values {low} to {high} of 0 to 255 (white level {reading.white_level:g}):"
-        text += " if that is too few, mend images that reach higher, or rescale all of them"
-        say_once(f"{name}: {text}", about=(Path(name).parent, "levels"))
+        text = f"grey values {low} to {high} of 0 to 255, the white level {reading.white_level:g}"
+        text += ": is it blank, or does a training image reach too high?"
+        say_once(f"{name}: has {text}", about=(Path(name).parent, "levels"))
     return pixels, image.info.get(FULL_SIZE, image.size[::-1])
 
 
@@ -522,8 +515,8 @@ def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> I
                 value.load()
             return ImageOps.exif_transpose(value).convert("RGB")  # as open_image does
     if not isinstance(value, np.ndarray):
-        raise InputError(f"an image of type {type(value).__name__}: give a path, a PIL image, a "
-                         "numpy array, or a list of them")  # fmt: skip
+        kind = type(value).__name__
+        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
     shape = value.shape[:2] if value.shape[2:] == (1,) else value.shape
     if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
         raise InputError(
@@ -645,8 +638,8 @@ PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 def white_level_of(paths: list) -> float:
     """The white level of a data set, from its training images; it is kept with the model.
 
-    The smallest of 255, 1023, 4095, 16383, 65535, ... that holds the values of all of them, so that
-    a value is the same grey in every image. An image of 8 bits is read as it is.
+    The smallest of WHITE_LEVELS that holds the values of all of them, so that a value is the same
+    grey in every image. An image of 8 bits is read as it is.
     """
     highest = 0
     for path in paths:
@@ -659,16 +652,14 @@ def white_level_of(paths: list) -> float:
 
 def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
     """An image of more than 8 bits in 8, 0..white_level -> 0..255."""
-    values, fault = np.asarray(image), ""
+    values = np.asarray(image)
     if values.min() < 0:
-        fault = f"has values down to {values.min()}: rescale it to 0 and more"
+        raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
     if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        fault = "is a negative, its 0 is white: save it so that 0 is black"
+        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
     if np.median(values) > white_level:
-        fault = f"half of its values are above {white_level:g}, the white level of the training "
-        fault += "images: save it with their depth"
-    if fault:
-        raise InputError(f"{path}: {fault}")
+        text = f"half of its values are above {white_level:g}, the white level of the training"
+        raise InputError(f"{path}: {text} images: save it with their depth")
     if values.max() > white_level:
         say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
     values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
@@ -677,7 +668,7 @@ def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image
 
 # Masks
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
-BRIGHT, FAINT = 128, 1 / 8  # values below a share FAINT of one as high as BRIGHT are refused
+BRIGHT, FAINT = 128, 1 / 8  # faint: below this share of the largest, where that is bright
 
 
 def masks_of(
@@ -713,10 +704,9 @@ def masks_of(
 def read_mask(path: Path, size: tuple | None = None) -> Array:
     """Values (H, W) of a mask, not zero where it is defective.
 
-    Of the channels the largest, but for alpha; a palette is read by its colours. Says so if nothing
-    or most of it is defective; where a bright one has faint values, from half of its largest on.
-    Raises InputError for a format that may have changed the values, for a palette of labels and a
-    border, and if its image has another size, (H, W).
+    Of the channels the largest, but for alpha; a palette is read by its colours; where bright
+    values stand beside faint ones, from half of the largest on. Raises InputError for a format that
+    may have changed the values, for labels and a border, and if its image has another size, (H, W).
     """
     image = open_image(path)
     if image.format not in LOSSLESS:
@@ -727,16 +717,18 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
     values = np.asarray(image)
     if values.ndim == 3:
         values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
-    faint = values[(values > 0) & (values < FAINT * values.max())]
-    if values.max() >= BRIGHT and faint.size:
+    top = int(values.max())
+    faint = values[(values > 0) & (values < FAINT * top)]
+    if top >= BRIGHT and faint.size:
         if image.mode == "P":
-            text = f"label {faint.max()} beside a border {values.max()}, which does not count"
+            text = f"label {faint.max()} beside a border {top}, which does not count"
             raise InputError(f"{path}: {text}: save the mask with 0 and 255 alone")
-        half = float(values.max()) / 2
         text = "faint values beside bright ones, as JPEG or resizing leaves them"
-        say_once(f"{path}: {text}: defective from {half:g} on", about=(path.parent, "faint"))
-        values = np.where(values >= half, values, 0)
+        say_once(f"{path}: {text}: defective from {top / 2:g} on", about=(path.parent, "faint"))
+        values = np.where(values >= top / 2, values, 0)
     if image.mode == "P":
+        if top >= (colours := len(image.getpalette()) // 3):
+            raise InputError(f"{path}: {top} is none of its {colours} colours: save it with 0, 255")
         values = np.asarray(image.convert("RGB")).max(2)
     share = (values != 0).mean()
     if share == 0 or share > 0.5:
@@ -803,25 +795,29 @@ def predictions_of(
     Of an image that cannot be read it is (InputError, None, None). Names the first image that is
     squeezed otherwise than those of training.
     """
-    shape, done = wtflow.image_shape(detector.recipe), 0
     low, high = detector.reading.make.get("aspect", (0, math.inf))
-    for read in batches_of(images, shape, detector.reading):
-        items, done = images[done : done + len(read)], done + len(read)
-        out = [(found, None, None) for found in read]
-        readable = [k for k, found in enumerate(read) if not isinstance(found, InputError)]
-        batch, sizes = stacked([read[k] for k in readable]) if readable else (None, [])
-        maps, scores = detector.score(detector.features(batch)) if readable else ([], torch.ones(0))
-        predictions = classify(scores.numpy(), known)
-        for k, found, y, (h, w) in zip(readable, predictions, maps, sizes, strict=True):
-            out[k] = found, y, (h, w)
+    names = map(name_of, images)
+    for read in batches_of(images, wtflow.image_shape(detector.recipe), detector.reading):
+        maps, scores, sizes = [], [], []
+        if readable := [found for found in read if not isinstance(found, InputError)]:
+            batch, sizes = stacked(readable)
+            maps, scores = detector.score(detector.features(batch))
+        scored = zip(classify(scores, known), maps, sizes, strict=True)
+        for found in read:
+            name = next(names)
+            if isinstance(found, InputError):
+                yield found, None, None
+                continue
+            prediction, y, (h, w) = next(scored)
             if not low / 1.1 <= h / w <= 1.1 * high:
                 text = f"its height is {h / w:.3g} times its width, of training images {low:.3g} to"
-                text += f" {high:.3g} times: its score, and those of others, may not compare"
-                say_once(f"{name_of(items[k])}: {text}", about=("aspect", low, high))
-            if not math.isfinite(found.score):
-                text = "its score is not finite: check the weights and this image"
-                out[k] = InputError(f"{name_of(items[k])}: {text}"), None, None
-        yield from out
+                text += f" {high:.3g} times: scores may not compare"
+                say_once(f"{name}: {text}", about=("aspect", low, high))
+            if math.isfinite(prediction.score):
+                yield prediction, y, (h, w)
+            else:
+                text = f"{name}: its score is not finite: check the weights and this image"
+                yield InputError(text), None, None
 
 
 def at_size(y: Tensor, size: tuple) -> Array:
@@ -843,10 +839,9 @@ def new_detector(
     """
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights)
-    detector = detector.to(pick_device(device))
-    aspects = sorted(h / w for h, w in sizes)
-    make = {"aspect": (aspects[0], aspects[-1])}
+    recipe, aspects = wtflow.recipe_for(recipe, sizes), [h / w for h, w in sizes]
+    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
+    make = {"aspect": (min(aspects), max(aspects))}
     detector.reading = Reading(white_level_of(files), ignore, make)
     return detector
 
@@ -917,10 +912,8 @@ def copies_of(digests: list, names: list) -> Array:
     first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)], int)
     if len(where) < len(first):
         copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
-        text = (
-            f"{len(first)} training images, {len(where)} different: of equal ones, like {copies},"
-        )
-        say_once(f"{text} the first is used")
+        text = f"{len(first)} training images, {len(where)} different"
+        say_once(f"{text}: of equal ones, like {copies}, the first is used")
     return first
 
 
@@ -985,10 +978,9 @@ class Calibration(NamedTuple):
         if self.fpr == 0:
             return f"{text}, the highest good training image"
         if self.how == "rank" and self.fpr * (n + 1) < 100:
-            text += (
-                f", the highest of {n} good images: a false positive rate of {100 / (n + 1):.2g}"
-            )
-            return f"{text} %, for {self.fpr:g} % give {math.ceil(100 / self.fpr) - 1}"
+            least, need = 100 / (n + 1), math.ceil(100 / self.fpr) - 1
+            text += f", the highest of {n} good images: a false positive rate of {least:.2g} %"
+            return f"{text}, for {self.fpr:g} % give {need}"
         mean = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
         few = mean if self.how == "tail" and n < FEW else ""
         return f"{text} at a false positive rate of {self.fpr:g} %{few}"
@@ -1121,8 +1113,8 @@ def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
             kind = f"{part}_anomalies"
             row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"] if kind in kinds else None
             row[f"spro_{part}"] = pixel_metrics(pixels, [kind], SPRO_LIMIT)[2]
-        for mean, of in (("image_auroc", "image_auroc_"), ("spro", "spro_")):
-            row[mean] = mean_of([row[f"{of}logical"], row[f"{of}structural"]])
+        for metric in ("image_auroc", "spro"):
+            row[metric] = mean_of([row[f"{metric}_logical"], row[f"{metric}_structural"]])
     return row | {"kinds": list(kinds.values())}
 
 
@@ -1178,33 +1170,26 @@ def pixel_metrics(pixels: dict, defects: list, limit: float = PRO_LIMIT) -> tupl
     """(pixel AUROC, pixel AP, AUPRO or sPRO) of pixel_counts, some kinds of defects beside good.
 
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
-    against the false positive rate over all defect-free pixels of the set, integrated to `limit`
-    and divided by it (Bergmann et al. 2021; with saturation: Bergmann et al. 2022).
+    against the false positive rate over all defect-free pixels of the set, integrated to `limit`,
+    where it is interpolated, and divided by it (Bergmann et al. 2021; with saturation: Bergmann et
+    al. 2022).
     """
     inside, outside, overlap = sum(pixels.get(k, np.zeros((3, 1))) for k in ("good", *defects))
     auroc, ap = auroc_ap(inside, outside)
     regions = overlap[-1]  # each is covered as a whole at last
     if not regions or not outside.any():
         return auroc, ap, None
-    false_positives = np.cumsum(outside) / outside.sum()
-    return auroc, ap, 100 * area_to(false_positives, overlap / regions, limit)
-
-
-def area_to(x: Array, y: Array, limit: float) -> float:
-    """Area under a curve from (0, 0), x rising, up to x = limit, divided by limit.
-
-    The value at the limit is interpolated.
-    """
-    x, y = np.r_[0.0, x], np.r_[0.0, y]
+    x, y = np.r_[0, np.cumsum(outside) / outside.sum()], np.r_[0, overlap / regions]
     below = x <= limit
     y = np.r_[y[below], np.interp(limit, x, y)]
-    return float(np.trapezoid(y, np.r_[x[below], limit])) / limit
+    return auroc, ap, 100 * float(np.trapezoid(y, np.r_[x[below], limit])) / limit
 
 
 def image_metrics(scores: Array, defective: Array) -> tuple:
     """AUROC and average precision of image scores, exact."""
     falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
-    parts = (rank[defective], rank[~defective])
+    bad = np.asarray(defective, bool)
+    parts = (rank[bad], rank[~bad])
     return auroc_ap(*(np.bincount(part, minlength=len(falling)) for part in parts))
 
 

@@ -584,6 +584,7 @@ def stages(detector, images):
 
 def reloaded(detector):
     """What load_model gives of a detector: on a GPU it runs as CUDA graphs."""
+    detector.reading = evaluate.Reading()  # what is timed has seen no files
     with tempfile.TemporaryDirectory() as folder:
         evaluate.save_model(Path(folder, "model.pt"), detector)
         return evaluate.load_model(Path(folder, "model.pt"), detector.device)

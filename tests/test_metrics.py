@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 import evaluate
-from evaluate import Item, area_to, image_metrics
+from evaluate import Item, image_metrics
 
 scores = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30)
 
@@ -127,10 +127,17 @@ def test_rows_of_kinds_and_of_loco_are_those_of_their_images_alone(tmp_path):
         assert row[name] == np.mean([row[f"{name}_logical"], row[f"{name}_structural"]])
 
 
-def test_area_is_divided_by_the_limit_and_interpolated_at_it():
-    assert area_to([1.0], [1.0], 0.3) == pytest.approx(0.15)
-    assert area_to([0.0, 1.0], [1.0, 1.0], 0.3) == pytest.approx(1.0)
-    assert area_to([0.2, 0.4], [0.5, 0.7], 0.3) == pytest.approx((0.05 + 0.055) / 0.3)
+@pytest.mark.parametrize(
+    "outside, overlap, area",
+    [
+        ([1], [1], 0.15),
+        ([0, 1], [1, 1], 1.0),
+        ([2, 2, 6], [0.5, 0.7, 1], (0.05 + 0.055) / 0.3),
+    ],
+)
+def test_area_is_divided_by_the_limit_and_interpolated_at_it(outside, overlap, area):
+    pixels = {"dent": np.array([np.ones(len(outside)), outside, overlap])}
+    assert evaluate.pixel_metrics(pixels, ["dent"], 0.3)[2] == pytest.approx(100 * area)
 
 
 @pytest.mark.parametrize("saturation, limit", [(None, 0.3), ({255: (0.5, True)}, 0.05)])
