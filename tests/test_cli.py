@@ -161,8 +161,3 @@ def test_degenerate_training_sets_train(tmp_path, kind):
 def test_bad_commands_are_named_by_a_process_of_their_own(tmp_path):
     fails(shell(ROOT / "train.py", "--data", tmp_path / "absent"), "absent")
     fails(shell(ROOT / "evaluate.py"), "--run")
-
-
-def test_out_that_cannot_be_written(data, tmp_path):
-    (tmp_path / "file").write_text("")
-    fails(run("train.py", "--data", data, "--out", tmp_path / "file", *TINY), "file", "--out")

@@ -351,7 +351,7 @@ def test_nothing_is_written_outside_out_whatever_names_say(tmp_path):
     root = tmp_path / "d/candle/Data"
     paths = [root / "a.png", root / "../../x.png", tmp_path / "d/y.png"]
     items = [evaluate.Item(path, "good", ()) for path in paths]
-    category = evaluate.Category("candle", "VisA", [], items, None)
+    category = evaluate.Category("candle", [], items, None)
     maps = torch.zeros(3, 4, 4)
     evaluate.write_maps(tmp_path / "out/candle", category, maps, [(4, 4)] * 3)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
