@@ -1553,13 +1553,13 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
 
 
 # Checkpoints
-def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
+def save_model(path: str | Path, detector: wtflow.Detector) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
     reading = detector.reading._asdict()
     if reading["ignore"] is not None:
         reading["ignore"] = torch.from_numpy(reading["ignore"])
     about = {"weights": detector.extractor.digest, "reading": reading}
-    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about)
 
 
 def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
