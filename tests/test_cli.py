@@ -11,7 +11,8 @@ from conftest import ROOT, fails, make_mvtec, picture, run, save, shell, succeed
 
 import evaluate
 
-TINY = ("--steps", 4, "--image-size", 64, "--maps", "none")  # drawing is most of a tiny run
+# Drawing is most of a tiny run
+TINY = ("--steps", 4, "--batch", 64, "--image-size", 64, "--maps", "none")
 COLUMNS = "category,image_auroc,pixel_auroc,aupro,train_images,test_images,seconds"
 
 
