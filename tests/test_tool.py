@@ -745,7 +745,7 @@ def test_stdout_that_is_full_ends_in_one_line(model):
 
 
 def test_interrupted_while_importing_there_is_no_traceback(tmp_path):
-    """A module that does not end loading stands in for torch."""
+    """A module that does not end loading stands in for numpy."""
     (tmp_path / "numpy.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, ROOT / "train.py"]
