@@ -463,8 +463,7 @@ def test_a_scoring_that_is_killed_anywhere_keeps_its_rows(data, trained, tmp_pat
     [
         ("fsync", 1, "none"),
         ("replace", 5, "none"),
-        ("replace", 17, "none"),
-        ("replace", 18, "worst"),
+        ("replace", 18, "none"),
         ("draw_rows", 1, "worst"),
         ("write_json", 1, "none"),
         ("write_csv", 2, "none"),
@@ -483,7 +482,7 @@ def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, 
         if not path.name.startswith("."):
             torch.load(path, weights_only=True)
     assert no_table(tmp_path)
-    succeeds(run("train.py", *options, "--resume"))
+    succeeds(run("train.py", *options, "--resume", "--maps", "none"))
     resumed_is_whole(tmp_path / "tiny", trained[0])
 
 
@@ -532,7 +531,7 @@ def test_full_disk_at_a_picture(data, trained, tmp_path):
         models = {path: path.read_bytes() for path in run_of.rglob("*.pt")}
         size = f"remount,size={held_by(small) + 2**16}"  # room for the table of scores
         subprocess.run(["mount", "-o", size, str(small)], check=True)
-        result = run("evaluate.py", "--run", run_of, "--data", data, "--maps", "all")
+        result = run("evaluate.py", "--run", run_of, "--data", data / "bolt", "--maps", "all")
         assert ".png: cannot be written (No space left on device): free some" in result.stderr
         assert not list(small.rglob("*.tmp"))
         assert all(path.read_bytes() == model for path, model in models.items())
