@@ -646,7 +646,8 @@ def test_onnx_program_gives_every_verdict_of_images_of_any_size(data, model, tmp
     scores = [float(v[1][0]) for v in found]
     assert scores == pytest.approx([p.score for p in expected], rel=0.03)  # a grey level
     # p is exp(-z) and z = log(score) / scale + ..., so an error of the score grows by 1 / scale
-    assert [float(v[2][0]) for v in found] == pytest.approx([p.p_value for p in expected], rel=0.2)
+    p_values = [p.p_value for p in expected]  # the least of which float32 takes from 1 as 0
+    assert [float(v[2][0]) for v in found] == pytest.approx(p_values, rel=0.2, abs=1e-6)
     maps, together, *_ = exported[0].run(None, {"images": np.stack(arrays[:-1])})
     assert together == pytest.approx(scores[:-1], rel=1e-3) and maps.shape[0] == len(paths)
 
