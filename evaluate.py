@@ -18,6 +18,7 @@ never. Metrics are in percent.
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import ctypes
@@ -1537,13 +1538,13 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
 
 
 # Checkpoints
-def save_model(path: str | Path, detector: wtflow.Detector, **content: Any) -> None:
+def save_model(path: str | Path, detector: wtflow.Detector) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
     reading = detector.reading._asdict()
     if reading["ignore"] is not None:
         reading["ignore"] = torch.from_numpy(reading["ignore"])
     about = {"weights": detector.extractor.digest, "reading": reading}
-    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about, **content)
+    save_checkpoint(Path(path), detector.recipe, model=detector.state_dict(), **about)
 
 
 def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
@@ -1743,7 +1744,7 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: f
     for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
         image = read_image(path, white_level)
         shrunk = min(1, DRAWN / max(image.size))
-        size = tuple(max(1, round(shrunk * side)) for side in image.size)
+        size = tuple(max(2, round(shrunk * side)) for side in image.size)
         # A strip is drawn wider than it is
         aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
         for axis in (left, right):
@@ -1771,7 +1772,7 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: f
 def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
     """Draw histograms of scores: of test images, good and defective; of training images, the tail.
 
-    The last bar is of all that are higher. Lines: the threshold, and those of RATES.
+    The last bar is of all that are higher.
     """
     rows = 1 + bool(len(scores))
     figure.set_size_inches(6, 0.6 + 2.4 * rows)
@@ -1789,16 +1790,12 @@ def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calib
     if known.tail is not None:
         expected = -len(good) * np.diff(known.tail.p_value(edges))
         axes[-1].plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
-        lines = [known.tail.threshold(rate / 100) for rate in RATES]
-        label = ", ".join(f"{rate:g}" for rate in RATES) + " %"
-        axes[-1].vlines(lines, *axes[-1].get_ylim(), color="0.4", linestyle=":", label=label)
     for axis in axes:
         if not math.isnan(known.threshold):
             axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
         axis.set(ylabel="images", xlim=(edges[0], end))
         axis.legend(fontsize=8)
-    above = ", the last bar: and above" if every.max() > end else ""
-    axes[-1].set_xlabel(f"image score{above}")
+    axes[-1].set_xlabel("image score (the last bar: and above)")
     axes[0].set_title(one_line(title)[:60], parse_math=False)
 
 
@@ -2124,7 +2121,11 @@ def score_files(args: argparse.Namespace) -> None:
     say(known.text())
     names = {path: path.relative_to(root).as_posix() for path in paths}
     about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
-    begun = {harmless(name): about | {"modified": modified(path)} for path, name in names.items()}
+    begun = {}
+    for path, name in names.items():
+        # Another image of this name has another time
+        time_ns = path.stat().st_mtime_ns if path.exists() else ""  # which its reader names
+        begun[harmless(name)] = about | {"modified": str(time_ns)}
     failed, flagged = 0, 0
     rows = contextlib.nullcontext(({*()}, lambda row: None))
     with growing_table(table, begun, args.resume) if table else rows as (done, add):
@@ -2142,7 +2143,7 @@ def score_files(args: argparse.Namespace) -> None:
             else:
                 failed += 1
                 say(f"error: {found}", sys.stderr)
-    if flagged > max(len(todo) / 2, MANY):
+    if flagged > max(len(todo) / 2, 5):  # fewer may well all be defective
         say(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
             "compression not those of training?", sys.stderr)  # fmt: skip
     if table is not None:  # on stderr: stdout has one line an image
@@ -2150,16 +2151,6 @@ def score_files(args: argparse.Namespace) -> None:
         say(f"scores: {table}{without}", sys.stderr)
     if failed:
         sys.exit(2)
-
-
-MANY = 5  # images: fewer may well all be defective
-
-
-def modified(path: Path) -> str:
-    """When a file was changed, in nanoseconds: another one of its name has another time."""
-    with contextlib.suppress(OSError):  # which its reader names
-        return str(path.stat().st_mtime_ns)
-    return ""
 
 
 def places_of(image: Path, out: Path | None, maps: str) -> tuple[Path | None, Path | None]:
@@ -2199,16 +2190,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     text = "false positive rate of the threshold; 0: the highest good training score (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
     text = "tail or rank of the good scores, or a score (default: tail)"
-    add("--threshold", type=number_or_text, default="tail", metavar="HOW", help=text)
+    add("--threshold", type=literal, default="tail", metavar="HOW", help=text)
     text = "pictures of test images: all, or those that tell most (default: worst)"
     add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
     text = "float32 TIFF maps as MVTec's script reads them (default: none)"
     add("--save-maps", action="store_true", help=text)
 
 
-def number_or_text(text: str) -> float | str:
-    with contextlib.suppress(ValueError):
-        return float(text)
+def literal(text: str) -> Any:
+    """The Python value that a text is, or the text itself."""
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
     return text
 
 

@@ -5,7 +5,6 @@ python train.py --data path/to/mvtec         every category of a data set, or on
 torchrun --nproc-per-node N train.py ...     the categories shared out among N processes
 """
 
-import ast
 import contextlib
 import datetime
 import hashlib
@@ -16,11 +15,9 @@ import sys
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":  # before torch loads; the reasons are in evaluate.py
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -223,7 +220,7 @@ def run_category(
     """Train, evaluate and save one category in the folder of each seed; with --resume go on."""
     began, progress, paths = time.monotonic(), Progress(prefix), category.train
     settings = settings_of(category, recipe, args)
-    states = [State(folders[seed], settings | {"seed": seed}, progress) for seed in folders]
+    states = [State(folders[seed], settings | {"seed": seed}) for seed in folders]
     todo = [state for state in states if not state.finished(args.resume)]
     if not todo:
         return
@@ -237,10 +234,12 @@ def run_category(
     features, first = evaluate.extract_good(detector, paths, paths, report)
     spent = time.monotonic() - began
 
+    def report_step(k, fits, step, steps, loss):
+        progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
+
     for state in todo:
-        began = state.began = time.monotonic() - spent - state.seconds
-        steps = state.report, state.save, state.found
-        trained = fit_detector(detector, features, state.settings["seed"], *steps)
+        began, seed = time.monotonic() - spent, state.settings["seed"]
+        trained = fit_detector(detector, features, seed, report_step, state.save, state.training)
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
         evaluate.write_suspects(state.folder, paths, first, trained, known, detector.reading)
         evaluate.save_model(state.folder / "model.pt", detector)
@@ -257,10 +256,9 @@ class State:
     row of the table: with it, and no state.pt, a category is finished.
     """
 
-    def __init__(self, folder: Path, settings: dict, progress: Callable):
-        self.folder, self.settings, self.progress = folder, settings, progress
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.settings, self.training = folder, settings, None
         self.file, self.json = folder / "state.pt", folder / evaluate.FINISHED
-        self.found, self.seconds, self.began = None, 0.0, 0.0
 
     def finished(self, resume: bool) -> bool:
         """Whether all is there. What has begun is loaded with resume, and removed without.
@@ -269,21 +267,21 @@ class State:
         train again where there is a model of another folder's images.
         """
         evaluate.refuse_foreign_results(self.folder)
-        file = self.file if self.file.exists() else self.json
+        begun = self.file.exists()
+        file = self.file if begun else self.json
         if not file.exists():
             return False
         try:
-            had = evaluate.load_checkpoint(file) if file == self.file else evaluate.read_json(file)
+            had = evaluate.load_checkpoint(file) if begun else evaluate.read_json(file)
         except InputError:
             if resume:
                 raise
-            had = self.settings | {"settings": self.settings}  # damaged, so nothing to keep
-        given = ("fpr", "threshold") if file == self.file else ("device",)  # not of use to it
-        names = self.settings.keys() - {"source", *given} if resume else ["source"]
-        there = had["settings"] if file == self.file else had
-        mine = {k: v for k, v in self.settings.items() if k in names}
+            had = self.settings  # damaged, so nothing to keep
+        compared = self.settings.keys() - {"source"} if resume else {"source"}
         differ = [
-            f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if there.get(k) != v
+            f"{name} {had.get(name)} there, {value} here"
+            for name, value in self.settings.items()
+            if name in compared and had.get(name) != value
         ]
         if differ and resume:
             text = f"of another run ({'; '.join(differ)}): give its settings, another --out, or no"
@@ -291,22 +289,18 @@ class State:
         if differ:
             text = "a model of images in another folder: give another --out, or remove it"
             raise InputError(f"{self.folder}: {text}")
-        if resume and file == self.json:
+        if begun and resume:
+            self.training = had["training"]
+        elif begun:
+            evaluate.remove_results([self.file, self.json])  # the model may be newer than its json
+        elif resume:
             text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
             evaluate.say_once(f"pictures of finished categories stay: {text}")
-        elif resume:
-            self.found, self.seconds = had, had["seconds"]
-        elif file == self.file:
-            evaluate.remove_results([self.file, self.json])  # the model may be newer than its json
-        return resume and file == self.json
-
-    def report(self, k: int, fits: int, step: int, steps: int, loss: float) -> None:
-        self.progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
+        return resume and not begun
 
     def save(self, k: int, held_out: list, field: dict) -> None:
-        content = {"k": k, "held_out": held_out, "field": field, "settings": self.settings}
-        seconds = time.monotonic() - self.began
-        evaluate.save_checkpoint(self.file, Recipe(), seconds=seconds, **content)
+        training = {"k": k, "held_out": held_out, "field": field}
+        evaluate.save_checkpoint(self.file, Recipe(), training=training, **self.settings)
 
 
 def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
@@ -469,7 +463,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
     for name, default in asdict(Recipe()).items():
         text = f"setting of wtflow.Recipe (default: {default})"
-        add(f"--{name.replace('_', '-')}", type=literal, metavar="VALUE", help=text)
+        add(f"--{name.replace('_', '-')}", type=evaluate.literal, metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
     text = "names of training images, one a line, or a train-scores.csv (default: none)"
@@ -497,13 +491,6 @@ def recipe_of(args: Namespace) -> Recipe:
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None
-
-
-def literal(text: str) -> Any:
-    """The Python value that a text is, or the text itself."""
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        return ast.literal_eval(text)
-    return text
 
 
 def processes() -> tuple[int, int]:

@@ -109,6 +109,6 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """The folder of a finished run on both categories of `data`, and what it printed."""
     out = tmp_path_factory.mktemp("trained")
-    options = ("--steps", 4, "--image-size", 64)
+    options = ("--steps", 4, "--batch", 64, "--image-size", 64)
     result = succeeds(run("train.py", "--data", data, "--out", out, *options))
     return out / "tiny", result

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,17 +119,6 @@ def test_equal_pixels_are_copies_and_nothing_else_is(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_views_of_parts_in_a_fixture_are_no_copies():
-    """Of two cameras, different parts differ far less than the views do."""
-    rng = np.random.default_rng(0)
-    views = [picture(k, size=(64, 64))[0] * (1 - 0.8 * k) for k in range(2)]
-    parts = [
-        np.clip(view + rng.normal(0, 2, view.shape), 0, 255) for view in views for _ in "abcde"
-    ]
-    detector = train.fit([part.astype(np.uint8) for part in parts], image_size=64, steps=2, folds=0)
-    assert len(detector.normal_scores) == 10
-
-
 def test_copies_do_not_lower_the_threshold(capsys):
     """Each of 12 images four times: the detector is that of the 12, and this is said."""
     images = [picture(k)[0].astype(np.uint8) for k in range(12)]
@@ -145,11 +134,11 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     """Two of 20 training images are defective; without them nothing stands out."""
     rng = np.random.default_rng(0)
     for k in range(20):
-        image = rng.normal(120, 2, (64, 64, 3)) + picture(k)[0].mean() * 0
+        image = rng.normal(120, 2, (64, 64, 3))
         if k in (4, 11):
             image[20:44, 20:44] = rng.uniform(0, 255, (24, 24, 3))
         save(tmp_path / f"d/part/train/good/{k:02d}.png", image)
-    command = ("train.py", "--data", tmp_path / "d/part", "--image-size", 64, "--steps", 30)
+    command = ("train.py", "--data", tmp_path / "d/part", *TINY, "--folds", 0)
     result = succeeds(run(*command, "--out", tmp_path / "a"))
     folder = tmp_path / "a/d/part"
     assert "2 of 20 good training images stand out (" in result.stderr
@@ -184,12 +173,6 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     with pytest.raises(InputError, match="is that of 2: write more"):
         evaluate.leave_out(twins, tmp_path / "names.txt")
     fails(run(*command, "--leave-out", tmp_path / "none.txt"), "none.txt: cannot be read")
-
-
-def test_rates_are_of_good_and_of_defective_images():
-    found = [evaluate.Prediction(0, 0, v) for v in ("defect", "good", "good", "good", "defect")]
-    assert evaluate.rates(["good"] * 4 + ["dent"], found) == {"fpr": 25.0, "recall": 100.0}
-    assert evaluate.rates(["good"], found[:1])["recall"] is None
 
 
 def test_every_score_has_a_prediction(data, trained, model, tmp_path):
@@ -483,7 +466,7 @@ def test_ignored_pixels_count_nowhere(tmp_path):
     ignore[:16, :24] = 255
     save(tmp_path / "ignore.png", ignore)
     command = ("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o")
-    command += ("--image-size", 64, "--steps", 30)
+    command += (*TINY, "--folds", 0)
     succeeds(run(*command, "--ignore", tmp_path / "ignore.png"))
     row = read_table(tmp_path / "o/d/metrics.csv")[0]
     assert float(row["image_auroc"]) == 100 and float(row["pixel_auroc"]) > 95
@@ -519,18 +502,23 @@ def test_map_above_the_threshold_is_where_the_defect_is(data, model):
 
 
 # ---- pictures ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("title", ["a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100])
+TITLES = ("a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100)
+
+
 @pytest.mark.parametrize("size", [(48, 40), (9000, 1)])
-def test_any_title_and_a_strip_of_one_row_can_be_drawn(tmp_path, title, size):
+def test_any_title_and_a_strip_of_one_row_can_be_drawn(tmp_path, size):
     """With the outline of a mask and without one."""
     save(tmp_path / "a.bmp", np.zeros((*size[::-1], 3)))
     union = np.zeros(size[::-1], bool)
     union[:, 5:9] = True
-    rows = [(tmp_path / "a.bmp", mask, torch.ones(8, 8), title) for mask in (None, union)]
+    rows = [
+        (tmp_path / "a.bmp", (None, union)[k % 2], torch.ones(8, 8), TITLES[k])
+        for k in (0, 1, 2, 3)
+    ]
     evaluate.draw(tmp_path / "a.png", evaluate.draw_rows, rows, KNOWN, 255.0)
-    scores = title, np.ones(3), np.array([True] * 3), KNOWN
+    scores = "".join(TITLES), np.ones(3), np.array([True] * 3), KNOWN
     evaluate.draw(tmp_path / "b.png", evaluate.draw_scores, *scores)
-    assert Image.open(tmp_path / "a.png").size[1] > 700 and (tmp_path / "b.png").is_file()
+    assert Image.open(tmp_path / "a.png").size[1] > 1400 and (tmp_path / "b.png").is_file()
 
 
 def test_the_backend_of_the_caller_stays(tmp_path):
@@ -552,7 +540,7 @@ def test_telling_images_are_named_by_what_happened():
 
 
 def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
-    """Whatever fails; each is named, and evaluate.py draws them from the model."""
+    """Whatever fails; each is named."""
     import matplotlib.figure
 
     def broken(*args, **options):
@@ -562,9 +550,7 @@ def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
     options = ("--data", data / "bolt", "--out", tmp_path, *TINY, "--maps", "all")
     result = succeeds(run("train.py", *options))
     assert result.stderr.count("(no font)") == 7 and "dent/hit3_000_png.png (no" in result.stderr
-    monkeypatch.undo()
-    succeeds(run("evaluate.py", "--run", tmp_path, "--data", data / "bolt", "--maps", "all"))
-    assert len([*(tmp_path / "tiny/bolt/maps").rglob("*.png")]) == 6
+    assert (tmp_path / "tiny/results.csv").is_file()
 
 
 # ---- from Python ---------------------------------------------------------------------------------
@@ -660,7 +646,8 @@ def test_onnx_program_gives_every_verdict_of_images_of_any_size(data, model, tmp
     scores = [float(v[1][0]) for v in found]
     assert scores == pytest.approx([p.score for p in expected], rel=0.03)  # a grey level
     # p is exp(-z) and z = log(score) / scale + ..., so an error of the score grows by 1 / scale
-    assert [float(v[2][0]) for v in found] == pytest.approx([p.p_value for p in expected], rel=0.2)
+    p_values = [p.p_value for p in expected]  # the least of which float32 takes from 1 as 0
+    assert [float(v[2][0]) for v in found] == pytest.approx(p_values, rel=0.2, abs=1e-6)
     maps, together, *_ = exported[0].run(None, {"images": np.stack(arrays[:-1])})
     assert together == pytest.approx(scores[:-1], rel=1e-3) and maps.shape[0] == len(paths)
 
@@ -686,9 +673,6 @@ def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, m
     assert not [*tmp_path.iterdir()]
 
 
-WIDE = "wide_resnet50_2"
-
-
 @pytest.mark.parametrize(
     "command, options, words",
     [
@@ -697,41 +681,26 @@ WIDE = "wide_resnet50_2"
         ("train.py", ("--strides", "32,"), ("--strides=(32,)", "4, 8, 16")),
         ("train.py", ("--coupling", "best"), ("--coupling=best", "worst")),
         ("train.py", ("--category", "screw"), ("screw", "bolt")),
-        ("train.py", ("--backbone", WIDE, "--weights", "none.pth"), ("none.pth", "--weights")),
         ("train.py", ("--steps", "x"), ("--steps=x", "give a value like 0")),
-        ("train.py", ("--steps=-3",), ("--steps=-3", "at least")),
         ("train.py", ("--seeds", 1, 1), ("--seeds 1 1", "once")),
         ("train.py", ("--seeds", -1), ("seeds -1",)),
-        ("train.py", ("--batch", "2.5"), ("--batch=2.5", "1024")),
         ("train.py", ("--image", "x.png"), ("--image",)),
         ("train.py", ("--batch", "99999999999999999999"), ("--batch=99999999999999999999",)),
         ("train.py", ("--strides", "8.0,16"), ("--strides=(8.0, 16)",)),
-        ("train.py", ("--aspect", "1e-300"), ("--aspect=1e-300",)),
         ("train.py", ("--aspect", "1e-9"), ("--aspect=1e-09",)),
         ("train.py", ("--weights", ""), ("--weights is empty",)),
         ("train.py", ("--weights", "/etc/passwd"), ("/etc/passwd", "--weights")),
-        ("train.py", ("--weights", "/dev/null"), ("/dev/null", "--weights")),
         ("train.py", ("--fpr", 5, "--threshold", 2), ("--fpr", "no effect")),
         ("train.py", ("--fpr", "1e-323"), ("--fpr 1e-323",)),
-        ("train.py", ("--data", ""), ("--data is empty",)),
-        ("train.py", ("--out", ""), ("--out is empty",)),
         ("train.py", ("--weights", __file__), ("not a file of tensors", "--weights", "!arbitrary")),
         ("evaluate.py", ("--model", "x.pt", "--image", ".", "--category", "a"), ("--category",)),
-        ("evaluate.py", ("--model", "x.pt", "--image", ".", "--save-maps"), ("--save-maps",)),
         ("evaluate.py", ("--model", "x.pt", "--image", ".", "--data", "x"), ("give --run",)),
-        ("evaluate.py", ("--run", ".", "--out", "x"), ("--out", "no effect")),
-        ("evaluate.py", ("--model", "x.pt", "--export", "a.onnx", "--maps", "all"), ("--maps",)),
         ("evaluate.py", ("--run", ".", "--resume"), ("--resume", "no effect")),
-        ("evaluate.py", ("--run", ".", "--model", "x.pt"), ("give --run and --data",)),
         ("train.py", ("--fpr", 100), ("--fpr 100",)),
-        ("train.py", ("--fpr", "nan"), ("--fpr nan",)),
         ("train.py", ("--threshold", "best"), ("--threshold best", "tail, rank")),
-        ("train.py", ("--threshold", "nan"), ("--threshold nan", "tail, rank")),
-        ("evaluate.py", ("--model", "x.pt", "--data", "."), ("--run and --data",)),
         ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "No such file")),
         ("evaluate.py", ("--model", ".", "--image", "."), ("directory", "model.pt")),
-        ("evaluate.py", ("--run", ".", "--fpr", -1), ("--fpr -1",)),
         ("evaluate.py", ("--run", "."), ("bolt/recipe.json", "No such file")),
     ],
 )
@@ -776,20 +745,16 @@ def test_stdout_that_is_full_ends_in_one_line(model):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_interrupted_while_importing_there_is_no_traceback():
-    script = f"{ROOT / 'train.py'}"
-    process = subprocess.Popen([sys.executable, script, "--help"], stderr=-1, stdout=-1)
-    time.sleep(0.5)  # of two seconds and more
+def test_interrupted_while_importing_there_is_no_traceback(tmp_path):
+    """A module that does not end loading stands in for numpy."""
+    (tmp_path / "numpy.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "train.py"]
+    process = subprocess.Popen(command, stderr=-1, stdout=-1, env=environment)
+    process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert not error and process.returncode == -signal.SIGINT
-
-
-def test_weights_that_are_missing_are_no_fault_of_the_model(data, model, tmp_path):
-    command = ("--model", model, "--image", data / "bolt/test/dent/000.png")
-    result = run("evaluate.py", *command, "--weights", tmp_path / "none.pth")
-    fails(result, "none.pth", "--weights")
-    assert "recipe" not in result.stderr
 
 
 def test_a_model_of_another_folder_is_never_replaced(data, trained, tmp_path):
