@@ -205,7 +205,7 @@ def rows_W6(z, generator):
         predicted = (v_theta(x) - initial_field(x, rho)).square().sum(1).mean().item()
         yield Row("W6", f"squared residual of any v_theta, rho={rho}", predicted, square)
     widths = torch.linspace(0.3, 1.3, 16, dtype=z.dtype)
-    x_0 = (widths * z).repeat(20, 1)
+    x_0 = (widths * z).repeat(12, 1)
     for rho in (0.0, 0.9):
         t_max = 0.02
         x_t, u = pairs_at_any_time(x_0, partial(wtflow.worst, rho=rho), generator, t_max)

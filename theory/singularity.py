@@ -327,7 +327,7 @@ def rows_S4(generator):
             spread = spread_of_fits(t, n, s, rho, d, 4000, generator)
             yield Row("S4", what, n * estimation_variance(t, n, d, s, rho), *(n * np.array(spread)))
     time = collapse_time(1000, 64, 1.0)
-    measured = measured_collapse(1000, 64, 1.0, 400, generator)
+    measured = measured_collapse(1000, 64, 1.0, 200, generator)
     yield Row("S4", "limit of large d: collapse of 1000 points, s=1, d=64", time, measured)
 
 
