@@ -246,7 +246,7 @@ def law(nu):
 def rows_E3(generator):
     """Rows for E3."""
     for good in (100, 400):
-        sets = np.exp(gumbel_sets(3000, good, generator))
+        sets = np.exp(gumbel_sets(1500, good, generator))
         errors = np.log([one_line(scores) for scores in sets]) - gumbel(1 - RATE)
         what = f"n Var(log threshold) / scale^2, {good} good images"
         yield Row("E3", what, variance(), *mean_se(good * errors**2))
@@ -268,6 +268,6 @@ def rows_E3(generator):
 
 def rows_E4(generator):
     """Rows for E4."""
-    for good, sets in ((25, 1000), (150, 1000), (1000, 200)):
+    for good, sets in ((25, 700), (150, 700), (1000, 200)):
         above = coverage(by_rank, good_sets(sets, good, generator))
         yield Row("E4", f"share above, {good} good images", rank_rates(good)[0], *above)

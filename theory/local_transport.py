@@ -232,7 +232,8 @@ def rows_W9(generator):
     widths = torch.linspace(0.2, 2, d, dtype=torch.float64)
     widths = widths / widths.square().mean() ** 0.5
     effective = d / widths.pow(4).mean().item()
-    x = (tau * normal(generator, SAMPLES, 1)).exp() * widths * normal(generator, SAMPLES, d)
+    n = SAMPLES // 2
+    x = (tau * normal(generator, n, 1)).exp() * widths * normal(generator, n, d)
     for rho in (0.0, 0.5, 0.9):
         predicted = score_spread(tau, d, rho, effective)
         what = f"std of the log of the score of v=0, std log k = 0.19, d=152, rho={rho:g}"
