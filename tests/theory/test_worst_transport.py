@@ -104,6 +104,8 @@ def test_W2_pairs(variance, slope, d, t, s, rho, seed):
     """Var x_t and the slope of u on x_t by pairs of the Gaussian coupling; a(0) = -(1 + rho/s)."""
     couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
     x_0 = s * normal(rng(seed), 4000, d)
+    noise = (1 - rho**2) ** 0.5 * wtflow.independent(x_0, rng(seed))
+    close(couple(0 * x_0, rng(seed)), noise, 100)
     for time in (0.0, t):
         x_t, u = singularity.pairs(x_0, couple, time, rng(seed + 1))
         within(mean_se(x_t.square().mean(1)), variance(time, s, rho))
