@@ -246,28 +246,28 @@ def law(nu):
 def rows_E3(generator):
     """Rows for E3."""
     for good in (100, 400):
-        sets = np.exp(gumbel_sets(3000, good, generator))
+        sets = np.exp(gumbel_sets(1500, good, generator))
         errors = np.log([one_line(scores) for scores in sets]) - gumbel(1 - RATE)
         what = f"n Var(log threshold) / scale^2, {good} good images"
         yield Row("E3", what, variance(), *mean_se(good * errors**2))
-    sets = np.exp(gumbel_sets(4000, 25, generator))
+    sets = np.exp(gumbel_sets(2000, 25, generator))
     for threshold, name in ((one_line, "one line"), (tail_line, "the fit in use")):
         above = -np.expm1(-1 / np.array([threshold(scores) for scores in sets]))
         what = f"share above, log M Gumbel, 25 good images, {name}; to first order"
         yield Row("E3", what, RATE * (1 + variance() / 50), *mean_se(above))
     for good in (100, 1000):
-        sets = np.exp(gumbel_sets(600, good, generator))
+        sets = np.exp(gumbel_sets(400, good, generator))
         found = [evaluate.fit_tail(scores).suspects for scores in sets]
         what = f"share of good sets with suspects, log M Gumbel, {good} good images"
         yield Row("E3", what, np.nan, *mean_se(np.array(found) > 0))
     for nu, good, share in product((np.inf, 3), (25, 1000), (0.0, 0.05)):
-        sets = good_sets(400, good, generator, nu, share)
+        sets = good_sets(150, good, generator, nu, share)
         what = f"share above, {law(nu)}, {good} good images, {100 * share:g} % defects"
         yield Row("E3", what, np.nan, *coverage(tail_line, sets, nu))
 
 
 def rows_E4(generator):
     """Rows for E4."""
-    for good in (25, 150, 1000):
-        above = coverage(by_rank, good_sets(1000, good, generator))
+    for good, sets in ((25, 700), (150, 700), (1000, 200)):
+        above = coverage(by_rank, good_sets(sets, good, generator))
         yield Row("E4", f"share above, {good} good images", rank_rates(good)[0], *above)

@@ -205,7 +205,7 @@ def rows_W6(z, generator):
         predicted = (v_theta(x) - initial_field(x, rho)).square().sum(1).mean().item()
         yield Row("W6", f"squared residual of any v_theta, rho={rho}", predicted, square)
     widths = torch.linspace(0.3, 1.3, 16, dtype=z.dtype)
-    x_0 = (widths * z).repeat(20, 1)
+    x_0 = (widths * z).repeat(12, 1)
     for rho in (0.0, 0.9):
         t_max = 0.02
         x_t, u = pairs_at_any_time(x_0, partial(wtflow.worst, rho=rho), generator, t_max)
@@ -232,7 +232,8 @@ def rows_W9(generator):
     widths = torch.linspace(0.2, 2, d, dtype=torch.float64)
     widths = widths / widths.square().mean() ** 0.5
     effective = d / widths.pow(4).mean().item()
-    x = (tau * normal(generator, SAMPLES, 1)).exp() * widths * normal(generator, SAMPLES, d)
+    n = SAMPLES // 2
+    x = (tau * normal(generator, n, 1)).exp() * widths * normal(generator, n, d)
     for rho in (0.0, 0.5, 0.9):
         predicted = score_spread(tau, d, rho, effective)
         what = f"std of the log of the score of v=0, std log k = 0.19, d=152, rho={rho:g}"

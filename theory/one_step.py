@@ -158,13 +158,13 @@ def exact_field(mu, s):
     return lambda x, t: torch.as_tensor(marginal_field(x.numpy(), t[0].item(), mu, s))
 
 
-# Noise on a line, so fine that sums by these weights are integrals over x_1 ~ N(0, 1), to rounding.
-NOISE = np.linspace(-8, 8, 161)
+# Noise on a line, so fine that sums by these weights are integrals over x_1 ~ N(0, 1), to 1e-10.
+NOISE = np.linspace(-8, 8, 81)
 NOISE_WEIGHTS = norm.pdf(NOISE) / norm.pdf(NOISE).sum()
 
 
 def over_noise(function, x, m, s):
-    """function(v_theta, x_0, x_1) (N, 161) of the two modes, for each x (N,) and each of NOISE."""
+    """function(v_theta, x_0, x_1) (N, 81) of the two modes, for each x (N,) and each of NOISE."""
     pairs = np.broadcast_arrays(np.atleast_1d(x)[:, None], NOISE)
     x_0, x_1 = (torch.tensor(values.reshape(-1, 1)) for values in pairs)
     field = exact_field(np.array([[m], [-m]]), s)
@@ -276,5 +276,5 @@ def rows_O3(generator):
             score = partial(power, t=EARLY)
             predicted = auroc_by_quadrature(score, separation)
             what = f"AUROC of {name}, t={EARLY}, m={separation:g}s"
-            measured = measured_auroc(score, separation, generator)
+            measured = measured_auroc(score, separation, generator, n=250)
             yield Row("O3", what, predicted, *measured)

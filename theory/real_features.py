@@ -2,7 +2,7 @@
 
 The features, the field and the scores are those of the default recipe. No claim says that features
 fulfil an assumption: a row shows how far they are from it. Maps of noise, which fulfil all of them,
-are the control. README.md has the table of three sets. Figure: draw.real_features_figure.
+are the control. Figure: draw.real_features_figure.
 """
 
 from dataclasses import replace

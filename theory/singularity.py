@@ -324,10 +324,10 @@ def rows_S4(generator):
     for rho, times in ((0.0, (0.0, 0.083, 1.0)), (0.6, (0.0, 0.186, 1.0)), (-0.6, (0.0, 0.186))):
         for t in times:  # 0.083 and 0.186 are tc
             what = f"n Var of the fitted slope at t={t:g}, s=0.3, rho={rho:g}"
-            spread = spread_of_fits(t, n, s, rho, d, 4000, generator)
+            spread = spread_of_fits(t, n, s, rho, d, 2000, generator)
             yield Row("S4", what, n * estimation_variance(t, n, d, s, rho), *(n * np.array(spread)))
     time = collapse_time(1000, 64, 1.0)
-    measured = measured_collapse(1000, 64, 1.0, 400, generator)
+    measured = measured_collapse(1000, 64, 1.0, 200, generator)
     yield Row("S4", "limit of large d: collapse of 1000 points, s=1, d=64", time, measured)
 
 

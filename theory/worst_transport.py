@@ -193,7 +193,7 @@ def rows_W7(generator):
     """Rows for W7: the worst plan of k vectors, beside that of k x k normal numbers."""
     b_2 = largest_assignment(2, 10_000, generator)
     yield Row("W7", "b_2, simulated", (2 * np.pi) ** -0.5, *b_2)
-    for k, d, batches in ((8, 120, 1000), (8, 4096, 400), (256, 4096, 4)):
+    for k, d, batches in ((8, 120, 1000), (8, 4096, 200), (256, 4096, 4)):
         b_k, b_error = largest_assignment(k, max(40, 16_000 // k**2), generator)
         x_0 = normal(generator, batches * k, d)
         rho, error = strength_of_minibatch(x_0, generator, k)

@@ -249,7 +249,7 @@ test_W8_clock_rejects = rejects(
 def test_W8_residual(point, d, rho, seed):
     """Pairs of wtflow.worst on the shell: r_t = (x_0 - E[x_0 | x_t]) / t is orthogonal to x_t."""
     atoms = d**0.5 * normalize(normal(rng(seed), 4, d))
-    x_0 = atoms[torch.randint(4, (6000,), generator=rng(seed + 1))]
+    x_0 = atoms[torch.randint(4, (2000,), generator=rng(seed + 1))]
     for ratio in (0.7, 1.5, -3.0):  # the last after the signal has turned round
         t = local_transport.time_of_ratio(ratio, rho)
         if not 0 < t <= 1:

@@ -238,7 +238,7 @@ def test_S4_variance_of_a_fit(variance, t, extra, d, s, rho, seed):
     """The spread of fits to n pairs, n = d + extra, at t = 0 too."""
     n = d + extra
     for time in (0.0, t):
-        spread = singularity.spread_of_fits(time, n, s, rho, d, 6000, rng(seed))
+        spread = singularity.spread_of_fits(time, n, s, rho, d, 4000, rng(seed))
         within(spread, variance(time, n, d, s, rho))
 
 
