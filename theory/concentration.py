@@ -15,7 +15,7 @@ import wtflow
 from theory import Row, mean_se, normal, std_se
 from theory.singularity import fitted_slope, marginal_field, pairs, slope
 
-SAMPLES = 20_000  # points behind each row of the table
+SAMPLES = 10_000  # points behind each row of the table
 
 
 # ---- Closed forms -----------------------------------------------------------------------------

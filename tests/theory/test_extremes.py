@@ -208,7 +208,7 @@ test_E3_breakdown_rejects = rejects(
 def test_E3_coverage(threshold, good, nu, seed):
     """0.5 to 2 % of good images are above, with up to 5 % of defects; at most 2 % with 15 %."""
     for share, least in ((0, 0.005), (0.02, 0.005), (0.05, 0.005), (0.15, 0)):
-        sets = extremes.good_sets(60, good, rng(seed), nu, share)
+        sets = extremes.good_sets(40, good, rng(seed), nu, share)
         above, se = extremes.coverage(threshold, sets, nu)
         assert least - 4 * se < above < 0.02 + 4 * se
 
