@@ -692,7 +692,7 @@ def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, m
         ("train.py", ("--weights", "/etc/passwd"), ("/etc/passwd", "--weights")),
         ("train.py", ("--fpr", 5, "--threshold", 2), ("--fpr", "no effect")),
         ("train.py", ("--fpr", "1e-323"), ("--fpr 1e-323",)),
-        ("train.py", ("--weights", __file__), ("not a file of tensors", "--weights", "!arbitrary")),
+        ("train.py", ("--weights", __file__), ("not a state dict", "--weights", "!arbitrary")),
         ("evaluate.py", ("--model", "x.pt", "--image", ".", "--category", "a"), ("--category",)),
         ("evaluate.py", ("--model", "x.pt", "--image", ".", "--data", "x"), ("give --run",)),
         ("evaluate.py", ("--run", ".", "--resume"), ("--resume", "no effect")),
@@ -774,7 +774,7 @@ def test_other_weights_than_in_training_are_refused(data, model, tmp_path):
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
     half = ("--weights", tmp_path / "half.pth")
     fails(
-        run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "not float32"
+        run("train.py", "--data", data, "--out", tmp_path, *half, *TINY), "half.pth", "in float32"
     )
     options, own = ("--data", data / "bolt", "--out", tmp_path), ("--weights", tmp_path / "w.pth")
     succeeds(run("train.py", *options, *own, *TINY))
