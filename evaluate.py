@@ -381,9 +381,10 @@ def text_of(path: Path) -> str:
         if path.is_fifo():
             raise OSError("a pipe")
         return path.read_text("utf-8-sig")
-    except (OSError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: cannot be read as text in UTF-8 ({reason}): mend it") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}): give a file") from None
+    except UnicodeError as e:
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
 
 
 def say_unread(name: str, files: list[Path]) -> None:

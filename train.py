@@ -225,11 +225,14 @@ def run_category(
     if not todo:
         return
 
-    # Features, once for all seeds. Test images come first: a broken one stops the run at once.
+    # Features, once for all seeds. What is tested comes first: a broken file stops the run at once.
     detector = evaluate.new_detector(paths, recipe, args.weights, args.device, args.ignored)
     evaluate.say(f"{prefix}: {resolution(detector.recipe, paths)}", sys.stderr)
     tests = [item.path for item in category.test]
     test = evaluate.extract(detector, tests, partial(progress, "test image", len(tests)))
+    for item, size in zip(category.test, test[1], strict=True):
+        for mask in item.masks or ():
+            evaluate.read_mask(mask, size)
     report = partial(progress, "training image", len(paths))
     features, first = evaluate.extract_good(detector, paths, paths, report)
     spent = time.monotonic() - began

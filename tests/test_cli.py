@@ -162,3 +162,11 @@ def test_degenerate_training_sets_train(tmp_path, kind):
 def test_bad_commands_are_named_by_a_process_of_their_own(tmp_path):
     fails(shell(ROOT / "train.py", "--data", tmp_path / "absent"), "absent")
     fails(shell(ROOT / "evaluate.py"), "--run")
+
+
+def test_a_mask_of_another_size_stops_the_run_before_training(tmp_path):
+    data = make_mvtec(tmp_path / "d")
+    save(data / "bolt/ground_truth/dent/001_mask.png", np.zeros((20, 24)))
+    result = run("train.py", "--data", data, "--out", tmp_path / "out", *TINY)
+    fails(result, "001_mask.png: mask is 24 x 20, its image 48 x 40")
+    assert "field" not in result.stderr
