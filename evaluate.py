@@ -382,7 +382,8 @@ def text_of(path: Path) -> str:
             raise OSError("a pipe")
         return path.read_text("utf-8-sig")
     except OSError as e:
-        raise InputError(f"{path}: cannot be read as text ({e.strerror or e}): give a file") from None
+        reason = e.strerror or e
+        raise InputError(f"{path}: cannot be read as text ({reason}): give a file") from None
     except UnicodeError as e:
         raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
 
