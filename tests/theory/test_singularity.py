@@ -303,11 +303,12 @@ test_S5_far_from_a_bounded_set_rejects = rejects(
 )
 
 
-@claim(singularity.jump_slope, examples=6, below=st.sampled_from([0.0, 0.25, 1.0, 4.0]), seed=seeds)
-def test_S5_jump(slope, below, seed):
+@claim(singularity.jump_slope, examples=2, seed=seeds)
+def test_S5_jump(slope, seed):
     """t J_t at a jump, by wtflow pairs; 0.01 of it is the next order in t."""
-    measured = singularity.slope_at_jump(0.005, 1.0, below, 600_000, rng(seed))
-    within(measured, slope(1.0, below), slack=0.01)
+    for below in (0.0, 0.25, 4.0):
+        measured = singularity.slope_at_jump(0.005, 1.0, below, 600_000, rng(seed))
+        within(measured, slope(1.0, below), slack=0.01)
 
 
 test_S5_jump_rejects = rejects(
