@@ -7,13 +7,11 @@
    Images      as_image       a file, PIL image or array -> RGB; more than 8 bits; masks_of: masks
 2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
    Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
-   Metrics     measure        maps, scores and masks of a category -> rows of its table
+   Metrics     measure        maps, scores and masks of a category -> rows of its table, in percent
 3. Files       write_whole    whole or not there; locks, tables, models, CUDA graphs
 4. Pictures    draw           of images and maps, suspects, scores; names of what is written
 5. Export      export_model   a model as an ONNX program
 6. Commands    main           --run: evaluate_run, report; --image: score_files
-
-Maps are resampled to the size of their masks, masks never. Metrics are in percent.
 """
 
 import argparse
@@ -269,9 +267,8 @@ def checked(category: Category, root: Path, looked_in: list[Path]) -> Category:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
 
 
 def child(folder: Path, *names: str) -> Path:
@@ -294,10 +291,8 @@ def all_files(folder: Path) -> list[Path]:
         here = todo.pop()
         if (real := os.path.realpath(here)) not in seen:
             seen.add(real)
-            inner = [path for path in here.iterdir() if path.name[0] != "."]
-            folders = {path for path in inner if path.is_dir()}
-            found += sorted({*inner} - folders)
-            todo += sorted(folders, reverse=True)
+            found += sorted(p for p in here.iterdir() if p.name[0] != "." and not p.is_dir())
+            todo += reversed(folders_in(here))
     return found
 
 
@@ -355,6 +350,8 @@ MAX_PIXELS = 1 << 27  # of an image: a strip of 2048 x 65536
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
+WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 PROCESS, LOADING = os.getpid(), Lock()
 
 
@@ -421,12 +418,14 @@ def name_of(image: Any) -> str:
 
 
 def as_image(value: Any, white_level: float = 255.0) -> Image.Image:
-    """RGB PIL image of a path (read_image), a PIL image, or uint8 (H, W) or (H, W, 3) in RGB.
+    """RGB PIL image of a path, a PIL image, or a numpy array uint8 (H, W) or (H, W, 3) in RGB.
 
-    Raises InputError that says how to convert anything else.
+    Palette and CMYK are converted, alpha is dropped; of a file with more than 8 bits 0..white_level
+    is 0..255. Raises InputError, of what cannot be read for certain with the remedy.
     """
     if isinstance(value, (str, os.PathLike)):
-        return read_image(value, white_level)
+        with unreadable(value):
+            return in_8_bits(value, open_image(value), white_level).convert("RGB")
     if isinstance(value, Image.Image) and value.mode[0] not in "IF":
         with unreadable("a PIL image"), LOADING:  # it may be in the list twice
             return ImageOps.exif_transpose(value).convert("RGB")
@@ -441,33 +440,19 @@ def as_image(value: Any, white_level: float = 255.0) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
 
 
-def read_image(path: str | Path, white_level: float = 255.0) -> Image.Image:
-    """RGB PIL image of a file as a person sees it. Raises InputError naming the file.
-
-    Palette and CMYK are converted, alpha is dropped; of more than 8 bits 0..white_level is 0..255.
-    """
-    image, white = open_image(path), np.float32(white_level)
-    if image.mode[0] == "I":
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
-        if low < 0 or negative or np.median(values) > white:
-            text = f"values {low} to {high}, white level {white:g}{', a negative' * negative}"
-            raise InputError(f"{path}: {text}: save it like the training images, 0 as black")
-        if high > white:
-            say_once(f"{path}: values up to {high} are cut at {white:g}, the white level")
-        values = np.minimum(values, white) * np.float32(255 / white_level)
-        image = Image.fromarray(np.rint(values).astype(np.uint8))
-    with unreadable(path):
-        return image.convert("RGB")
-
-
 def open_image(path: str | Path) -> Image.Image:
     """PIL image of a file, a picture or a mask, decoded and turned as its EXIF says."""
     with unreadable(path):
         image, size = head_of(path)
-        if image.format == "JPEG" and ends_early(path, image):
-            raise ValueError("it ends early, and the rest is grey")
+        corner = image.width - 1, image.height - 1
+        if image.format == "JPEG" and image.getpixel(corner) in (128, (128, 128, 128)):
+            # Where its data end early libjpeg makes the rest grey, without a word: then more data
+            # before its end change the picture; after all pixels nothing is read
+            data = Path(path).read_bytes()
+            end = data.rfind(b"\xff\xd9")
+            longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
+            if longer.tobytes() != image.tobytes():
+                raise ValueError("it ends early, and the rest is grey")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
         if image.size != size[::-1]:
@@ -510,28 +495,10 @@ def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
         return image, image.size if turned else image.size[::-1]
 
 
-def ends_early(path: str | Path, image: Image.Image) -> bool:
-    """Whether a JPEG has fewer data than pixels: libjpeg makes the rest grey, without a word.
-
-    Then more data before the end of the file change the picture; after all pixels nothing is read.
-    """
-    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
-        return False
-    data = Path(path).read_bytes()
-    end = data.rfind(b"\xff\xd9")
-    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
-    return longer.tobytes() != image.tobytes()
-
-
 def image_sizes(images: list) -> list[tuple[int, int]]:
     """(H, W), as shown, of what as_image takes; of files from their heads. Raises InputError."""
     paths = (str, os.PathLike)
     return [head_of(i)[1] if isinstance(i, paths) else as_image(i).size[::-1] for i in images]
-
-
-# More than 8 bits: whole numbers
-WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 
 
 def white_level_of(paths: list) -> float:
@@ -545,9 +512,24 @@ def white_level_of(paths: list) -> float:
     return float(next(level for level in WHITE_LEVELS if highest <= level))
 
 
+def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
+    """An image of more bits with 0..white_level as 0..255, another as it is."""
+    if image.mode[0] != "I":
+        return image
+    values, white = np.asarray(image), np.float32(white_level)
+    low, high = values.min(), values.max()
+    negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
+    if low < 0 or negative or np.median(values) > white:
+        text = f"values {low} to {high}, white level {white:g}{', a negative' * negative}"
+        raise InputError(f"{path}: {text}: save it like the training images, 0 as black")
+    if high > white:
+        say_once(f"{path}: values up to {high} are cut at {white:g}, the white level")
+    values = np.minimum(values, white) * np.float32(255 / white_level)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
 # Masks
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
-BRIGHT, FAINT = 128, 1 / 8  # faint: below this share of the largest, where that is bright
 
 
 def masks_of(
@@ -595,7 +577,7 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
     values = values.max(2) if values.ndim == 3 else values
     labels = np.asarray(image) if image.mode == "P" else values
     top = labels.max()
-    faint = top >= BRIGHT and ((labels > 0) & (labels < FAINT * top)).any()
+    faint = top >= 128 and ((labels > 0) & (labels < top / 8)).any()
     if faint or (image.mode == "P" and top >= len(image.getpalette()) // 3):
         text = "faint values beside bright ones (a border, JPEG, resizing), or none of its palette"
         raise InputError(f"{path}: {text}: save it with 0 and 255 alone")
@@ -1610,7 +1592,7 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: f
     figure.set_size_inches(8.2, 4 * len(rows))
     all_axes = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
-        image = read_image(path, white_level)
+        image = as_image(path, white_level)
         shrunk = min(1, DRAWN / max(image.size))
         size = tuple(max(2, round(shrunk * side)) for side in image.size)
         # A strip is drawn wider than it is

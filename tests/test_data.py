@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 import train
 import wtflow
-from evaluate import InputError, Reading, read_dataset, read_image, read_mask
+from evaluate import InputError, Reading, as_image, read_dataset, read_mask
 
 RGB = picture(0, size=(12, 20))[0].astype(np.uint8)
 
@@ -356,7 +356,7 @@ def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
     for c in found[1] if found else ():
         for p in [*c.train, *(i.path for i in c.test)]:  # all are empty or dangling links
             with pytest.raises(InputError, match=f"{re.escape(str(p))}: cannot be read"):
-                read_image(p)
+                as_image(p)
 
 
 HEAD = "image,score,leave_out\n"
@@ -400,7 +400,7 @@ def test_colour_modes_become_rgb(tmp_path, name):
     if mode in ("RGBA", "LA"):  # alpha is dropped, not blended
         converted.putalpha(0)
     converted.save(tmp_path / name)
-    image = read_image(tmp_path / name)
+    image = as_image(tmp_path / name)
     assert image.mode == "RGB" and image.size == (20, 12)
     if mode not in ("1", "CMYK"):
         expected = np.asarray(converted.convert("RGB"), int)
@@ -416,7 +416,7 @@ def test_images_masks_and_sizes_are_turned_as_exif_says(tmp_path, orientation, s
     raw = np.rot90(shown, {1: 0, 3: 2, 6: 1, 8: 3}[orientation])
     options = {"quality": 95} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
     save(path, raw, exif=turned(orientation), **options)
-    assert np.abs(np.asarray(read_image(path), int)[..., 0] - shown).max() < 40
+    assert np.abs(np.asarray(as_image(path), int)[..., 0] - shown).max() < 40
     assert evaluate.image_sizes([path]) == [(12, 20)]
     assert evaluate.read_resized(path, (8, 8), Reading())[1] == (12, 20)
     if suffix in ("tif", "png"):
@@ -433,7 +433,7 @@ def test_a_png_that_exif_turns_after_its_pixels_is_refused(tmp_path):
     chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
     path.write_bytes(blob[:-12] + chunk + blob[-12:])
     with pytest.raises(InputError, match="EXIF that turns it comes after its pixels"):
-        read_image(path)
+        as_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
@@ -442,9 +442,9 @@ def test_a_file_of_several_frames_is_refused(tmp_path, suffix):
     frames, path = [Image.fromarray(RGB), Image.fromarray(255 - RGB)], tmp_path / f"a.{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     with pytest.raises(InputError, match="2 frames: save each as an image of its own"):
-        read_image(path)
+        as_image(path)
     frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])  # of a telephone
-    assert read_image(tmp_path / "a.mpo").size == (20, 12)
+    assert as_image(tmp_path / "a.mpo").size == (20, 12)
 
 
 def test_damaged_files_are_read_or_refused_by_name(tmp_path):
@@ -468,7 +468,7 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path):
             k, n = rng.integers(rng.choice([head, len(blob)])), int(rng.integers(0, 5))
             blob[k : k + n] = rng.bytes(rng.choice([n, n, n, int(rng.integers(0, 9))]))
         path.write_bytes(blob[: rng.integers(1, len(blob))] if rng.random() < 0.2 else blob)
-        for read in (read_image, read_mask, lambda p: evaluate.image_sizes([p])):
+        for read in (as_image, read_mask, lambda p: evaluate.image_sizes([p])):
             read_or_refused(path, read, path)
 
 
@@ -482,10 +482,10 @@ def test_truncation_is_always_refused(tmp_path, suffix):
         for end in (b"", b"\xff\xd9"):
             path.write_bytes(blob[:cut] + end)
             with pytest.raises(InputError, match=f"x.{suffix}: cannot be read"):
-                read_image(path)
+                as_image(path)
     grey = np.full((40, 40, 3), 128)  # as libjpeg makes it, and whole
     save(path, grey)
-    assert np.array_equal(read_image(path), grey)
+    assert np.array_equal(as_image(path), grey)
 
 
 @pytest.mark.parametrize("height, words", [(48000, None), (65537, "2048 x 65537 pixels, more")])
@@ -494,10 +494,10 @@ def test_a_strip_is_read_and_too_many_pixels_are_refused(tmp_path, monkeypatch, 
     path = tmp_path / "x.tif"
     Image.new("1", (2048, height), 1).save(path, compression="tiff_deflate")
     if words is None:
-        assert read_image(path).size == (2048, height)
+        assert as_image(path).size == (2048, height)
     else:
         with pytest.raises(InputError, match=f"x.tif: cannot be read as an image .{words}"):
-            read_image(path)
+            as_image(path)
 
 
 def test_what_is_no_image_is_refused(tmp_path):
@@ -505,10 +505,10 @@ def test_what_is_no_image_is_refused(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(InputError, match="x.png: cannot be read as an image .cannot identify"):
-        read_image(path)
+        as_image(path)
     path.unlink()
     os.mkfifo(path)
-    for read in (read_image, lambda path: evaluate.leave_out([], path)):
+    for read in (as_image, lambda path: evaluate.leave_out([], path)):
         with pytest.raises(InputError, match="x.png: cannot be read as .*a pipe"):
             read(path)
 
@@ -563,14 +563,14 @@ def test_grey_levels_fill_the_range_by_one_rule_for_a_data_set(tmp_path, dtype, 
     assert evaluate.white_level_of(paths) == white_level
     for path, share in zip(paths, (1, 0.1), strict=True):  # as dark beside the first as it was
         expected = np.round(255.0 * (ramp * share).astype(dtype) / white_level)
-        assert np.abs(np.asarray(read_image(path, white_level))[..., 0] - expected).max() <= 1
+        assert np.abs(np.asarray(as_image(path, white_level))[..., 0] - expected).max() <= 1
 
 
 def test_grey_levels_above_white_below_zero_and_negatives(tmp_path, capsys):
     ramp = np.linspace(0, 4095, 240).reshape(12, 20)
     deep, below = ramp.astype(np.uint16), (ramp - 2000).astype(np.int32)
     deep, below, real = grey_files(tmp_path, deep, below, ramp.astype(np.float32))
-    assert np.asarray(read_image(deep, 2500)).max() == 255
+    assert np.asarray(as_image(deep, 2500)).max() == 255
     assert "0.tif: values up to 4095 are cut at 2500" in capsys.readouterr().err
     (negative,) = grey_files(tmp_path / "w", ramp.astype(np.uint16), tiffinfo={262: 0})
     for path, white_level, words in (
@@ -580,7 +580,7 @@ def test_grey_levels_above_white_below_zero_and_negatives(tmp_path, capsys):
         (deep, 1023, "values 0 to 4095, white level 1023: save it like the training"),
     ):
         with pytest.raises(InputError, match=words):
-            read_image(path, white_level)
+            as_image(path, white_level)
 
 
 def test_images_of_few_grey_levels_are_named(tmp_path, capsys):
@@ -607,9 +607,9 @@ def test_the_white_level_is_kept_with_the_model(tmp_path):
     evaluate.save_model(tmp_path / "m.pt", detector)
     loaded = evaluate.load_model(tmp_path / "m.pt")
     assert detector.reading.white_level == loaded.reading.white_level == 4095.0
-    one, other = (evaluate.score(m, read_image(paths[2], 4095.0)).score for m in (detector, loaded))
+    one, other = (evaluate.score(m, as_image(paths[2], 4095.0)).score for m in (detector, loaded))
     assert one == other == evaluate.score(loaded, paths[2]).score
-    assert one != evaluate.score(loaded, read_image(paths[2], 65535.0)).score
+    assert one != evaluate.score(loaded, as_image(paths[2], 65535.0)).score
 
 
 # ---- masks ---------------------------------------------------------------------------------------
