@@ -349,9 +349,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # of SUFFIXES
 MAX_PIXELS = 1 << 27  # of an image: a strip of 2048 x 65536
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
-ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
 WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
 PROCESS, LOADING = os.getpid(), Lock()
 
 
@@ -432,12 +430,12 @@ def as_image(value: Any, white_level: float = 255.0) -> Image.Image:
     if not isinstance(value, np.ndarray):
         kind = f"{type(value).__name__} {getattr(value, 'mode', '')}"
         raise InputError(f"an image of type {kind}: give a path, a numpy array, or PIL's of 8 bits")
-    shape = value.shape[:2] if value.shape[2:] == (1,) else value.shape
-    if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
+    right = value.ndim == 2 or value.shape[2:] == (3,)
+    if not right or 0 in value.shape or value.dtype != np.uint8:
         how = "uint8 (H, W) or (H, W, 3) in RGB; if channels come first transpose(1, 2, 0), several"
         how += " as list(images), others (image * (255 / white_level)).round().astype(np.uint8)"
         raise InputError(f"an image of shape {value.shape} and {value.dtype}: give {how}")
-    return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -491,7 +489,7 @@ def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
         plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
-        turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
+        turned = not plain and image.getexif().get(0x0112, 1) >= 5  # orientation: a quarter
         return image, image.size if turned else image.size[::-1]
 
 
@@ -518,7 +516,7 @@ def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image
         return image
     values, white = np.asarray(image), np.float32(white_level)
     low, high = values.min(), values.max()
-    negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE
+    negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: 0 is white
     if low < 0 or negative or np.median(values) > white:
         text = f"values {low} to {high}, white level {white:g}{', a negative' * negative}"
         raise InputError(f"{path}: {text}: save it like the training images, 0 as black")
@@ -529,9 +527,6 @@ def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image
 
 
 # Masks
-LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
-
-
 def masks_of(
     item: Item, size: tuple, saturation: dict | None = None, ignore: Array | None = None
 ) -> tuple[list, Array]:
@@ -567,19 +562,17 @@ def read_mask(path: Path, size: tuple | None = None) -> Array:
     is defective, and if its image has another size, (H, W).
     """
     image = open_image(path)
-    if image.format not in LOSSLESS:
-        raise InputError(f"{path}: a mask as {image.format}, which changes it: save it as PNG")
+    if image.format not in ("PNG", "BMP", "TIFF", "PPM") or image.mode == "P":
+        what = f"{image.format}, {image.mode}"
+        raise InputError(f"{path}: a mask as {what}, whose values may be others: save a grey PNG")
     if size and image.size != size[::-1]:
         text = "mask is {} x {}, its image {} x {}".format(*image.size, *size[::-1])
         raise InputError(f"{path}: {text}: masks must have the image's size")
-    plain = image.mode == "L" or image.mode[0] == "I"
-    values = np.asarray(image if plain else image.convert("RGB"))
-    values = values.max(2) if values.ndim == 3 else values
-    labels = np.asarray(image) if image.mode == "P" else values
-    top = labels.max()
-    faint = top >= 128 and ((labels > 0) & (labels < top / 8)).any()
-    if faint or (image.mode == "P" and top >= len(image.getpalette()) // 3):
-        text = "faint values beside bright ones (a border, JPEG, resizing), or none of its palette"
+    grey = image.mode == "L" or image.mode[0] == "I"
+    values = np.asarray(image) if grey else np.asarray(image.convert("RGB")).max(2)
+    top = values.max()
+    if top >= 128 and ((values > 0) & (values < top / 8)).any():
+        text = "faint values beside bright ones, as JPEG and resizing leave them"
         raise InputError(f"{path}: {text}: save it with 0 and 255 alone")
     share = (values != 0).mean()
     if share == 0 or share > 0.5:
