@@ -91,7 +91,7 @@ class Category(NamedTuple):
 def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
     """(name, [Category]) of a data set's root, one category's folder, or a folder of good images.
 
-    wanted: names of categories, all by default. Raises InputError.
+    wanted: names of categories, else all. Raises InputError.
     """
     data = Path(data)
     if not data.is_dir():
@@ -185,10 +185,9 @@ def read_category(root: Path) -> Category:
 
 
 def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> dict[Path, tuple]:
-    """{image: its masks} of the images in a folder, by the place that they have in `own`.
+    """{image: its masks in `own`}, of the same name, with an end like _mask or _GT or without.
 
-    A mask has the name of its image, with an end like _mask or _GT or without; those of LOCO lie in
-    a folder of this name. Of a missing one it is the path that it should have.
+    Those of LOCO lie in a folder of this name. Of a missing one it is the path it should have.
     """
     found, masks = {}, {}
     for mask in images_under(own):
@@ -227,9 +226,9 @@ def read_visa(root: Path) -> Category:
 
 
 def checked(category: Category, root: Path, looked_in: list[Path]) -> Category:
-    """The category of a folder, if nothing in it may be misread: the one gate for all layouts.
+    """The category of a folder, if nothing in it may be misread, else InputError: the one gate.
 
-    Says which files of the folders looked_in are not read. Raises InputError.
+    Says which files of the folders looked_in are not read.
     """
     name, bad = category.name, [item for item in category.test if item.kind != "good"]
     images = [*category.train, *(item.path for item in category.test)]
@@ -282,10 +281,7 @@ def is_good(folder: Path) -> bool:
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Files of a folder and of those in it, at any depth; hidden ones are left out.
-
-    A folder to which several links lead is read once; a dangling link is kept, for its reader.
-    """
+    """Files at any depth but hidden ones, dangling links too; a folder with two links once."""
     seen, found, todo = set(), [], [folder] if folder.is_dir() else []
     while todo:
         here = todo.pop()
@@ -362,10 +358,7 @@ class Reading(NamedTuple):
 
 
 def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
-    """What read_resized gives of each BATCH of images, in turn, or the InputError it raises.
-
-    The next batch is read while the caller works on one. images: a list of what as_image takes.
-    """
+    """[read_resized of an image, or its InputError] of each BATCH; the next one is read ahead."""
     if os.getpid() != PROCESS:  # a forked child has none of the threads that torch counts on
         torch.set_num_threads(1)
 
@@ -392,10 +385,7 @@ def stacked(read: list) -> tuple[Tensor, list]:
 
 
 def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
-    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
-
-    Names an image without contrast: blank, or of a range that is not that of the training images.
-    """
+    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W)."""
     name, ignore, white = name_of(value), reading.ignore, reading.white_level
     with unreadable(name):
         image = as_image(value, white)
@@ -418,8 +408,8 @@ def name_of(image: Any) -> str:
 def as_image(value: Any, white_level: float = 255.0) -> Image.Image:
     """RGB PIL image of a path, a PIL image, or a numpy array uint8 (H, W) or (H, W, 3) in RGB.
 
-    Palette and CMYK are converted, alpha is dropped; of a file with more than 8 bits 0..white_level
-    is 0..255. Raises InputError, of what cannot be read for certain with the remedy.
+    Palette and CMYK are converted, alpha is dropped; more than 8 bits of a file are those of
+    in_8_bits. Raises InputError with the remedy.
     """
     if isinstance(value, (str, os.PathLike)):
         with unreadable(value):
@@ -500,10 +490,9 @@ def image_sizes(images: list) -> list[tuple[int, int]]:
 
 
 def white_level_of(paths: list) -> float:
-    """The white level of a data set, from its training images; it is kept with the model.
+    """The smallest of WHITE_LEVELS that holds the values of all training images of > 8 bits.
 
-    The smallest of WHITE_LEVELS that holds the values of all of them, so that a value is the same
-    grey in every image. An image of 8 bits is read as it is.
+    So a value is the same grey in every image; it is kept with the model.
     """
     deep = [path for path in paths if head_of(path)[0].mode[0] == "I"]
     highest = max((int(np.asarray(open_image(path)).max()) for path in deep), default=0)
@@ -511,7 +500,7 @@ def white_level_of(paths: list) -> float:
 
 
 def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
-    """An image of more bits with 0..white_level as 0..255, another as it is."""
+    """An image of more than 8 bits with 0..white_level as 0..255, another as it is."""
     if image.mode[0] != "I":
         return image
     values, white = np.asarray(image), np.float32(white_level)
@@ -558,8 +547,7 @@ def masks_of(
 def read_mask(path: Path, size: tuple | None = None) -> Array:
     """Values (H, W) of a mask, not zero where it is defective; of colours the largest channel.
 
-    Raises InputError for a format that may have changed the values, for values that do not say what
-    is defective, and if its image has another size, (H, W).
+    Raises InputError if they may have been changed, and if its image has another size, (H, W).
     """
     image = open_image(path)
     if image.format not in ("PNG", "BMP", "TIFF", "PPM") or image.mode == "P":
