@@ -104,10 +104,10 @@ def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list
     images = [path for path in images_under(data) if roots.isdisjoint(path.parents)]
     if roots:
         say_unread(name, images)
-    elif images and (is_good(data) or all(path.parent == data for path in images)):
+    elif images and (data.name.casefold() in GOOD or all(p.parent == data for p in images)):
         above = (data, *data.parents)
         product = next(p for p in above if p.name.casefold() not in (*GOOD, "train"))
-        labels = [child(p, name) for p in above[1:3] for name in ("labels", "annotations")]
+        labels = [child(p, n) for p in data.parents[:2] for n in ("labels", "annotations")]
         category, name = Category(product.name, images, [], None), product.parent.name
         readers = {product.name: partial(checked, category, data.parent, [data, *labels])}
     else:
@@ -163,7 +163,7 @@ def read_category(root: Path) -> Category:
     if (root / "Data/Images/Normal").is_dir():
         return read_visa(root)
     train, test = child(root, "train"), child(root, "test_public", "test")
-    good = [folder for folder in folders_in(train) if is_good(folder)]
+    good = [folder for folder in folders_in(train) if folder.name.casefold() in GOOD]
     if not good and train.is_dir():
         text = "put good images into train/good, defects into test/<defect>, their masks into"
         raise InputError(f"{train}: no folder good, ok or normal: {text} ground_truth/<defect>")
@@ -174,7 +174,7 @@ def read_category(root: Path) -> Category:
     for folder in folders_in(test):
         images = images_under(folder / inner)
         own = folder / "gt" if inner else truth and child(truth, folder.name)
-        if is_good(folder):
+        if folder.name.casefold() in GOOD:
             items += [Item(path, "good", ()) for path in images]
         elif folder != truth:
             masks = masks_of_images(images, folder / inner, own, loco) if own else {}
@@ -274,10 +274,6 @@ def child(folder: Path, *names: str) -> Path:
     """The folder of the first of these names, in any case, in a folder; else where it would be."""
     inner = {path.name.casefold(): path for path in folders_in(folder)}
     return next((inner[n] for n in map(str.casefold, names) if n in inner), folder / names[-1])
-
-
-def is_good(folder: Path) -> bool:
-    return folder.name.casefold() in GOOD
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -507,7 +503,7 @@ def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image
     low, high = values.min(), values.max()
     negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: 0 is white
     if low < 0 or negative or np.median(values) > white:
-        text = f"values {low} to {high}, white level {white:g}{', a negative' * negative}"
+        text = f"values {low} to {high}, {'0 is white' if negative else f'white level {white:g}'}"
         raise InputError(f"{path}: {text}: save it like the training images, 0 as black")
     if high > white:
         say_once(f"{path}: values up to {high} are cut at {white:g}, the white level")

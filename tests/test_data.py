@@ -491,7 +491,7 @@ def test_grey_levels_above_white_below_zero_and_negatives(tmp_path, capsys):
     (negative,) = grey_files(tmp_path / "w", ramp.astype(np.uint16), tiffinfo={262: 0})
     refuses("values -2000 to 2095", as_image, below, 4095)
     refuses("floating", as_image, real, 4095)
-    refuses("a negative", as_image, negative, 4095)
+    refuses("0 is white: save it like", as_image, negative, 4095)
     refuses("values 0 to 4095, white level 1023: save it like", as_image, deep, 1023)
 
 
