@@ -26,10 +26,9 @@ SLOW = [HealthCheck.function_scoped_fixture]
 def put(root, names):
     """Empty files; a folder where a name ends with /."""
     for name in names.split():
-        path = root / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        (root / f"{name}x").parent.mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
-            path.touch()
+            (root / name).touch()
 
 
 def counts(category):
@@ -298,10 +297,7 @@ def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
 HEAD = "image,score,leave_out\n"
 LEFT_OUT = [  # a train-scores.csv, the images that it leaves out or what the refusal says
     (HEAD + "004.png,9,x\n005.png,8,\n", {"004.png"}),
-    (
-        '"image","score","leave_out"\r\n"good/004.png","9","x"\r\n./005.png,8,1\r\n',
-        {"004.png", "005.png"},
-    ),
+    ('"image","leave_out"\r\n"good/004.png","x"\r\n./005.png,1\r\n', {"004.png", "005.png"}),
     ("", "a mark in leave_out"),
     (HEAD + "004.png,9,\n", "a mark in leave_out"),
     ("004.png\n", "a mark in leave_out"),
@@ -519,9 +515,8 @@ def test_the_white_level_is_kept_with_the_model(tmp_path):
     evaluate.save_model(tmp_path / "m.pt", detector)
     loaded = evaluate.load_model(tmp_path / "m.pt")
     assert loaded.reading.white_level == 4095.0
-    one, same, other = evaluate.score(
-        loaded, [paths[2], *(as_image(paths[2], w) for w in (4095, 65535))]
-    )
+    by_hand = [as_image(paths[2], white_level) for white_level in (4095, 65535)]
+    one, same, other = evaluate.score(loaded, [paths[2], *by_hand])
     assert one.score == same.score != other.score
 
 
@@ -534,9 +529,7 @@ def test_the_white_level_is_kept_with_the_model(tmp_path):
     size=st.sampled_from([(12, 20), (20, 12), (1, 1), (12, 21)]),
     cut=st.sampled_from([None, None, 0, 30, 0.5, 0.95]),
 )
-def test_hostile_masks_are_read_as_regions_or_refused_by_name(
-    tmp_path, mode, suffix, fill, size, cut
-):
+def test_hostile_masks_are_regions_or_refused_by_name(tmp_path, mode, suffix, fill, size, cut):
     a = np.zeros(size, np.uint8)
     a[: size[0] // 2] = fill
     path = tmp_path / f"mask.{suffix}"
