@@ -7,14 +7,11 @@
    Images      as_image       a file, PIL image or array -> RGB; more than 8 bits; masks_of: masks
 2. Scoring     score          from Python: a Prediction of each image; predictions_of, one by one
    Threshold   calibrate      good scores -> their tail and a threshold; classify: the verdicts
-   Metrics     measure        maps, scores and masks of a category -> rows of its table
+   Metrics     measure        maps, scores and masks of a category -> rows of its table, in percent
 3. Files       write_whole    whole or not there; locks, tables, models, CUDA graphs
 4. Pictures    draw           of images and maps, suspects, scores; names of what is written
 5. Export      export_model   a model as an ONNX program
 6. Commands    main           --run: evaluate_run, report; --image: score_files
-
-An anomaly map is compared with its mask at the mask's own size: the map is resampled, the mask
-never. Metrics are in percent.
 """
 
 import argparse
@@ -31,7 +28,6 @@ import math
 import os
 import re
 import signal
-import stat
 import sys
 import time
 import warnings
@@ -42,15 +38,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
 if __name__ == "__main__":
-    # Read as torch loads: a thread that waits for another spins briefly and then leaves its core to
-    # others. Longer costs a shared machine far more than its share, no spin at all makes training
-    # alone take half as long again (python -m tests.benchmark speed, GOMP_SPINCOUNT=300000 or 0).
+    # As torch loads: a thread that waits for another spins briefly, then leaves its core to others;
+    # no spin makes training half as long again, a longer one costs a shared machine far more
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it loads Ctrl-C ends it without a word
 
@@ -67,14 +62,13 @@ Array = np.ndarray
 
 # ---- 1. Data sets: folders -> categories, files -> arrays. Reads, writes nothing -----------------
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .tif .tiff .webp .gif .ppm .pgm".split())
-# Names of folders and ends of names, in any case.
+# Names of folders and ends of names, in any case
 GOOD = ("good", "ok", "normal")
 TRUTH = ("ground_truth", "masks", "mask", "gt")  # folders of masks
 LABELS = {*TRUTH, *"labels annotations segmentationclass segmentationobject".split()}  # of tools
 MASK_END = re.compile(r"_(mask|gt)(_?\d+)?$")  # of a mask, after the stem of its image
-# Words in the name of a folder of test that may mean good images: such a folder is refused.
+# Words in the name of a folder of test that may mean good images: such a folder is refused
 MAYBE_GOOD = {*GOOD, *"normals okay io pass passed fine free healthy intact image images".split()}
-IGNORED = ("thumbs.db", "desktop.ini", "scores.csv")  # left in folders by systems and by us
 
 
 class Item(NamedTuple):
@@ -94,34 +88,31 @@ class Category(NamedTuple):
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
 
 
-def read_dataset(
-    data: str | Path, wanted: tuple | list = (), trained: bool = False
-) -> tuple[str, list[Category]]:
-    """(name, [Category]) of a data set's root, or of one category's folder.
+def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
+    """(name, [Category]) of a data set's root, one category's folder, or a folder of good images.
 
-    wanted: names of categories, all by default; trained: there may be no training images. Raises
-    InputError naming what was looked for.
+    wanted: names of categories, else all. Raises InputError.
     """
     data = Path(data)
     if not data.is_dir():
         raise InputError(f"{data}: no such folder: give --data a data set or one category of it")
     data = data.resolve()
-    name, readers = data.name, {}
-    if read := reader_of(data, trained):
-        name, readers = data.parent.name, {data.name: read}
-    elif readers := {f.name: r for f in folders_in(data) if (r := reader_of(f, trained))}:
-        paths = images_under(data)
-        say_unread(name, [p for p in paths if p.relative_to(data).parts[0] not in readers])
-    elif is_good(data) or any(path.parent == data for path in images_under(data)):
+    name, roots = data.parent.name, {data}
+    if not is_category(data):
+        name, roots = data.name, set(filter(is_category, folders_in(data)))
+    readers = {root.name: partial(read_category, root) for root in sorted(roots)}
+    images = [path for path in images_under(data) if roots.isdisjoint(path.parents)]
+    if roots:
+        say_unread(name, images)
+    elif images and (data.name.casefold() in GOOD or all(p.parent == data for p in images)):
         above = (data, *data.parents)
         product = next(p for p in above if p.name.casefold() not in (*GOOD, "train"))
-        name, readers = product.parent.name, {product.name: partial(read_good, data, product.name)}
-    if not readers:
-        raise InputError(
-            f"{data}: no category here: put good images into train/good (MVTec AD, MPDD, BTAD, "
-            "LOCO; train/good/rgb: MVTec 3D-AD; Data/Images/Normal: VisA), or give --data a folder "
-            "that holds good images and nothing else"
-        )
+        labels = [child(p, n) for p in data.parents[:2] for n in ("labels", "annotations")]
+        category, name = Category(product.name, images, [], None), product.parent.name
+        readers = {product.name: partial(checked, category, data.parent, [data, *labels])}
+    else:
+        text = "put good images into train/good (VisA: Data/Images/Normal), or give --data a folder"
+        raise InputError(f"{data}: no category here: {text} of good images and nothing else")
     for asked in wanted:
         if asked not in readers:
             raise InputError(f"{data}: no category '{asked}': choose from {', '.join(readers)}")
@@ -129,124 +120,101 @@ def read_dataset(
 
 
 def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
-    """Categories without the training images that a file names, and these names.
+    """Categories without the training images that a train-scores.csv marks, and their names.
 
-    The file has one name a line, with its suffix and as much of its path as is needed; or it is a
-    train-scores.csv, in the folder of its category, with a mark in the column leave_out. Raises
-    InputError unless each name is that of exactly one training image, and if there is none.
+    It is of the category in whose folder it lies; elsewhere names have as much of their path as is
+    needed. Raises InputError, too, if a category has no training images.
     """
-    if file is None:
-        return categories, []
-    own, lines = categories, [line.strip().strip('"') for line in text_of(Path(file)).splitlines()]
-    if lines and "leave_out" in lines[0].replace('"', "").split(","):
-        rows = rows_of(Path(file))
-        lines = [row["image"] for row in rows if (row["leave_out"] or "").strip()]
-        place = Path(file).resolve().parent.name
-        own = [category for category in categories if category.name == place] or categories
-    every = [path for category in own for path in category.train]
-    names, dropped = [line for line in lines if line], set()
+    rows, dropped = rows_of(Path(file)) if file else [], set()
+    names = [row.get("image") or "" for row in rows if (row.get("leave_out") or "").strip()]
+    own = Path(file or "").resolve().parent.name
+    own = [category for category in categories if category.name == own] or categories
     for name in names:
-        path = PureWindowsPath(name)  # whose separators are both / and \
-        parts = path.relative_to(path.anchor).parts
-        found = [path for path in every if parts and path.parts[-len(parts) :] == parts]
+        end = Path(name).parts
+        found = [p for category in own for p in category.train if p.parts[-len(end) :] == end]
         if len(found) != 1:
-            raise InputError(
-                f"--leave-out {file}: of the training images {name} is that of {len(found)}: write "
-                "more of its path, one a line; or give a train-scores.csv as it was written, with "
-                "its column leave_out"
-            )
+            text = f"of the training images {name} is that of {len(found)}: write more of its path"
+            raise InputError(f"--leave-out {file}: {text}")
         dropped.update(found)
+    if file and not names:
+        raise InputError(f"--leave-out {file}: no row with an image and a mark in leave_out")
+    if file:
+        say_once(f"--leave-out: {len(dropped)} training images are left out")
     kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
-    if not names or not all(category.train for category in kept):
-        what = "no training image of a category" if names else "nothing out"
-        raise InputError(f"--leave-out {file}: leaves {what}: put a mark into the column leave_out "
-                         "of those that are no good images, or write a name a line")  # fmt: skip
-    say_once(f"--leave-out: {len(dropped)} of {len(every)} training images are left out")
+    for category in kept:
+        if not category.train:
+            text = f"no training images ({', '.join(SUFFIXES)}) in train/good: add some"
+            raise InputError(f"{category.name}: {text}")
     return kept, names
 
 
-def reader_of(root: Path, trained: bool) -> Callable | None:
-    """What reads the category in a folder; None if it holds none."""
-    if (root / "Data/Images/Normal").is_dir():
-        return partial(read_visa, root, trained)
-    train = child(root, "train")
-    test = child(root, "test_public") or child(root, "test") or root / "test"
-    good = [folder for folder in folders_in(train) if is_good(folder)]
-    if good or images_under(train) or (trained and folders_in(test)):
-        return partial(read_mvtec, root, good, test, trained)
-    return None
+def is_category(root: Path) -> bool:
+    parts = child(root, "train"), child(root, "test_public", "test"), root / "Data/Images/Normal"
+    return any(part.is_dir() for part in parts)
 
 
-def read_mvtec(root: Path, good: list[Path], test: Path, trained: bool) -> Category:
-    """MVTec AD, MPDD, BTAD: {train,test}/<kind>/, ground_truth/<kind>/<id>_mask.png.
+def read_category(root: Path) -> Category:
+    """MVTec AD, MPDD, BTAD: {train,test}/<kind>/, ground_truth/<kind>/<id>_mask.png; or VisA.
 
     Three others differ in names. MVTec AD 2: test_public, which holds ground_truth. MVTec LOCO AD:
     ground_truth/<kind>/<id>/*.png, and saturation thresholds. MVTec 3D-AD, of which RGB images are
-    read: test/<kind>/rgb, test/<kind>/gt. good: folders of training images.
+    read: test/<kind>/rgb, test/<kind>/gt.
     """
-    if not good and not trained:
-        raise InputError(
-            f"{root / 'train'}: no folder good, ok or normal in it: put the good images into "
-            "train/good, defects into test/<defect>, their masks into ground_truth/<defect>"
-        )
-    truth = next((t for p in (root, test) for name in TRUTH if (t := child(p, name))), None)
-    rgb = any((folder / "rgb").is_dir() for folder in good or folders_in(test))
-    loco = (root / "defects_config.json").is_file() or (test / "logical_anomalies").is_dir()
-    inner, items = "rgb" if rgb else "", []
+    if (root / "Data/Images/Normal").is_dir():
+        return read_visa(root)
+    train, test = child(root, "train"), child(root, "test_public", "test")
+    good = [folder for folder in folders_in(train) if folder.name.casefold() in GOOD]
+    if not good and train.is_dir():
+        text = "put good images into train/good, defects into test/<defect>, their masks into"
+        raise InputError(f"{train}: no folder good, ok or normal: {text} ground_truth/<defect>")
+    truth = next((t for p in (root, test) if (t := child(p, *TRUTH)).is_dir()), None)
+    inner = "rgb" if any((p / "rgb").is_dir() for p in good or folders_in(test)) else ""
+    config, items = root / "defects_config.json", []
+    loco = config.is_file() or (test / "logical_anomalies").is_dir()
     for folder in folders_in(test):
         images = images_under(folder / inner)
-        if is_good(folder):
+        own = folder / "gt" if inner else truth and child(truth, folder.name)
+        if folder.name.casefold() in GOOD:
             items += [Item(path, "good", ()) for path in images]
         elif folder != truth:
-            own = folder / "gt" if rgb else child(truth, folder.name)
-            own = own or (truth and truth / folder.name)
             masks = masks_of_images(images, folder / inner, own, loco) if own else {}
             items += [Item(path, folder.name, masks.get(path)) for path in images]
     images = [path for folder in good for path in images_under(folder / inner)]
-    category = Category(root.name, images, items, saturation_of(root) if loco else None)
-    return checked(category, root, folders_in(root), trained)
+    saturation = saturation_of(config) if loco else None
+    return checked(Category(root.name, images, items, saturation), root, folders_in(root))
 
 
 def masks_of_images(images: list[Path], folder: Path, own: Path, loco: bool) -> dict[Path, tuple]:
-    """{image: its masks} of the images in a folder, by the place that they have in `own`.
+    """{image: its masks in `own`}, of the same name, with an end like _mask or _GT or without.
 
-    A mask has the name of its image, with an end like _mask or _GT or without; those of LOCO lie in
-    a folder of this name. Of a missing one it is the path that it should have.
+    Those of LOCO lie in a folder of this name. Of a missing one it is the path it should have.
     """
-
-    def key(path, above):
-        return os.path.splitext(path.relative_to(above))[0].casefold()
-
-    stems, masks = {key(path, folder): path for path in images}, {}
+    found, masks = {}, {}
     for mask in images_under(own):
-        stem = str(mask.parent.relative_to(own)).casefold() if loco else key(mask, own)
-        image = stems.get(stem) or stems.get(MASK_END.sub("", stem))
-        if image and image in masks and not loco:
-            raise InputError(f"{mask}: {masks[image][0].name} is a mask of the same image: "
-                             "remove one, or put both into one file")  # fmt: skip
-        masks[image] = (*masks.get(image, ()), mask)  # None: of no image here
+        place = (mask.parent if loco else mask.with_suffix("")).relative_to(own)
+        found.setdefault(MASK_END.sub("", str(place).casefold()), []).append(mask)
     for path in images:
-        end = "/000.png" if loco else "_mask.png"
-        masks.setdefault(path, (own / f"{path.relative_to(folder).with_suffix('')}{end}",))
+        place = str(path.relative_to(folder).with_suffix(""))
+        missing = own / (place + ("/000.png" if loco else "_mask.png"))
+        masks[path] = tuple(found.get(place.casefold(), [missing]))
+        if len(masks[path]) > 1 and not loco:
+            text = f"{masks[path][0].name} is a mask of the same image: remove one, or join them"
+            raise InputError(f"{masks[path][1]}: {text}")
     return masks
 
 
-def saturation_of(root: Path) -> dict:
+def saturation_of(config: Path) -> dict:
     """LOCO's {pixel value of a mask: (threshold, whether it is a share of the area)}."""
-    config = root / "defects_config.json"
-    try:
-        keys = ("pixel_value", "saturation_threshold", "relative_saturation")
-        rows = [[d[key] for key in keys] for d in json.loads(text_of(config))]
+    keys = ("pixel_value", "saturation_threshold", "relative_saturation")
+    with unreadable(config, "LOCO's thresholds", "restore it from the download"):
+        rows = [[defect[key] for key in keys] for defect in json.loads(config.read_bytes())]
         return {int(value): (float(most), bool(relative)) for value, most, relative in rows}
-    except (ValueError, KeyError, TypeError) as e:
-        text = f"not LOCO's thresholds ({e}): restore it from the download"
-        raise InputError(f"{config}: {text}") from None
 
 
-def read_visa(root: Path, trained: bool) -> Category:
+def read_visa(root: Path) -> Category:
     """VisA: Data/Images/{Normal,Anomaly}, split by split_csv/1cls.csv beside the categories."""
     split, train, test = root.parent / "split_csv/1cls.csv", [], []
-    try:
+    with unreadable(split, "VisA's split", "restore it from the download"):
         for row in [row for row in rows_of(split) if row["object"] == root.name]:
             image, mask = (root.parent / row[key].replace("\\", "/") for key in ("image", "mask"))
             good = row["label"].casefold() in GOOD
@@ -254,143 +222,85 @@ def read_visa(root: Path, trained: bool) -> Category:
                 test.append(Item(image, "good", ()) if good else Item(image, "anomaly", (mask,)))
             elif good:
                 train.append(image)
-    except (KeyError, AttributeError) as e:
-        raise InputError(f"{split}: not VisA's split ({e}): restore it from the download") from None
-    return checked(Category(root.name, train, test, None), root, folders_in(root), trained)
+    return checked(Category(root.name, train, test, None), root, folders_in(root))
 
 
-def read_good(folder: Path, product: str) -> Category:
-    """A folder of good images, of a product. Raises InputError if not all may be good."""
-    inside = [inner for inner in folders_in(folder) if images_under(inner)]
-    if inside and not is_good(folder):
-        raise InputError(f"{folder}: good images beside {listed(inside)}: put the good ones into "
-                         "train/good, defects into test/<defect>")  # fmt: skip
-    names = ("labels", "Labels", "annotations", "Annotations")  # beside it, of tools
-    beside = [parent / name for parent in folder.parents[:2] for name in names]
-    category = Category(product, images_under(folder), [], None)
-    return checked(category, folder.parent, [folder, *beside])
+def checked(category: Category, root: Path, looked_in: list[Path]) -> Category:
+    """The category of a folder, if nothing in it may be misread, else InputError: the one gate.
 
-
-def checked(category: Category, root: Path, looked_in: list, trained: bool = False) -> Category:
-    """The category of a folder, if nothing in it may be misread: the one gate for all layouts.
-
-    Says which files of the folders looked_in are not read. Raises InputError.
+    Says which files of the folders looked_in are not read.
     """
-
-    def need(holds, path, text):
-        if not holds:
-            raise InputError(f"{path}: {text}")
-
     name, bad = category.name, [item for item in category.test if item.kind != "good"]
     images = [*category.train, *(item.path for item in category.test)]
-    masks = {mask: item.path for item in bad for mask in item.masks or ()}
-    stems = {(path.parent, path.stem.casefold()) for path in images}
-    ours = name != "mean" and not name.startswith(("-", "+", "=", "@"))
-    need(ours, root, f"a category cannot be called {name}: rename its folder")
-    text = f"no training images ({', '.join(SUFFIXES)}) in train/good: add some"
-    need(category.train or trained, root, text)
-    for path in [*images, *masks]:
-        inside = path.is_relative_to(root) and ".." not in path.parts
-        need(inside, path, f"lies outside of {root}: mend the split file")
-    seen, place = {}, cache(os.path.realpath)
+    masks = [mask for item in bad for mask in item.masks or ()]
+    good, used = {p.parent for p in images} - {i.path.parent for i in bad}, {*images, *masks}
+    unread = [path for top in looked_in for path in all_files(top) if path not in used]
+    depth, place, seen = len(root.parts), cache(os.path.realpath), {}
+    text = f"lies outside of {root}: mend the split file"
+    faults = [(p, text) for p in used if root not in p.parents or ".." in p.parts]
+    if name == "mean" or name[:1] in ("-", "+", "=", "@"):
+        faults.append((root, f"a category cannot be called {name}: rename its folder"))
     for path in images:
-        stem, text = path.stem.casefold(), "put masks into ground_truth/<defect> beside train, test"
-        owner = MASK_END.sub("", stem)
-        twin = (path.parent, owner) in stems or stem.endswith(("_mask", "_gt"))
-        need(owner == stem or not twin, path, f"is named as a mask: rename it, or {text}")
-        above = map(str.casefold, path.relative_to(root).parts[:-1])
-        need(not LABELS.intersection(above), path.parent, f"masks among images: {text}")
-        other = seen.setdefault((place(path.parent), stem), path)
-        text = f"{other} has the same name, or is the same file by a link: two images, or an image"
-        text += f" and its mask? Rename or remove one; a mask is called {stem}_mask.png"
-        need(other is path, path, text)
-    for kind in {item.kind for item in bad}:
-        words = re.findall(r"[^\W\d_]+", kind.casefold())
-        clear = not MAYBE_GOOD.intersection(words) or words[0] in ("not", "no", "non")
-        text = "good images, or a defect? Put good ones into test/good, or name it as the defect"
-        need(clear, root / "test" / kind, text)
-    for mask, image in masks.items():
-        text = f"mask of {image.name} is missing: restore it, or remove ground_truth to go without"
-        need(mask.is_file(), mask, f"{text} pixel metrics")
-        whole = mask.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".webp")
-        need(whole, mask, "a mask in a format that changes it: save it as PNG")
-    used, good = {*images, *masks}, stems - {(i.path.parent, i.path.stem.casefold()) for i in bad}
-    unread = [(top, path) for top in looked_in for path in all_files(top) if path not in used]
-    for folder, path in unread:
-        above = map(str.casefold, path.relative_to(folder.parent).parts)
-        named = LABELS.intersection(above) or path.name.startswith("_annotations")
-        named = named or (path.parent, path.stem.casefold()) in good
-        text = "an annotation, so not all images may be good: put good ones into train/good, "
-        text += "defects into test/<defect>, and remove the annotations"
-        need(not named or path.suffix.lower() not in (".json", ".txt", ".xml"), path, text)
-    say_unread(name, [path for _, path in unread])
+        stem, above = path.stem.casefold(), {*map(str.casefold, path.parts[depth:-1])}
+        if MASK_END.search(stem) or LABELS & above:
+            text = "a mask by its name or folder? Rename it, or put masks into ground_truth/<kind>"
+            faults.append((path, text))
+        if (other := seen.setdefault((place(path.parent), stem), path)) is not path:
+            text = f"{other} has the same name, or is the same file by a link: rename or remove one"
+            faults.append((path, f"{text}; a mask is called {stem}_mask.png"))
+    for item in bad:
+        if MAYBE_GOOD.intersection(re.findall(r"[^\W\d_]+", item.kind.casefold())):
+            text = "good, or a defect? Put good ones into test/good, or name the folder as it is"
+            faults.append((item.path, text))
+    text = "this mask is missing: restore it, or remove ground_truth to go without pixel metrics"
+    faults += [(mask, text) for mask in masks if not mask.is_file()]
+    for path in unread:
+        labels = LABELS & {*map(str.casefold, path.parts[depth - 1 : -1])} or good & {*path.parents}
+        if labels and path.suffix.lower() in (".json", ".txt", ".xml"):
+            text = "an annotation, so not all images may be good? Put good ones into train/good, "
+            faults.append((path, f"{text}defects into test/<defect>, and remove it"))
+    if faults:
+        raise InputError("{}: {}".format(*faults[0]))
+    say_unread(name, unread)
     return category
 
 
-def folders_in(folder: Path | None) -> list[Path]:
-    if not folder or not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+def folders_in(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
 
 
-def child(folder: Path | None, name: str) -> Path | None:
-    """The folder of this name, in any case, in a folder."""
-    return next((p for p in folders_in(folder) if p.name.casefold() == name.casefold()), None)
+def child(folder: Path, *names: str) -> Path:
+    """The folder of the first of these names, in any case, in a folder; else where it would be."""
+    inner = {path.name.casefold(): path for path in folders_in(folder)}
+    return next((inner[n] for n in map(str.casefold, names) if n in inner), folder / names[-1])
 
 
-def is_good(folder: Path) -> bool:
-    return folder.name.casefold() in GOOD
-
-
-def all_files(folder: Path | None) -> list[Path]:
-    """Files of a folder and of the folders in it, at any depth; hidden ones are left out.
-
-    A folder to which several links lead is read once. A dangling link is kept, so that reading it
-    names it.
-    """
-    seen, found = set(), []
-    if not folder or not folder.is_dir():
-        return found
-    for here, folders, names in os.walk(folder, onerror=raised, followlinks=True):
-        new = (real := os.path.realpath(here)) not in seen
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if new and name[0] != ".")
-        found += [Path(here, name) for name in sorted(names) if new and name[0] != "."]
+def all_files(folder: Path) -> list[Path]:
+    """Files at any depth but hidden ones, dangling links too; a folder with two links once."""
+    seen, found, todo = set(), [], [folder] if folder.is_dir() else []
+    while todo:
+        here = todo.pop()
+        if (real := os.path.realpath(here)) not in seen:
+            seen.add(real)
+            found += sorted(p for p in here.iterdir() if p.name[0] != "." and not p.is_dir())
+            todo += reversed(folders_in(here))
     return found
 
 
-def raised(error: Exception):
-    raise error
-
-
-def images_under(folder: Path | None) -> list[Path]:
-    """Image files at any depth in a folder."""
+def images_under(folder: Path) -> list[Path]:
     return [path for path in all_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def rows_of(path: Path) -> list[dict]:
     """Rows of a table, by the names in its first line. Raises InputError if it is none."""
-    try:
-        return list(csv.DictReader(io.StringIO(text_of(path), newline="")))
-    except csv.Error as e:
-        raise InputError(f"{path}: cannot be read as a table ({e}): mend or restore it") from None
-
-
-def text_of(path: Path) -> str:
-    try:
-        if path.is_fifo():
-            raise OSError("a pipe")
-        return path.read_text("utf-8-sig")
-    except OSError as e:
-        reason = e.strerror or e
-        raise InputError(f"{path}: cannot be read as text ({reason}): give a file") from None
-    except UnicodeError as e:
-        raise InputError(f"{path}: cannot be read as text in UTF-8 ({e}): save it so") from None
+    with unreadable(path, "a table in UTF-8", "mend or restore it"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
 
 
 def say_unread(name: str, files: list[Path]) -> None:
     """Say that files are not read: none is dropped silently."""
-    files = [path for path in files if path.name.casefold() not in IGNORED]
     if files:
         names = listed([f"{path.parent.name}/{path.name}" for path in files])
         suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in files}))
@@ -408,7 +318,6 @@ def say_once(text: str, about: Any = None) -> None:
 
 
 def say(text: Any, file: Any = None) -> None:
-    """Print a line, whatever names are in it."""
     print(one_line(text), file=file, flush=True)
 
 
@@ -423,17 +332,16 @@ def first_line(error: Exception) -> str:
 
 def listed(items: list) -> str:
     """Names, or those of paths, in a line, at most four."""
-    names = [item if isinstance(item, str) else item.name for item in items[:4]]
+    names = [getattr(item, "name", item) for item in items[:4]]
     return ", ".join(names + ["..."] * (len(items) > 4))
 
 
 # Images
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # of SUFFIXES
-MAX_BYTES = 1 << 30  # of a decoded image: a strip of 2048 x 131072 pixels
+MAX_PIXELS = 1 << 27  # of an image: a strip of 2048 x 65536
 BATCH = 16  # images that are read and turned into features together
 FEW_LEVELS = 16  # of 256: an image that has no more is named
-ORIENTATION = 0x0112  # EXIF; from 5 on the picture is shown turned by a quarter
-FULL_SIZE = "full_size"  # in image.info: (H, W) as shown, of an image that may be decoded smaller
+WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
 PROCESS, LOADING = os.getpid(), Lock()
 
 
@@ -446,10 +354,7 @@ class Reading(NamedTuple):
 
 
 def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
-    """What read_resized gives of each BATCH of images, in turn, or the InputError it raises.
-
-    The next batch is read while the caller works on one. images: a list of what as_image takes.
-    """
+    """[read_resized of an image, or its InputError] of each BATCH; the next one is read ahead."""
     if os.getpid() != PROCESS:  # a forked child has none of the threads that torch counts on
         torch.set_num_threads(1)
 
@@ -462,8 +367,7 @@ def batches_of(images: list, shape: tuple, reading: Reading) -> Iterator[list]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = pool.map(read, images[:BATCH])
         for start in range(BATCH, len(images) + BATCH, BATCH):
-            found = list(ahead)
-            ahead = pool.map(read, images[start : start + BATCH])
+            found, ahead = list(ahead), pool.map(read, images[start : start + BATCH])
             yield found
 
 
@@ -477,211 +381,144 @@ def stacked(read: list) -> tuple[Tensor, list]:
 
 
 def read_resized(value: Any, shape: tuple, reading: Reading) -> tuple:
-    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W).
-
-    Twice the pixels a side are enough: within a few grey levels of what all of them give. Names an
-    image without contrast: blank, or of a range that is not that of the training images.
-    """
-    name, ignore = name_of(value), reading.ignore
+    """Pixels uint8 (*shape, 3) of what as_image takes, antialiased, and its size (H, W)."""
+    name, ignore, white = name_of(value), reading.ignore, reading.white_level
     with unreadable(name):
-        image = as_image(value, reading.white_level, 2 * max(shape) if ignore is None else 0)
+        image = as_image(value, white)
         if ignore is not None:
             if image.size != ignore.shape[::-1]:
                 size = "{} x {}, the mask of --ignore {} x {}".format(*image.size, *ignore.T.shape)
                 raise InputError(f"{name}: is {size}: give images of its size")
             image.paste((127, 127, 127), mask=Image.fromarray(ignore))
         pixels = np.asarray(image.resize(shape[::-1], Image.BILINEAR))
-    low, high = pixels.min(), pixels.max()
-    if high - low <= FEW_LEVELS:
-        text = f"grey values {low} to {high} of 0 to 255, the white level {reading.white_level:g}"
-        text += ": is it blank, or does a training image reach too high?"
-        say_once(f"{name}: has {text}", about=(Path(name).parent, "levels"))
-    return pixels, image.info.get(FULL_SIZE, image.size[::-1])
+    if (high := pixels.max()) - (low := pixels.min()) <= FEW_LEVELS:
+        text = f"{name}: has grey values {low} to {high} of 0 to 255, the white level {white:g}: "
+        say_once(f"{text}blank, or a training image too bright?", (Path(name).parent, "levels"))
+    return pixels, image.size[::-1]
 
 
 def name_of(image: Any) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
-def as_image(value: Any, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image of a path, a PIL image, or a numpy uint8 array (H, W) or (H, W, 3) in RGB.
+def as_image(value: Any, white_level: float = 255.0) -> Image.Image:
+    """RGB PIL image of a path, a PIL image, or a numpy array uint8 (H, W) or (H, W, 3) in RGB.
 
-    white_level, enough: see read_image. Raises InputError that says how to convert anything else.
+    Palette and CMYK are converted, alpha is dropped; more than 8 bits of a file are those of
+    in_8_bits. Raises InputError with the remedy.
     """
     if isinstance(value, (str, os.PathLike)):
-        return read_image(value, white_level, enough)
-    if isinstance(value, Image.Image):
-        if value.mode[0] in "IF":
-            raise InputError(f"a PIL image of mode {value.mode}: give its path, or 8 bits")
-        with unreadable("a PIL image"):
-            with LOADING:  # it may be in the list twice
-                value.load()
-            return ImageOps.exif_transpose(value).convert("RGB")  # as open_image does
+        with unreadable(value):
+            return in_8_bits(value, open_image(value), white_level).convert("RGB")
+    if isinstance(value, Image.Image) and value.mode[0] not in "IF":
+        with unreadable("a PIL image"), LOADING:  # it may be in the list twice
+            return ImageOps.exif_transpose(value).convert("RGB")
     if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        raise InputError(f"an image of type {kind}: give a path, a PIL image or a numpy array")
-    shape = value.shape[:2] if value.shape[2:] == (1,) else value.shape
-    if 0 in shape or len(shape) < 2 or shape[2:] not in ((), (3,)) or value.dtype != np.uint8:
-        raise InputError(
-            f"an image of shape {value.shape} and {value.dtype}: give uint8 (H, W) or (H, W, 3) in "
-            "RGB, without transparency; if channels come first image.transpose(1, 2, 0); of "
-            "several list(images); of values in 0..1 (255 * image).round().astype(np.uint8); of "
-            "others (image * (255 / white_level)).round().astype(np.uint8), the same level for all"
-        )
-    return Image.fromarray(np.ascontiguousarray(value.reshape(shape))).convert("RGB")
+        kind = f"{type(value).__name__} {getattr(value, 'mode', '')}"
+        raise InputError(f"an image of type {kind}: give a path, a numpy array, or PIL's of 8 bits")
+    right = value.ndim == 2 or value.shape[2:] == (3,)
+    if not right or 0 in value.shape or value.dtype != np.uint8:
+        how = "uint8 (H, W) or (H, W, 3) in RGB; if channels come first transpose(1, 2, 0), several"
+        how += " as list(images), others (image * (255 / white_level)).round().astype(np.uint8)"
+        raise InputError(f"an image of shape {value.shape} and {value.dtype}: give {how}")
+    return Image.fromarray(np.ascontiguousarray(value)).convert("RGB")
 
 
-def read_image(path: str | Path, white_level: float | None = None, enough: int = 0) -> Image.Image:
-    """RGB PIL image of a file as a person sees it. Raises InputError naming the file.
-
-    Palette and CMYK are converted, alpha is dropped; more than 8 bits are scaled to 8, from 0 to
-    `white_level` (white_level_of), by default that of this file alone. enough: see open_image.
-    """
-    image = open_image(path, enough)
-    if image.mode[0] == "I":
-        image = to_8_bits(path, image, white_level or white_level_of([path]))
+def open_image(path: str | Path) -> Image.Image:
+    """PIL image of a file, a picture or a mask, decoded and turned as its EXIF says."""
     with unreadable(path):
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(path: str | Path, enough: int = 0) -> Image.Image:
-    """PIL image of a file, a picture or a mask, decoded and turned as its EXIF says.
-
-    enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where that leaves as many pixels a
-    side: of 4000 x 4000 in a fifth of the time. Raises InputError naming the file.
-    """
-    with unreadable(path):
-        image = head_of(path)
-        size = shown_size(image)
-        if image.format == "JPEG":
-            if enough:
-                image.draft(None, (enough, enough))
-            if ends_early(path, image):
+        image, size = head_of(path)
+        corner = image.width - 1, image.height - 1
+        if image.format == "JPEG" and image.getpixel(corner) in (128, (128, 128, 128)):
+            # Where its data end early libjpeg makes the rest grey, without a word: then more data
+            # before its end change the picture; after all pixels nothing is read
+            data = Path(path).read_bytes()
+            end = data.rfind(b"\xff\xd9")
+            longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
+            if longer.tobytes() != image.tobytes():
                 raise ValueError("it ends early, and the rest is grey")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as resizing
-        if image.format != "JPEG" and image.size != size[::-1]:
+        if image.size != size[::-1]:
             raise ValueError("EXIF that turns it comes after its pixels: save it anew")
-        if enough:
-            image.info[FULL_SIZE] = size
         return image
 
 
 @contextlib.contextmanager
-def unreadable(path: str | Path) -> Iterator[None]:
+def unreadable(path: Any, what: str = "an image", remedy: str = "replace or remove it") -> Iterator:
     """The one place that catches what decoders and parsers raise: InputError naming the file."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe")
         yield
     except InputError:
         raise
     except MemoryError:
         raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
     except Exception as e:  # damaged files raise a dozen types; none of them is ours
-        text = f"cannot be read as an image ({first_line(e)}): replace or remove it"
+        text = f"cannot be read as {what} ({first_line(e)}): {remedy}"
         raise InputError(f"{path}: {text}") from None
 
 
-def head_of(path: str | Path) -> Image.Image:
-    """PIL image of a file, not decoded yet. Raises ValueError, or what Pillow does."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("a folder, a pipe or a device")
-    image = Image.open(path, formats=FORMATS)  # not PostScript: that starts a program
-    if image.format == "TIFF":
-        image.filename = ""  # not mapped into memory: Pillow scrambles such a one as it turns it
-    frames, need = getattr(image, "n_frames", 1), 16 if image.mode[0] == "I" else 4
-    if frames > 1 and image.format != "MPO":  # of a telephone: the others are previews
-        raise ValueError(f"it has {frames} frames: save each as an image of its own")
-    if image.mode == "F":
-        raise ValueError("floating-point values: save whole numbers, of 16 bits, say")
-    if need * image.width * image.height > MAX_BYTES:
-        size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"{size}, more than {MAX_BYTES // need} of {need} bytes")
-    return image
-
-
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """(H, W) of an image as it is shown, from its head alone."""
-    # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
-    plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
-    turned = not plain and image.getexif().get(ORIENTATION, 1) >= 5
-    return image.size if turned else image.size[::-1]
-
-
-def ends_early(path: str | Path, image: Image.Image) -> bool:
-    """Whether a JPEG has fewer data than pixels: libjpeg makes the rest grey, without a word.
-
-    Then more data before the end of the file change the picture; after all pixels nothing is read.
-    """
-    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
-        return False
-    data = Path(path).read_bytes()
-    end = data.rfind(b"\xff\xd9")
-    longer = Image.open(io.BytesIO(data[:end] + bytes(range(255)) * 99 + data[end:]))
-    longer.draft(None, image.size)
-    return longer.tobytes() != image.tobytes()
+def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
+    """PIL image of a file, not decoded yet, and its size (H, W) as shown. Raises InputError."""
+    with unreadable(path):
+        image = Image.open(path, formats=FORMATS)  # not PostScript: that starts a program
+        if image.format == "TIFF":
+            image.filename = ""  # not mapped into memory: Pillow scrambles what it turns so
+        frames, pixels = getattr(image, "n_frames", 1), image.width * image.height
+        if frames > 1 and image.format != "MPO":  # of a telephone: the others are previews
+            raise ValueError(f"it has {frames} frames: save each as an image of its own")
+        if image.mode == "F":
+            raise ValueError("floating-point values: save whole numbers, of 16 bits, say")
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
+        plain = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+        turned = not plain and image.getexif().get(0x0112, 1) >= 5  # orientation: a quarter
+        return image, image.size if turned else image.size[::-1]
 
 
 def image_sizes(images: list) -> list[tuple[int, int]]:
-    """(H, W) of what as_image takes, of files from their heads, as shown. Raises InputError."""
-
-    def size(image):
-        if not isinstance(image, (str, os.PathLike)):
-            return as_image(image).size[::-1]
-        with unreadable(image), head_of(image) as head:
-            return shown_size(head)
-
-    return [size(image) for image in images]
-
-
-# More than 8 bits: whole numbers
-WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 20, 24, 31))
-PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a TIFF tag
+    """(H, W), as shown, of what as_image takes; of files from their heads. Raises InputError."""
+    paths = (str, os.PathLike)
+    return [head_of(i)[1] if isinstance(i, paths) else as_image(i).size[::-1] for i in images]
 
 
 def white_level_of(paths: list) -> float:
-    """The white level of a data set, from its training images; it is kept with the model.
+    """The smallest of WHITE_LEVELS that holds the values of all training images of > 8 bits.
 
-    The smallest of WHITE_LEVELS that holds the values of all of them, so that a value is the same
-    grey in every image. An image of 8 bits is read as it is.
+    So a value is the same grey in every image; it is kept with the model.
     """
-    highest = 0
-    for path in paths:
-        with unreadable(path), head_of(path) as head:
-            deep = head.mode[0] == "I"
-        if deep:
-            highest = max(highest, int(np.asarray(open_image(path)).max()))
+    deep = [path for path in paths if head_of(path)[0].mode[0] == "I"]
+    highest = max((int(np.asarray(open_image(path)).max()) for path in deep), default=0)
     return float(next(level for level in WHITE_LEVELS if highest <= level))
 
 
-def to_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
-    """An image of more than 8 bits in 8, 0..white_level -> 0..255."""
-    values = np.asarray(image)
-    if values.min() < 0:
-        raise InputError(f"{path}: has values down to {values.min()}: rescale it to 0 and more")
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        raise InputError(f"{path}: is a negative, its 0 is white: save it so that 0 is black")
-    if np.median(values) > white_level:
-        text = f"half of its values are above {white_level:g}, the white level of the training"
-        raise InputError(f"{path}: {text} images: save it with their depth")
-    if values.max() > white_level:
-        say_once(f"{path}: values up to {values.max()} are cut at {white_level:g}, the white level")
-    values = np.minimum(values, np.float32(white_level)) * np.float32(255 / white_level)
+def in_8_bits(path: str | Path, image: Image.Image, white_level: float) -> Image.Image:
+    """An image of more than 8 bits with 0..white_level as 0..255, another as it is."""
+    if image.mode[0] != "I":
+        return image
+    values, white = np.asarray(image), np.float32(white_level)
+    low, high = values.min(), values.max()
+    negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: 0 is white
+    if low < 0 or negative or np.median(values) > white:
+        text = f"values {low} to {high}, {'0 is white' if negative else f'white level {white:g}'}"
+        raise InputError(f"{path}: {text}: save it like the training images, 0 as black")
+    if high > white:
+        say_once(f"{path}: values up to {high} are cut at {white:g}, the white level")
+    values = np.minimum(values, white) * np.float32(255 / white_level)
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 # Masks
-LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
-BRIGHT, FAINT = 128, 1 / 8  # faint: below this share of the largest, where that is bright
-
-
 def masks_of(
     item: Item, size: tuple, saturation: dict | None = None, ignore: Array | None = None
 ) -> tuple[list, Array]:
     """Regions [(box, bool (h, w) in it, pixels that saturate it)] and union (H, W) of the masks.
 
-    box: the slices of a region's bounding box, so that many small regions take little memory.
-    Without saturation a region is an 8-connected component, as in the official MVTec AD evaluation;
-    with it (LOCO) a mask is one region, saturated at its threshold. Raises InputError.
+    box: the slices of a region's bounding box. A region is an 8-connected component, as in the
+    official MVTec AD evaluation; with saturation (LOCO) a mask is one. Raises InputError.
     """
     from scipy import ndimage  # here: 0.3 s, which an image alone need not wait for
 
@@ -690,49 +527,37 @@ def masks_of(
         values = read_mask(path, size)
         mask = values != 0 if ignore is None else (values != 0) & ~ignore
         union |= mask
-        if saturation is None:
-            labels, _ = ndimage.label(mask, np.ones((3, 3)))
-            for k, box in enumerate(ndimage.find_objects(labels), 1):
-                region = labels[box] == k
-                regions.append((box, region, region.sum()))
-        elif mask.any():
-            if (value := int(values.max())) not in saturation:
-                raise InputError(f"{path}: value {value} is not in defects_config.json: restore it")
-            threshold, relative = saturation[value]
-            most = max(1, int(threshold * mask.sum()) if relative else threshold)
-            regions.append((np.s_[:, :], mask, min(mask.sum(), most)))
+        loco = saturation is not None
+        labels = mask.astype(int) if loco else ndimage.label(mask, np.ones((3, 3)))[0]
+        for k, box in enumerate(ndimage.find_objects(labels), 1):
+            region = labels[box] == k
+            most = area = region.sum()
+            if loco:
+                with unreadable(path, "a value of defects_config.json", "restore one of them"):
+                    threshold, relative = saturation[int(values.max())]
+                most = min(area, max(1, int(threshold * area) if relative else threshold))
+            regions.append((box, region, most))
     return regions, union
 
 
 def read_mask(path: Path, size: tuple | None = None) -> Array:
-    """Values (H, W) of a mask, not zero where it is defective.
+    """Values (H, W) of a mask, not zero where it is defective; of colours the largest channel.
 
-    Of the channels the largest, but for alpha; a palette is read by its colours; where bright
-    values stand beside faint ones, from half of the largest on. Raises InputError for a format that
-    may have changed the values, for labels and a border, and if its image has another size, (H, W).
+    Raises InputError if they may have been changed, and if its image has another size, (H, W).
     """
     image = open_image(path)
-    if image.format not in LOSSLESS:
-        raise InputError(f"{path}: a mask as {image.format}, which changes it: save it as PNG")
+    if image.format not in ("PNG", "BMP", "TIFF", "PPM") or image.mode == "P":
+        what = f"{image.format}, {image.mode}"
+        raise InputError(f"{path}: a mask as {what}, whose values may be others: save a grey PNG")
     if size and image.size != size[::-1]:
         text = "mask is {} x {}, its image {} x {}".format(*image.size, *size[::-1])
         raise InputError(f"{path}: {text}: masks must have the image's size")
-    values = np.asarray(image)
-    if values.ndim == 3:
-        values = values[..., : values.shape[2] - (image.mode[-1] == "A")].max(2)
-    top = int(values.max())
-    faint = values[(values > 0) & (values < FAINT * top)]
-    if top >= BRIGHT and faint.size:
-        if image.mode == "P":
-            text = f"label {faint.max()} beside a border {top}, which does not count"
-            raise InputError(f"{path}: {text}: save the mask with 0 and 255 alone")
-        text = "faint values beside bright ones, as JPEG or resizing leaves them"
-        say_once(f"{path}: {text}: defective from {top / 2:g} on", about=(path.parent, "faint"))
-        values = np.where(values >= top / 2, values, 0)
-    if image.mode == "P":
-        if top >= (colours := len(image.getpalette()) // 3):
-            raise InputError(f"{path}: {top} is none of its {colours} colours: save it with 0, 255")
-        values = np.asarray(image.convert("RGB")).max(2)
+    grey = image.mode == "L" or image.mode[0] == "I"
+    values = np.asarray(image) if grey else np.asarray(image.convert("RGB")).max(2)
+    top = values.max()
+    if top >= 128 and ((values > 0) & (values < top / 8)).any():
+        text = "faint values beside bright ones, as JPEG and resizing leave them"
+        raise InputError(f"{path}: {text}: save it with 0 and 255 alone")
     share = (values != 0).mean()
     if share == 0 or share > 0.5:
         text = f"{100 * share:.0f} % of this mask is defective: is it empty, or inverted?"
@@ -1744,7 +1569,7 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: f
     figure.set_size_inches(8.2, 4 * len(rows))
     all_axes = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
-        image = read_image(path, white_level)
+        image = as_image(path, white_level)
         shrunk = min(1, DRAWN / max(image.size))
         size = tuple(max(2, round(shrunk * side)) for side in image.size)
         # A strip is drawn wider than it is
@@ -2024,7 +1849,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     Of other test images than the run's own it goes into a folder of its own, below that.
     """
     device, rows = pick_device(args.device), []
-    name, categories = read_dataset(args.data, args.category, trained=True)
+    name, categories = read_dataset(args.data, args.category)
     folder = Path(args.run)
     folder = out = folder / name if (folder / name).is_dir() else folder
     models = [inside(folder, category.name) / "model.pt" for category in categories]

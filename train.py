@@ -469,7 +469,7 @@ def parse(argv: list[str] | None) -> Namespace:
         add(f"--{name.replace('_', '-')}", type=evaluate.literal, metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
-    text = "names of training images, one a line, or a train-scores.csv (default: none)"
+    text = "a train-scores.csv: what it marks is not trained on (default: none)"
     add("--leave-out", metavar="FILE", help=text)
     text = "mask of the images' size; what is white in it is painted over (default: none)"
     add("--ignore", metavar="FILE", help=text)

@@ -169,10 +169,10 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(data, tmp_pat
     twins = [category, category._replace(name="other")]
     [kept, _], _ = evaluate.leave_out(twins, folder / "train-scores.csv")  # in a folder "part"
     assert len(kept.train) == 18
-    (tmp_path / "names.txt").write_text("04.png\n")
+    (tmp_path / "names.csv").write_text("image,leave_out\n04.png,x\n")
     with pytest.raises(InputError, match="is that of 2: write more"):
-        evaluate.leave_out(twins, tmp_path / "names.txt")
-    fails(run(*command, "--leave-out", tmp_path / "none.txt"), "none.txt: cannot be read")
+        evaluate.leave_out(twins, tmp_path / "names.csv")
+    fails(run(*command, "--leave-out", tmp_path / "none.csv"), "none.csv: cannot be read")
 
 
 def test_every_score_has_a_prediction(data, trained, model, tmp_path):
@@ -573,12 +573,12 @@ def test_python_and_the_command_agree(data, trained, model, tmp_path):
 @pytest.mark.parametrize(
     "image, word",
     [
-        (np.full((8, 8, 3), 0.5), "(255 * image).round().astype(np.uint8)"),
-        (np.full((8, 8), True), "255 * image"),
+        (np.full((8, 8, 3), 0.5), "round().astype(np.uint8)"),
+        (np.full((8, 8), True), "255 / white_level"),
         (np.full((8, 8, 3), 4000, np.uint16), "255 / white_level"),
         (np.zeros((8, 8, 3), object), "uint8"),
         (np.zeros((3, 8, 9), np.uint8), "transpose"),
-        (np.zeros((8, 8, 4), np.uint8), "(H, W, 3) in RGB, without transparency"),
+        (np.zeros((8, 8, 4), np.uint8), "(H, W, 3) in RGB"),
         (np.zeros((2, 8, 8, 3), np.uint8), "list(images)"),
         (np.zeros((0, 8, 3), np.uint8), "shape"),
         (Image.fromarray(np.zeros((8, 8), np.uint16)), "I;16"),
