@@ -31,7 +31,6 @@ from torch import Tensor
 
 import evaluate
 import wtflow
-from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
 WEIGHT_DECAY = 0.01  # [ours] of AdamW
@@ -41,24 +40,21 @@ EPOCHS = 100  # [released] of the U-Net
 WARM_UP = 0.1  # [ours] share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
-SHOW_SECONDS = 10
 SAVE_SECONDS = 20  # a killed run loses at most this much training
+STATE = "state.pt"  # of a training that has begun
 
 
 # ---- 1. Fitting a detector to the features of good images ----------------------------------------
-def nothing(*args, **named) -> None:
-    """What report and save do unless they are given."""
-
-
 def train_field(
-    detector: Detector, features: Tensor, seed: int = 0, report=nothing, save=nothing, state=None
+    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
 ) -> None:
     """Fit detector.field to the velocity of good features (n, d, h, w); the last step is the model.
 
-    Call it after fit_whitening. report(what, steps, step) is called every REPORT_STEPS, save(state)
-    about every SAVE_SECONDS and at the end; from such a state the training goes on, the same to the
-    last bit. Raises InputError if the loss is not finite.
+    Call it after fit_whitening. report(steps, step, text) is called every REPORT_STEPS, and
+    save(training=state) about every SAVE_SECONDS and at the end: with such a state the training
+    goes on, the same to the last bit. Raises InputError if the loss is not finite.
     """
+    state = {} if state is None else state
     recipe, device, steps = detector.recipe, detector.device, count_steps(detector.recipe, features)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(seed)
@@ -67,11 +63,11 @@ def train_field(
     optimizer = torch.optim.AdamW(v_theta.parameters(), recipe.lr, **how)
     generator = torch.Generator(device).manual_seed(seed)
     couple, first, saved = wtflow.coupling_of(recipe), 0, time.monotonic()
-    if state:
-        first = state["step"]
-        v_theta.load_state_dict(state["field"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+    if begun := state.get("field"):
+        first = begun["step"]
+        v_theta.load_state_dict(begun["field"])
+        optimizer.load_state_dict(begun["optimizer"])
+        generator.set_state(begun["generator"])
 
     for step in range(first + 1, steps + 1):
         # A batch of x_0, its noise x_1 and the error of the velocity between them
@@ -90,32 +86,29 @@ def train_field(
             if not torch.isfinite(loss):
                 text = "lower the learning rate, or look for damaged training images"
                 raise InputError(f"loss is not finite at step {step}: {text}")
-            report(f"loss {loss.item():.4f}, step", steps, step)
-        if time.monotonic() - saved > SAVE_SECONDS or step == steps:
-            state = {"step": step, "field": v_theta.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-            save(state)
+            if report:
+                report(steps, step, f", loss {loss.item():.4f}")
+        if save and (step == steps or time.monotonic() - saved > SAVE_SECONDS):
+            state["field"] = {"step": step, "field": v_theta.state_dict()}
+            state["field"] |= {"optimizer": optimizer.state_dict()}
+            state["field"] |= {"generator": generator.get_state()}
+            save(training=state)
             saved = time.monotonic()
     detector.field = wtflow.freeze(v_theta)
 
 
 def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """A random batch of features (n, d, h, w): positions (batch, d), or maps (batch, d, h, w)."""
-
-    def below(limit):
-        return torch.randint(limit, (recipe.batch,), generator=generator, device=features.device)
-
-    image = below(len(features))
+    size, how = (recipe.batch,), {"generator": generator, "device": features.device}
+    image = torch.randint(len(features), size, **how)
     if recipe.field == "unet":
         return features[image]
-    return features.movedim(1, -1).flatten(1, 2)[image, below(features[0, 0].numel())]
+    position = torch.randint(features[0, 0].numel(), size, **how)
+    return features.movedim(1, -1).flatten(1, 2)[image, position]
 
 
 def count_steps(recipe: Recipe, features: Tensor) -> int:
-    """Training steps for n images: the recipe's, or about two passes over at most 200 images.
-
-    The released U-Net makes EPOCHS passes over the maps.
-    """
+    """The recipe's steps; else about two passes over at most 200 images, EPOCHS of the U-Net."""
     if recipe.steps:
         return recipe.steps
     if recipe.field == "unet":
@@ -131,10 +124,7 @@ def warm_up_cosine(done: float) -> float:
 
 
 def fit_gaussians(detector: Detector, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit detector.gaussian to good features (n, d, h, w); their leave-one-out maps and scores.
-
-    Of a single image, and under a recipe without Gaussians, they are in-sample, so too low.
-    """
+    """Fit detector.gaussian to good features (n, d, h, w); their leave-one-out maps and scores."""
     if detector.recipe.score == "gaussian":
         r = torch.empty_like(features, device=detector.device)
 
@@ -146,11 +136,11 @@ def fit_gaussians(detector: Detector, features: Tensor) -> tuple[Tensor, Tensor]
         detector.gaussian.fit(r)
         if len(r) > 1:
             return wtflow.map_and_score(detector.gaussian.leave_one_out(r))
-    return detector.score(features)
+    return detector.score(features)  # in-sample, so too low: of one image, or without Gaussians
 
 
 def fit_detector(
-    detector: Detector, features: Tensor, seed: int = 0, report=nothing, save=nothing, state=None
+    detector: Detector, features: Tensor, seed: int = 0, report=None, save=None, state=None
 ) -> tuple[Tensor, Tensor]:
     """Fit whitening, field and Gaussians to good features (n, d, h, w); their maps and scores.
 
@@ -159,27 +149,22 @@ def fit_detector(
     leave_one_out corrects that. With fewer the field does as well: then each fold is scored by what
     is fitted to the others (cross-conformal prediction, Vovk 2015); the detector that is kept is
     fitted to all. Without Gaussians and folds, as in PAPER, scores are in-sample, and too low.
-    report(what, steps, step), save(training=state), state: as of train_field.
+    report(what, steps, step, text), save, state: of train_field; state changes.
     """
     n, recipe = len(features), detector.recipe
     folds = min(recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
     fold = torch.arange(n) % max(folds, 1)
-    state = state or {"held_out": [], "field": None}
-    held_out, begun = [*state["held_out"]], state["field"]  # (maps, scores) of the folds so far
-
-    def report_fit(what, *numbers):
-        report(f"field {len(held_out) + 1}/{folds + 1}, {what}", *numbers)
-
-    def save_fit(field):
-        save(training={"held_out": held_out, "field": field})
-
+    state = state or {"held_out": [], "field": None}  # (maps, scores) of the folds; of the field
+    held_out = state["held_out"]
     for k in range(len(held_out), folds + 1):  # the last is of all images
         others = features if k == folds else features[fold != k]
+        report_k = report and partial(report, f"field {k + 1}/{folds + 1}, step")
         detector.fit_whitening(others)
-        train_field(detector, others, seed, report_fit, save_fit, begun)
-        begun, found = None, fit_gaussians(detector, others)
+        train_field(detector, others, seed, report_k, save, state)
+        found = fit_gaussians(detector, others)
         if k < folds:
             held_out.append(detector.score(features[fold == k]))
+            state["field"] = None
     if folds:
         place = fold.argsort(stable=True).argsort()
         found = [torch.cat(part)[place] for part in zip(*held_out, strict=True)]
@@ -197,8 +182,7 @@ def fit(
     settings: of wtflow.Recipe. detector.normal_scores are of the images, in order, without copies.
     """
     if not isinstance(images, (list, tuple)) or not images:
-        what = type(images).__name__
-        raise InputError(f"images, a {what}: give a list of paths or arrays, at least one")
+        raise InputError("images: give a list of paths or arrays, with at least one in it")
     detector = evaluate.new_detector(images, Recipe(**settings), weights, device)
     names = [f"images[{k}]" for k in range(len(images))]
     fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)
@@ -206,36 +190,30 @@ def fit(
 
 
 # ---- 2. One category, from images to a model for each seed ---------------------------------------
-STATE = "state.pt"  # of a training that has begun; evaluate.FINISHED without it: all is there
-
-
-def run_category(
-    category: Category, recipe: Recipe, folders: dict[int, Path], args: Namespace, prefix: str
-) -> None:
-    """Train, evaluate and save one category in the folder of each seed; with --resume go on."""
-    began, shown, todo = time.monotonic(), 0.0, []
-    settings = settings_of(category, recipe, args)
+def run_category(category: evaluate.Category, folders: dict, args: Namespace, prefix: str) -> None:
+    """Train, evaluate and save one category in {seed: folder}; with --resume go on."""
+    began, shown, settings, todo = time.monotonic(), 0.0, settings_of(category, args), []
     for seed, folder in folders.items():
         own = settings | {"seed": seed}
         had = what_is_there(folder, own, args.resume)
-        if "row" in had:
-            evaluate.say_once(
-                "pictures of finished categories stay: evaluate.py --run draws them again"
-            )
-        else:
+        if "row" not in had:
             todo.append((seed, folder, own, had.get("training")))
+    if len(todo) < len(folders):
+        evaluate.say_once(
+            "pictures of finished categories stay: evaluate.py --run draws them again"
+        )
     if not todo:
         return
 
-    def progress(what, total, done):
+    def progress(what, total, done, text=""):
         nonlocal shown
-        if done == total or time.monotonic() - shown > SHOW_SECONDS:
-            evaluate.say(f"{prefix}: {what} {done}/{total}", sys.stderr)
+        if done == total or time.monotonic() - shown > 10:
+            evaluate.say(f"{prefix}: {what} {done}/{total}{text}", sys.stderr)
             shown = time.monotonic()
 
     # Features, once for all seeds. What is tested comes first: a broken file stops the run at once.
     good, tested = category.train, [item.path for item in category.test]
-    detector = evaluate.new_detector(good, recipe, args.weights, args.device, args.ignored)
+    detector = evaluate.new_detector(good, args.recipe, args.weights, args.device, args.ignored)
     evaluate.say(f"{prefix}: {resolution(detector.recipe, good)}", sys.stderr)
     test = evaluate.extract(detector, tested, partial(progress, "test image", len(tested)))
     for item, size in zip(category.test, test[1], strict=True):
@@ -247,7 +225,7 @@ def run_category(
 
     for seed, folder, own, training in todo:
         began = time.monotonic() - spent
-        save = partial(evaluate.save_checkpoint, folder / STATE, recipe, **own)
+        save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own)
         scored = fit_detector(detector, features, seed, progress, save, training)
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
         evaluate.write_suspects(folder, good, first, scored, known, detector.reading)
@@ -271,8 +249,7 @@ def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
         file, had = state, evaluate.load_checkpoint(state)
     elif file.exists():
         had = evaluate.read_json(file)
-    compared = settings.keys() - {"source"} if resume else {"source"}
-    differ = [k for k in settings if k in compared and had.get(k) != settings[k]]
+    differ = [k for k in settings if (k != "source") == resume and had.get(k) != settings[k]]
     if had and differ:
         both = "; ".join(f"{k} {had.get(k)} there, {settings[k]} here" for k in differ)
         text = f"of another run ({both if resume else 'images in another folder'})"
@@ -284,11 +261,11 @@ def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
     return {}
 
 
-def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
+def settings_of(category: evaluate.Category, args: Namespace) -> dict:
     """What two runs must share for one to go on where the other was, as JSON has it."""
     source = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
-    return asdict(recipe) | {
-        "strides": [*recipe.strides],
+    return asdict(args.recipe) | {
+        "strides": [*args.recipe.strides],
         "weights": args.weights_digest,
         "ignored_pixels": 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes()),
         "images": len(category.train),
@@ -303,17 +280,17 @@ def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
 
 def resolution(recipe: Recipe, images: list[Path]) -> str:
     """One line: what the network sees of the median image, and how large a defect must be."""
-    height, width = wtflow.image_shape(recipe)
     h, w = sorted(evaluate.image_sizes(images), key=math.prod)[len(images) // 2]
+    height, width = wtflow.image_shape(recipe)
     shrunk = math.sqrt(h * w / (height * width))
     side = round(recipe.spacing * shrunk)
     larger = ": for smaller ones give a larger --image-size" if shrunk > 2.5 else ""
-    read = f"images of {w} x {h} are read at {width} x {height}; a position of the map covers"
-    return f"{read} {side} x {side} of their pixels, and a defect needs about as much{larger}"
+    text = f"images of {w} x {h} are read at {width} x {height}; a position of the map covers"
+    return f"{text} {side} x {side} of their pixels, and a defect needs about as much{larger}"
 
 
 # ---- 3. A data set, all seeds --------------------------------------------------------------------
-def run(args: Namespace, recipe: Recipe, data: Path) -> None:
+def run(args: Namespace, data: Path) -> None:
     """All categories of a data set; the process of rank 0 writes the tables."""
     name, categories = evaluate.read_dataset(data, args.category)
     categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
@@ -330,7 +307,7 @@ def run(args: Namespace, recipe: Recipe, data: Path) -> None:
                 raise InputError(f"--out {args.out}: holds the data set: give another --out")
             if k % args.world == args.rank:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
-                run_category(category, recipe, folders, args, prefix)
+                run_category(category, folders, args, prefix)
         if args.world > 1:
             torch.distributed.barrier()
         if args.rank > 0:
@@ -367,8 +344,7 @@ def washer(rng, n):
     inside = 1 / (1 + np.exp(-90 * (edge - r))) / (1 + np.exp(-90 * (r - 0.28)))
     background = 0.18 + 0.04 * rng.standard_normal((n, n))
     metal = 0.62 + 0.1 * np.cos(phi - 0.7) + 0.03 * np.sin(60 * r)
-    metal = metal + 0.025 * rng.standard_normal((n, n))
-    grey = background * (1 - inside) + metal * inside
+    grey = background * (1 - inside) + (metal + 0.025 * rng.standard_normal((n, n))) * inside
     return grey[..., None] * np.array([0.85, 0.9, 1.0])
 
 
@@ -401,8 +377,8 @@ def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: in
     for seed, draw_part in enumerate((weave, washer)):
         rng, folder = np.random.default_rng(seed), root / draw_part.__name__
         for k in range(train + good):
-            part = "train" if k < train else "test"
-            save(folder / part / f"good/{k:03d}.png", draw_part(rng, n))
+            where = f"{'train' if k < train else 'test'}/good/{k:03d}.png"
+            save(folder / where, draw_part(rng, n))
         for kind in ("scratch", "stain"):
             for k in range(each):
                 image, mask = damage(rng, draw_part(rng, n), kind)
@@ -412,8 +388,8 @@ def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: in
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
-def parse(argv: list[str] | None) -> tuple[Namespace, Recipe]:
-    """Options, and Recipe() or PAPER with the settings among them. Raises InputError."""
+def parse(argv: list[str] | None) -> Namespace:
+    """Options; args.recipe is Recipe() or PAPER with the settings among them. Raises InputError."""
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     evaluate.add_common_options(parser)
     add, names = parser.add_argument, asdict(Recipe())
@@ -434,21 +410,22 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Recipe]:
         raise InputError(f"--seeds {seeds}: give whole numbers from 0 to 2^32 - 1, each once")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
-        return args, Recipe(**(wtflow.PAPER if args.paper else {}) | given)
+        args.recipe = Recipe(**(wtflow.PAPER if args.paper else {}) | given)
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, recipe = parse(argv)
+    args = parse(argv)
     args.device = evaluate.pick_device(args.device)
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise InputError(f"RANK={rank}, WORLD_SIZE={world}: not those of torchrun: unset them")
     args.rank, args.world = int(rank), int(world)
     # First, so that a missing file stops the run at once
-    args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
+    args.weights_digest = wtflow.load_extractor(args.recipe.backbone, args.weights).digest
     args.ignored = evaluate.read_ignored(args.ignore)
     data = args.data or Path(args.out) / "demo-data/demo"
     if not args.data and args.rank == 0:
@@ -456,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
-    run(args, recipe, data)
+    run(args, data)
 
 
 if __name__ == "__main__":

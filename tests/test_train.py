@@ -67,12 +67,11 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
         detector,
         features,
         3,
-        report=lambda k, fits, step, total, loss: steps.append((k, fits, step, total)),
-        save=lambda k, held_out, field: states.append(
-            clone({"k": k, "held_out": held_out, "field": field})
-        ),
+        report=lambda what, total, step, text: steps.append((what, total, step)),
+        save=lambda training: states.append(clone(training)),
     )
-    assert steps == [(k, folds + 1, step, 4) for k in range(folds + 1) for step in (1, 2, 3, 4)]
+    of = [f"field {k + 1}/{folds + 1}, step" for k in range(folds + 1)]
+    assert steps == [(what, 4, step) for what in of for step in (1, 2, 3, 4)]
     assert len(states) == len(steps)
     assert torch.equal(torch.get_rng_state(), random_state)  # the caller's stay as they are
     whole = detector.state_dict()
