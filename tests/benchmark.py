@@ -525,8 +525,9 @@ def speed(args):
             timed |= stages(random_detector(replace(Recipe(), image_size=size), device), images)
         with torch.no_grad():
             for name, f in timed.items():
-                table.setdefault(name, {"milliseconds": name})[batch] = milliseconds(f, device)
-    evaluate.print_table(("milliseconds", *BATCHES), list(table.values()))
+                row = table.setdefault(name, {"milliseconds": name})
+                row[f"batch {batch}"] = milliseconds(f, device)
+    evaluate.print_table([*row], [*table.values()])
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
