@@ -66,7 +66,7 @@ def test_a_recipe_takes_aspect_and_pixels_from_the_images():
     assert strip.aspect == 1 / 8 and min(wtflow.image_shape(strip)) >= 16
 
 
-# ---- loss and transport ------------------------------------------------------------------------
+# ---- loss, couplings, whitening ----------------------------------------------------------------
 def test_loss_is_the_velocity_error():
     """Of v_theta(x, t) = t x, with times that are given."""
     x_0, x_1, times = gaussian((6, 4, 2, 2)), gaussian((6, 4, 2, 2), 1), torch.rand(6)
@@ -91,7 +91,6 @@ def test_one_step_and_two_by_hand():
     assert wtflow.log_density(x_0).item() == pytest.approx(-25 / 4)
 
 
-# ---- couplings ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "settings, couple",
     [
@@ -130,7 +129,6 @@ def test_worst_is_noise_about_the_conditional_mean_on_the_shell(rho):
     assert abs(along.mean().item() + rho * d**0.5) < 5 * (1 - rho**2) ** 0.5 / 8000**0.5
 
 
-# ---- whitening ---------------------------------------------------------------------------------
 def test_whitening_is_that_of_the_covariance_shrunk_towards_the_mean_variance():
     torch.manual_seed(0)
     x = torch.einsum("ij,njhw->nihw", torch.randn(6, 6), torch.randn(400, 6, 2, 2)) + 3
@@ -151,8 +149,8 @@ def fitted_gaussian(r):
     return g
 
 
-def by_numpy(r, c=None):
-    """Mean (L, 4, d), c (L,) and Sigma (L, d, d) of residuals r, straight from the definitions."""
+def by_numpy(r):
+    """Of residuals r, from the definitions: mean (L, 4, d), c (L,), s and Sigma (L, d, d)."""
     x = wtflow.to_blocks(r).double().numpy()
     blocks, n, _, d = x.shape
     mean = x.mean(1)
@@ -160,11 +158,10 @@ def by_numpy(r, c=None):
     S = np.einsum("lni,lnj->lij", z, z) / (4 * (n - 1))
     variance = np.trace(S, axis1=1, axis2=2) / d
     s = variance.mean()
-    if c is None:
-        log_c = np.log(variance / s)
-        c = np.exp(log_c * max(0, 1 - wtflow.PADDING**2 / np.mean(log_c**2)))
+    log_c = np.log(variance / s)
+    c = np.exp(log_c * max(0, 1 - wtflow.PADDING**2 / np.mean(log_c**2)))
     k = wtflow.PSEUDO_COUNT * d
-    return mean, c, n / (n + k) * S / c[:, None, None] + k / (n + k) * s * np.eye(d)
+    return mean, c, s, n / (n + k) * S / c[:, None, None] + k / (n + k) * s * np.eye(d)
 
 
 def test_blocks_hold_every_position_once_and_come_back():
@@ -179,7 +176,7 @@ def test_blocks_hold_every_position_once_and_come_back():
 def test_squared_distance_is_that_of_mahalanobis_by_its_definition(scales):
     """Log scales of equal blocks differ by 0.07, by chance alone: less than by zero padding."""
     r = gaussian((40, 3, 4, 6)) * torch.tensor(scales) + gaussian((1, 3, 4, 6), 1)
-    g, (mean, c, Sigma) = fitted_gaussian(r), by_numpy(r)
+    g, (mean, c, _, Sigma) = fitted_gaussian(r), by_numpy(r)
     new = gaussian((5, 3, 4, 6), 2)
     z = wtflow.to_blocks(new).double().numpy() - mean[:, None]
     by_hand = np.einsum("lnpi,lij,lnpj->lnp", z, np.linalg.inv(Sigma), z) / 3
@@ -196,9 +193,7 @@ def test_leave_one_out_is_a_fit_without_the_image_given_scales_and_divisor():
     g = fitted_gaussian(r)
     left_out = wtflow.to_blocks(g.leave_one_out(r)[:, None])[..., 0]
     x = wtflow.to_blocks(r).double()
-    _, c, _ = by_numpy(r)
-    S = np.stack([np.cov(b.reshape(-1, d).T) for b in (x - x.mean(1, keepdim=True)).numpy()])
-    s = np.trace(S, axis1=1, axis2=2).mean() / d * (4 * n - 1) / (4 * (n - 1))
+    _, c, s, _ = by_numpy(r)
     pseudo = wtflow.PSEUDO_COUNT * d
     for k in range(n):
         others = torch.cat([x[:, :k], x[:, k + 1 :]], 1).numpy()
@@ -284,11 +279,10 @@ def test_the_embedding_of_time_by_hand():
     assert np.allclose(wtflow.sinusoid(torch.tensor([0.3], dtype=torch.float64), 4), by_hand)
 
 
-@pytest.mark.parametrize("width, low, high", [(768, 760, 766), (128, 21, 22)])
-def test_released_size_of_the_field_in_millions(width, low, high):
+def test_released_size_of_the_field():
     with torch.device("meta"):
-        parameters = UNetField(1024, width).parameters()
-    assert low < sum(p.numel() for p in parameters) / 1e6 < high
+        parameters = UNetField(1024, 768).parameters()
+    assert 760e6 < sum(p.numel() for p in parameters) < 766e6
 
 
 # ---- detector ----------------------------------------------------------------------------------
@@ -403,7 +397,7 @@ def test_a_gaussian_is_right_after_parallel_map(two_threads):
     """The batched LU of such matrices is not, with two threads, in PyTorch 2.13."""
     r = gaussian((4, 152, 16, 16))
     R = fitted_gaussian(r).factor
-    _, _, Sigma = by_numpy(r)
+    Sigma = by_numpy(r)[-1]
     product = (R.mT @ R).double().numpy() @ Sigma
     assert np.allclose(product, np.eye(152), atol=1e-3)
 
@@ -440,15 +434,14 @@ def test_efficientnet_lite0_agrees_with_its_reference():
     state = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
     net.load_state_dict({k: v for k, v in state.items() if not k.startswith(net.HEAD)})
     levels = net(wave(128) * 128 + 127)  # the recorded input is preprocessed already
-    shapes = {stride: (c, side, side) for stride, (c, side) in LITE0_SHAPES.items()}
-    assert {stride: tuple(v.shape[1:]) for stride, v in levels.items()} == shapes
+    assert {k: (v.shape[1], v.shape[2]) for k, v in levels.items()} == LITE0_SHAPES
     assert net.channels == {stride: c for stride, (c, _) in LITE0_SHAPES.items()}
     for stride, recorded in LITE0.items():
         close(levels[stride], recorded)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["efficientnet_lite0", "wide_resnet50_2", "position", "unet"])
+@pytest.mark.parametrize("kind", ["EfficientNetLite", "WideResNet50", "position", "unet"])
 def test_a_frozen_network_gives_what_it_gave(kind):
     """In float64, with statistics that are not those of an untrained network."""
     torch.manual_seed(0)
@@ -456,11 +449,7 @@ def test_a_frozen_network_gives_what_it_gave(kind):
     if kind in ("position", "unet"):
         net, given = wtflow.new_field(tiny(field=kind), 3), (x / 255, x[:, 0, 0, 0] / 255)
     else:
-        nets = {
-            "efficientnet_lite0": wtflow.EfficientNetLite,
-            "wide_resnet50_2": wtflow.WideResNet50,
-        }
-        net, given = nets[kind](), (x, (4, 8, 16))
+        net, given = getattr(wtflow, kind)(), (x, (4, 8, 16))
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             for v in (module.running_var, module.weight):
@@ -513,12 +502,7 @@ def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
     assert torch.allclose(loaded(x, (16,))[16], net(x, (16,))[16], rtol=1e-3, atol=1e-3)
 
 
-def test_weights_that_are_absent_or_foreign_say_so(tmp_path, monkeypatch):
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pth")
-    for backbone in wtflow.CHOICES["backbone"]:
-        with pytest.raises(InputError, match="x.pth"):
-            wtflow.load_extractor(backbone, tmp_path / "x.pth")
-
+def test_weights_that_are_absent_say_so(monkeypatch):
     def offline(url, **options):
         assert url.endswith("wide_resnet50_2-95faca4d.pth")
         assert options["check_hash"] and options["weights_only"]
