@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_wtflow import RELEASED, Detector, gaussian, tiny
 
+import evaluate
 import train
 import wtflow
 from wtflow import InputError
@@ -32,17 +33,15 @@ def test_steps_grow_with_the_images_to_a_limit_unless_a_number_is_given():
     assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
 
-def test_each_step_has_its_learning_rate():
-    """The first of a cycle is zero: the field of one step is the one that was drawn."""
-    detector, features = Detector(tiny(steps=1)), gaussian((4, 152, 4, 4))
-    detector.feature_whitening += torch.eye(152)
+def test_each_step_has_the_learning_rate_of_its_place(monkeypatch):
+    """The first has that of 0; at a rate of zero the field is the one that was drawn."""
+    detector, features, places = Detector(tiny(steps=4)), gaussian((4, 152, 4, 4)), []
+    monkeypatch.setattr(train, "warm_up_cosine", lambda done: places.append(done) or 0.0)
     torch.manual_seed(0)
-    untrained = wtflow.new_field(detector.recipe, 152)
+    drawn = wtflow.new_field(detector.recipe, 152)
     train.train_field(detector, features, 0)
-    assert torch.equal(detector.field.out.weight, untrained.out.weight)
-    detector.recipe = tiny(steps=2)
-    train.train_field(detector, features, 0)
-    assert not torch.equal(detector.field.out.weight, untrained.out.weight)
+    assert places == [0, 0.25, 0.5, 0.75]
+    assert torch.equal(detector.field.out.weight, drawn.out.weight)
 
 
 @pytest.mark.parametrize("settings", [{}, RELEASED])
@@ -79,6 +78,16 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
         again = Detector(tiny(folds=folds))
         train.fit_detector(again, features, 3, state=clone(state))
         assert all(torch.equal(v, whole[name]) for name, v in again.state_dict().items())
+
+
+def test_what_has_begun_goes_with_the_results_whose_model_it_may_have_replaced(tmp_path):
+    state, finished = tmp_path / train.STATE, tmp_path / evaluate.FINISHED
+    evaluate.write_json(finished, {"source": 1, "row": 2})
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=False) == {} and finished.exists()
+    evaluate.save_checkpoint(state, tiny(), source=1, training=3)
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=True)["training"] == 3
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=False) == {}
+    assert not state.exists() and not finished.exists()
 
 
 def test_no_image_is_scored_by_what_has_seen_it(monkeypatch):
