@@ -33,7 +33,6 @@ import evaluate
 import wtflow
 from wtflow import Detector, InputError, Recipe
 
-WEIGHT_DECAY = 0.01  # [ours] of AdamW
 STEPS_PER_IMAGE = 4  # [ours] of the field of one position
 MOST_STEPS = 800  # [ours] of it
 EPOCHS = 100  # [released] of the U-Net
@@ -54,13 +53,12 @@ def train_field(
     save(training=state) about every SAVE_SECONDS and at the end: with such a state the training
     goes on, the same to the last bit. Raises InputError if the loss is not finite.
     """
-    state = {} if state is None else state
+    state = state or {}
     recipe, device, steps = detector.recipe, detector.device, count_steps(detector.recipe, features)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(seed)
         v_theta = wtflow.new_field(recipe, features.shape[1]).to(device).train()
-    how = {"weight_decay": WEIGHT_DECAY, "fused": True}
-    optimizer = torch.optim.AdamW(v_theta.parameters(), recipe.lr, **how)
+    optimizer = torch.optim.AdamW(v_theta.parameters(), recipe.lr, fused=True)  # weight decay 0.01
     generator = torch.Generator(device).manual_seed(seed)
     couple, first, saved = wtflow.coupling_of(recipe), 0, time.monotonic()
     if begun := state.get("field"):
@@ -75,7 +73,6 @@ def train_field(
         with wtflow.autocast(device):
             loss = wtflow.flow_matching_loss(v_theta, x_0, couple, generator).mean()
 
-        # One step of AdamW
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * warm_up_cosine((step - 1) / steps)
         optimizer.zero_grad()
@@ -84,14 +81,12 @@ def train_field(
 
         if step % REPORT_STEPS == 0 or step == steps:
             if not torch.isfinite(loss):
-                text = "lower the learning rate, or look for damaged training images"
-                raise InputError(f"loss is not finite at step {step}: {text}")
+                raise InputError(f"loss is not finite at step {step}: lower the rate, --lr")
             if report:
                 report(steps, step, f", loss {loss.item():.4f}")
         if save and (step == steps or time.monotonic() - saved > SAVE_SECONDS):
-            state["field"] = {"step": step, "field": v_theta.state_dict()}
-            state["field"] |= {"optimizer": optimizer.state_dict()}
-            state["field"] |= {"generator": generator.get_state()}
+            now = {"step": step, "field": v_theta.state_dict(), "generator": generator.get_state()}
+            state["field"] = now | {"optimizer": optimizer.state_dict()}
             save(training=state)
             saved = time.monotonic()
     detector.field = wtflow.freeze(v_theta)
@@ -192,16 +187,13 @@ def fit(
 # ---- 2. One category, from images to a model for each seed ---------------------------------------
 def run_category(category: evaluate.Category, folders: dict, args: Namespace, prefix: str) -> None:
     """Train, evaluate and save one category in {seed: folder}; with --resume go on."""
-    began, shown, settings, todo = time.monotonic(), 0.0, settings_of(category, args), []
-    for seed, folder in folders.items():
-        own = settings | {"seed": seed}
-        had = what_is_there(folder, own, args.resume)
-        if "row" not in had:
-            todo.append((seed, folder, own, had.get("training")))
+    began, shown, settings = time.monotonic(), 0.0, settings_of(category, args)
+    own = {seed: settings | {"seed": seed} for seed in folders}
+    had = {seed: what_is_there(folders[seed], own[seed], args.resume) for seed in folders}
+    todo = [seed for seed in folders if "row" not in had[seed]]
     if len(todo) < len(folders):
-        evaluate.say_once(
-            "pictures of finished categories stay: evaluate.py --run draws them again"
-        )
+        text = "pictures of finished categories stay: evaluate.py --run draws them again"
+        evaluate.say_once(text)
     if not todo:
         return
 
@@ -223,17 +215,17 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
     features, first = evaluate.extract_good(detector, good, good, report)
     spent = time.monotonic() - began
 
-    for seed, folder, own, training in todo:
-        began = time.monotonic() - spent
-        save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own)
-        scored = fit_detector(detector, features, seed, progress, save, training)
+    for seed in todo:
+        began, folder = time.monotonic() - spent, folders[seed]
+        save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own[seed])
+        scored = fit_detector(detector, features, seed, progress, save, had[seed].get("training"))
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
         evaluate.write_suspects(folder, good, first, scored, known, detector.reading)
         evaluate.save_model(folder / "model.pt", detector)
         evaluate.remove_results(evaluate.maps_folder(folder).rglob("*.tiff"))  # of another model
         row = evaluate.report(folder, category, detector, test, args, began)
-        own |= {"row": row, "left_out": args.left_out}
-        evaluate.write_json(folder / evaluate.FINISHED, own)
+        done = own[seed] | {"row": row, "left_out": args.left_out}
+        evaluate.write_json(folder / evaluate.FINISHED, done)
         evaluate.remove_results([folder / STATE])
 
 
@@ -396,9 +388,9 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--out", default="runs", help="where results go (default: runs)")
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
     for name, default in names.items():
-        text = f"setting of wtflow.Recipe (default: {default})"
+        text = f"of wtflow.Recipe (default: {default})"
         add(f"--{name.replace('_', '-')}", type=evaluate.literal, metavar="VALUE", help=text)
-    text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
+    text = "of weights and noise; of several, mean and spread (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
     add("--leave-out", metavar="FILE", help="names of training images, or a train-scores.csv")
     add("--ignore", metavar="FILE", help="mask of the images' size: its white is painted over")

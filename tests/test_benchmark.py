@@ -86,20 +86,12 @@ def test_with_nothing_learnt_the_residual_is_that_of_a_field_of_zeros(tmp_path, 
     make_mvtec(tmp_path / "d")
     (category,) = benchmark.evaluate.read_dataset(tmp_path / "d")[1]
     sample = benchmark.read_sample(category, benchmark.Recipe())
-    score, normal_scores = benchmark.fit_untrained(sample, 0, rho)
-    detector = benchmark.Detector(sample.recipe)
-    detector.fit_whitening(sample.train)
-
-    def residual(features):
-        x_0 = detector.normalise(features)
-        return x_0 + rho * x_0.shape[1] ** 0.5 * x_0 / x_0.norm(dim=1, keepdim=True)
-
-    r = residual(sample.train).half()
-    detector.gaussian.fit(r)
-    left_out = detector.gaussian.leave_one_out(r)
-    assert torch.allclose(normal_scores, benchmark.wtflow.map_and_score(left_out)[1], rtol=1e-3)
-    square = detector.gaussian.squared_distance(residual(sample.test))
-    maps = benchmark.wtflow.map_and_score(square)[0]
+    score, _ = benchmark.fit_untrained(sample, 0, rho)
+    detector = score.__self__
+    features = (detector.normalise(part) for part in (sample.train, sample.test))
+    good, test = (x + rho * x.shape[1] ** 0.5 * x / x.norm(dim=1, keepdim=True) for x in features)
+    detector.gaussian.fit(good.half())
+    maps, _ = benchmark.wtflow.map_and_score(detector.gaussian.squared_distance(test))
     assert torch.allclose(score(sample.test)[0], maps, rtol=1e-3)
 
 

@@ -1,5 +1,7 @@
 """train.py: the training loop, cross-fitting, resuming to the last bit, the Python API."""
 
+import copy
+
 import pytest
 import torch
 from test_wtflow import RELEASED, Detector, gaussian, tiny
@@ -8,15 +10,6 @@ import evaluate
 import train
 import wtflow
 from wtflow import InputError
-
-
-def clone(value):
-    """A deep copy of tensors in dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    return [clone(v) for v in value] if isinstance(value, list) else value
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
@@ -67,7 +60,7 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
         features,
         3,
         report=lambda what, total, step, text: steps.append((what, total, step)),
-        save=lambda training: states.append(clone(training)),
+        save=lambda training: states.append(copy.deepcopy(training)),
     )
     of = [f"field {k + 1}/{folds + 1}, step" for k in range(folds + 1)]
     assert steps == [(what, 4, step) for what in of for step in (1, 2, 3, 4)]
@@ -76,7 +69,7 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
     whole = detector.state_dict()
     for state in states:
         again = Detector(tiny(folds=folds))
-        train.fit_detector(again, features, 3, state=clone(state))
+        train.fit_detector(again, features, 3, state=copy.deepcopy(state))
         assert all(torch.equal(v, whole[name]) for name, v in again.state_dict().items())
 
 
