@@ -230,10 +230,9 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
 
 
 def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
-    """With resume what there is of a category and a seed: its "training", or its "row", or neither.
+    """What there is of a category and a seed: with resume its "training" or its "row"; else {}.
 
-    Without it a training that has begun is removed. Raises InputError for files that are not from
-    here, to resume with other settings, and to replace a model of images in another folder.
+    Raises InputError for files not from here, of other settings, or of images in another folder.
     """
     evaluate.refuse_foreign_results(folder)
     state, file, had = folder / STATE, folder / evaluate.FINISHED, {}
@@ -392,7 +391,7 @@ def parse(argv: list[str] | None) -> Namespace:
         add(f"--{name.replace('_', '-')}", type=evaluate.literal, metavar="VALUE", help=text)
     text = "of weights and noise; of several, mean and spread (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
-    add("--leave-out", metavar="FILE", help="names of training images, or a train-scores.csv")
+    add("--leave-out", metavar="FILE", help="a train-scores.csv: what it marks is left out")
     add("--ignore", metavar="FILE", help="mask of the images' size: its white is painted over")
     add("--resume", action="store_true", help="go on from the last whole state in --out")
     args = parser.parse_args(argv)

@@ -482,7 +482,7 @@ def fill(state):
 
 
 @torch.no_grad()
-def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
+def test_wide_resnet50_2_agrees_with_torchvision():
     with torch.device("meta"):
         net = wtflow.WideResNet50()
     net = net.to_empty(device="cpu").double().eval()
@@ -496,10 +496,6 @@ def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
         assert y.shape[1] == net.channels[stride]
     for stride, first in WIDE_FIRST.items():
         assert levels[stride].flatten()[0].item() == pytest.approx(first, rel=1e-6)
-    torch.save(net.float().state_dict(), tmp_path / "wide.pth")  # --weights FILE
-    loaded = wtflow.load_extractor("wide_resnet50_2", tmp_path / "wide.pth")
-    x = torch.rand(1, 3, 64, 64) * 255
-    assert torch.allclose(loaded(x, (16,))[16], net(x, (16,))[16], rtol=1e-3, atol=1e-3)
 
 
 def test_weights_that_are_absent_say_so(monkeypatch):
