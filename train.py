@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +31,8 @@ from torch import Tensor
 
 import evaluate
 import wtflow
-from evaluate import Category
 from wtflow import Detector, InputError, Recipe
 
-WEIGHT_DECAY = 0.01  # [ours] of AdamW
 STEPS_PER_IMAGE = 4  # [ours] of the field of one position
 MOST_STEPS = 800  # [ours] of it
 EPOCHS = 100  # [released] of the U-Net
@@ -42,6 +40,7 @@ WARM_UP = 0.1  # [ours] share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
+STATE = "state.pt"  # of a training that has begun
 
 
 # ---- 1. Fitting a detector to the features of good images ----------------------------------------
@@ -50,25 +49,23 @@ def train_field(
 ) -> None:
     """Fit detector.field to the velocity of good features (n, d, h, w); the last step is the model.
 
-    Call it after fit_whitening. report(step, steps, loss) is called every REPORT_STEPS, save(state)
-    about every SAVE_SECONDS and at the end; from such a state the training goes on, the same to the
-    last bit. Raises InputError if the loss is not finite.
+    Call it after fit_whitening. report(steps, step, text) is called every REPORT_STEPS, and
+    save(training=state) about every SAVE_SECONDS and at the end: with such a state the training
+    goes on, the same to the last bit. Raises InputError if the loss is not finite.
     """
-    recipe, device = detector.recipe, detector.device
-    steps = count_steps(recipe, features)
+    state = state or {}
+    recipe, device, steps = detector.recipe, detector.device, count_steps(detector.recipe, features)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(seed)
         v_theta = wtflow.new_field(recipe, features.shape[1]).to(device).train()
-    optimizer = torch.optim.AdamW(
-        v_theta.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(v_theta.parameters(), recipe.lr, fused=True)  # weight decay 0.01
     generator = torch.Generator(device).manual_seed(seed)
     couple, first, saved = wtflow.coupling_of(recipe), 0, time.monotonic()
-    if state is not None:
-        first = state["step"]
-        v_theta.load_state_dict(state["field"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+    if begun := state.get("field"):
+        first = begun["step"]
+        v_theta.load_state_dict(begun["field"])
+        optimizer.load_state_dict(begun["optimizer"])
+        generator.set_state(begun["generator"])
 
     for step in range(first + 1, steps + 1):
         # A batch of x_0, its noise x_1 and the error of the velocity between them
@@ -76,55 +73,42 @@ def train_field(
         with wtflow.autocast(device):
             loss = wtflow.flow_matching_loss(v_theta, x_0, couple, generator).mean()
 
-        # One step of AdamW
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * warm_up_cosine((step - 1) / steps)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        # Report and save
-        last = step == steps
-        if last or step % REPORT_STEPS == 0:
+        if step % REPORT_STEPS == 0 or step == steps:
             if not torch.isfinite(loss):
-                raise InputError(
-                    f"loss is not finite at step {step}: "
-                    "lower the learning rate, or look for damaged training images"
-                )
-            if report is not None:
-                report(step, steps, loss.item())
-        if save is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
-            state = {"step": step, "field": v_theta.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-            save(state)
+                raise InputError(f"loss is not finite at step {step}: lower the rate, --lr")
+            if report:
+                report(steps, step, f", loss {loss.item():.4f}")
+        if save and (step == steps or time.monotonic() - saved > SAVE_SECONDS):
+            now = {"step": step, "field": v_theta.state_dict(), "generator": generator.get_state()}
+            state["field"] = now | {"optimizer": optimizer.state_dict()}
+            save(training=state)
             saved = time.monotonic()
     detector.field = wtflow.freeze(v_theta)
 
 
 def draw(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """A random batch of features (n, d, h, w): positions (batch, d), or maps (batch, d, h, w)."""
-
-    def below(limit):
-        return torch.randint(limit, (recipe.batch,), generator=generator, device=features.device)
-
-    image = below(len(features))
+    size, how = (recipe.batch,), {"generator": generator, "device": features.device}
+    image = torch.randint(len(features), size, **how)
     if recipe.field == "unet":
         return features[image]
-    return features.movedim(1, -1).flatten(1, 2)[image, below(features[0, 0].numel())]
+    position = torch.randint(features[0, 0].numel(), size, **how)
+    return features.movedim(1, -1).flatten(1, 2)[image, position]
 
 
 def count_steps(recipe: Recipe, features: Tensor) -> int:
-    """Training steps for features of n images: those of the recipe, if it gives a number.
-
-    By default STEPS_PER_IMAGE n, at most MOST_STEPS: about two passes over the positions, fewer of
-    more than 200 images. The released U-Net makes EPOCHS passes over the maps.
-    """
-    n = len(features)
+    """The recipe's steps; else about two passes over at most 200 images, EPOCHS of the U-Net."""
     if recipe.steps:
         return recipe.steps
     if recipe.field == "unet":
-        return EPOCHS * -(-n // recipe.batch)
-    return min(MOST_STEPS, STEPS_PER_IMAGE * n)
+        return EPOCHS * math.ceil(len(features) / recipe.batch)
+    return min(MOST_STEPS, STEPS_PER_IMAGE * len(features))
 
 
 def warm_up_cosine(done: float) -> float:
@@ -135,23 +119,19 @@ def warm_up_cosine(done: float) -> float:
 
 
 def fit_gaussians(detector: Detector, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit detector.gaussian to good features (n, d, h, w); their leave-one-out maps and scores.
-
-    Of a single image, and under a recipe without Gaussians, they are in-sample, so too low.
-    """
+    """Fit detector.gaussian to good features (n, d, h, w); their leave-one-out maps and scores."""
     if detector.recipe.score == "gaussian":
-        r = torch.empty_like(features, device=detector.device)  # float16: half the memory
-        largest = torch.finfo(r.dtype).max
+        r = torch.empty_like(features, device=detector.device)
 
-        def fill(part):
-            r[part] = detector.residual(features[part]).clamp(-largest, largest).half()
+        def fill(part):  # float16, up to its largest number: half the memory
+            r[part] = detector.residual(features[part]).clamp(-65504, 65504).half()
 
         parts = torch.arange(len(features)).split(wtflow.SCORED)
         wtflow.parallel_map(fill, parts, detector.device)
         detector.gaussian.fit(r)
         if len(r) > 1:
             return wtflow.map_and_score(detector.gaussian.leave_one_out(r))
-    return detector.score(features)
+    return detector.score(features)  # in-sample, so too low: of one image, or without Gaussians
 
 
 def fit_detector(
@@ -161,31 +141,28 @@ def fit_detector(
 
     These scores of good images, detector.normal_scores (n,), set the threshold, so no image may be
     scored by what has seen it. With CROSS_FIT_BELOW images or more only the Gaussians overfit, and
-    leave_one_out corrects that. With fewer the field overfits as well: for each fold all is fitted
-    to the other images (cross-conformal prediction, Vovk 2015). The detector that is kept is fitted
-    to all images. Without Gaussians and folds, as in PAPER, the scores are in-sample and the
-    threshold is too low.
-
-    report(k, fits, step, steps, loss) and save(k, held_out, field) for fit k of several; state has
-    such k, held_out and field, by name.
+    leave_one_out corrects that. With fewer the field does as well: then each fold is scored by what
+    is fitted to the others (cross-conformal prediction, Vovk 2015); the detector that is kept is
+    fitted to all. Without Gaussians and folds, as in PAPER, scores are in-sample, and too low.
+    report(what, steps, step, text), save, state: of train_field; state changes.
     """
-    n = len(features)
-    folds = min(detector.recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
+    n, recipe = len(features), detector.recipe
+    folds = min(recipe.folds, n) if 1 < n < CROSS_FIT_BELOW else 0
     fold = torch.arange(n) % max(folds, 1)
-    begun = state or {"k": 0, "held_out": [], "field": None}
-    held_out = list(begun["held_out"])  # (maps, scores) of each fold
-    for k in range(begun["k"], folds + 1):
+    state = state or {"held_out": [], "field": None}  # (maps, scores) of the folds; of the field
+    held_out = state["held_out"]
+    for k in range(len(held_out), folds + 1):  # the last is of all images
         others = features if k == folds else features[fold != k]
+        report_k = report and partial(report, f"field {k + 1}/{folds + 1}, step")
         detector.fit_whitening(others)
-        field = begun["field"] if k == begun["k"] else None
-        report_k = report and partial(report, k, folds + 1)
-        train_field(detector, others, seed, report_k, save and partial(save, k, held_out), field)
+        train_field(detector, others, seed, report_k, save, state)
         found = fit_gaussians(detector, others)
         if k < folds:
             held_out.append(detector.score(features[fold == k]))
+            state["field"] = None
     if folds:
         place = fold.argsort(stable=True).argsort()
-        found = tuple(torch.cat(part)[place] for part in zip(*held_out, strict=True))
+        found = [torch.cat(part)[place] for part in zip(*held_out, strict=True)]
     maps, scores = found
     detector.normal_scores = scores.to(detector.device)
     return maps.cpu(), scores.cpu()
@@ -196,17 +173,11 @@ def fit(
 ) -> Detector:
     """A detector fitted to good images from Python, for evaluate.score and evaluate.save_model.
 
-    images: a list of what evaluate.as_image takes; weights: a file of the backbone's, if it is not
-    in a package; device: as --device; settings: of wtflow.Recipe. detector.normal_scores (n,) are
-    held-out scores of the images, in order, without copies. Raises InputError.
-
-        detector = train.fit(images, steps=200)
-        evaluate.save_model("model.pt", detector)
+    images: a list of what evaluate.as_image takes; weights, device: as the options of train.py;
+    settings: of wtflow.Recipe. detector.normal_scores are of the images, in order, without copies.
     """
-    if not isinstance(images, (list, tuple)):
-        raise InputError(f"images of type {type(images).__name__}: give a list of paths or arrays")
-    if not images:
-        raise InputError("no images: give at least one")
+    if not isinstance(images, (list, tuple)) or not images:
+        raise InputError("images: give a list of paths or arrays, with at least one in it")
     detector = evaluate.new_detector(images, Recipe(**settings), weights, device)
     names = [f"images[{k}]" for k in range(len(images))]
     fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)
@@ -214,111 +185,84 @@ def fit(
 
 
 # ---- 2. One category, from images to a model for each seed ---------------------------------------
-def run_category(
-    category: Category, recipe: Recipe, folders: dict[int, Path], args: Namespace, prefix: str
-) -> None:
-    """Train, evaluate and save one category in the folder of each seed; with --resume go on."""
-    began, progress, paths = time.monotonic(), Progress(prefix), category.train
-    settings = settings_of(category, recipe, args)
-    states = [State(folders[seed], settings | {"seed": seed}) for seed in folders]
-    todo = [state for state in states if not state.finished(args.resume)]
+def run_category(category: evaluate.Category, folders: dict, args: Namespace, prefix: str) -> None:
+    """Train, evaluate and save one category in {seed: folder}; with --resume go on."""
+    began, shown, settings = time.monotonic(), 0.0, settings_of(category, args)
+    own = {seed: settings | {"seed": seed} for seed in folders}
+    had = {seed: what_is_there(folders[seed], own[seed], args.resume) for seed in folders}
+    todo = [seed for seed in folders if "row" not in had[seed]]
+    if len(todo) < len(folders):
+        text = "pictures of finished categories stay: evaluate.py --run draws them again"
+        evaluate.say_once(text)
     if not todo:
         return
 
+    def progress(what, total, done, text=""):
+        nonlocal shown
+        if done == total or time.monotonic() - shown > 10:
+            evaluate.say(f"{prefix}: {what} {done}/{total}{text}", sys.stderr)
+            shown = time.monotonic()
+
     # Features, once for all seeds. What is tested comes first: a broken file stops the run at once.
-    detector = evaluate.new_detector(paths, recipe, args.weights, args.device, args.ignored)
-    evaluate.say(f"{prefix}: {resolution(detector.recipe, paths)}", sys.stderr)
-    tests = [item.path for item in category.test]
-    test = evaluate.extract(detector, tests, partial(progress, "test image", len(tests)))
+    good, tested = category.train, [item.path for item in category.test]
+    detector = evaluate.new_detector(good, args.recipe, args.weights, args.device, args.ignored)
+    evaluate.say(f"{prefix}: {resolution(detector.recipe, good)}", sys.stderr)
+    test = evaluate.extract(detector, tested, partial(progress, "test image", len(tested)))
     for item, size in zip(category.test, test[1], strict=True):
         for mask in item.masks or ():
             evaluate.read_mask(mask, size)
-    report = partial(progress, "training image", len(paths))
-    features, first = evaluate.extract_good(detector, paths, paths, report)
+    report = partial(progress, "training image", len(good))
+    features, first = evaluate.extract_good(detector, good, good, report)
     spent = time.monotonic() - began
 
-    def report_step(k, fits, step, steps, loss):
-        progress(f"field {k + 1}/{fits}, loss {loss:.4f}, step", steps, step)
-
-    for state in todo:
-        began, seed = time.monotonic() - spent, state.settings["seed"]
-        trained = fit_detector(detector, features, seed, report_step, state.save, state.training)
+    for seed in todo:
+        began, folder = time.monotonic() - spent, folders[seed]
+        save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own[seed])
+        scored = fit_detector(detector, features, seed, progress, save, had[seed].get("training"))
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-        evaluate.write_suspects(state.folder, paths, first, trained, known, detector.reading)
-        evaluate.save_model(state.folder / "model.pt", detector)
-        evaluate.remove_results(evaluate.maps_folder(state.folder).rglob("*.tiff"))  # of another
-        row = evaluate.report(state.folder, category, detector, test, args, began)
-        evaluate.write_json(state.json, state.settings | {"row": row, "left_out": args.left_out})
-        evaluate.remove_results([state.file])
+        evaluate.write_suspects(folder, good, first, scored, known, detector.reading)
+        evaluate.save_model(folder / "model.pt", detector)
+        evaluate.remove_results(evaluate.maps_folder(folder).rglob("*.tiff"))  # of another model
+        row = evaluate.report(folder, category, detector, test, args, began)
+        done = own[seed] | {"row": row, "left_out": args.left_out}
+        evaluate.write_json(folder / evaluate.FINISHED, done)
+        evaluate.remove_results([folder / STATE])
 
 
-class State:
-    """What is there of a category and a seed, and where a run that was killed goes on.
+def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
+    """What there is of a category and a seed: with resume its "training" or its "row"; else {}.
 
-    state.pt holds a training that has begun. recipe.json, written last, holds the settings and the
-    row of the table: with it, and no state.pt, a category is finished.
+    Raises InputError for files not from here, of other settings, or of images in another folder.
     """
-
-    def __init__(self, folder: Path, settings: dict):
-        self.folder, self.settings, self.training = folder, settings, None
-        self.file, self.json = folder / "state.pt", folder / evaluate.FINISHED
-
-    def finished(self, resume: bool) -> bool:
-        """Whether all is there. What has begun is loaded with resume, and removed without.
-
-        Raises InputError for files that are not from here, to resume with other settings, and to
-        train again where there is a model of another folder's images.
-        """
-        evaluate.refuse_foreign_results(self.folder)
-        begun = self.file.exists()
-        file = self.file if begun else self.json
-        if not file.exists():
-            return False
-        try:
-            had = evaluate.load_checkpoint(file) if begun else evaluate.read_json(file)
-        except InputError:
-            if resume:
-                raise
-            had = self.settings  # damaged, so nothing to keep
-        compared = self.settings.keys() - {"source"} if resume else {"source"}
-        differ = [
-            f"{name} {had.get(name)} there, {value} here"
-            for name, value in self.settings.items()
-            if name in compared and had.get(name) != value
-        ]
-        if differ and resume:
-            text = f"of another run ({'; '.join(differ)}): give its settings, another --out, or no"
-            raise InputError(f"{file}: {text} --resume")
-        if differ:
-            text = "a model of images in another folder: give another --out, or remove it"
-            raise InputError(f"{self.folder}: {text}")
-        if begun and resume:
-            self.training = had["training"]
-        elif begun:
-            evaluate.remove_results([self.file, self.json])  # the model may be newer than its json
-        elif resume:
-            text = "evaluate.py --run draws them again, with the same --fpr and --threshold"
-            evaluate.say_once(f"pictures of finished categories stay: {text}")
-        return resume and not begun
-
-    def save(self, k: int, held_out: list, field: dict) -> None:
-        training = {"k": k, "held_out": held_out, "field": field}
-        evaluate.save_checkpoint(self.file, Recipe(), training=training, **self.settings)
+    evaluate.refuse_foreign_results(folder)
+    state, file, had = folder / STATE, folder / evaluate.FINISHED, {}
+    if resume and state.exists():
+        file, had = state, evaluate.load_checkpoint(state)
+    elif file.exists():
+        had = evaluate.read_json(file)
+    differ = [k for k in settings if (k != "source") == resume and had.get(k) != settings[k]]
+    if had and differ:
+        both = "; ".join(f"{k} {had.get(k)} there, {settings[k]} here" for k in differ)
+        text = f"of another run ({both if resume else 'images in another folder'})"
+        raise InputError(f"{file}: {text}: give its settings, another --out, or remove it")
+    if resume:
+        return had
+    if state.exists():
+        evaluate.remove_results([state, file])  # the model may be newer than its json
+    return {}
 
 
-def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
-    """What two runs must share for one to go on where the other was; lists for tuples, as JSON.
-
-    source: a digest of the folder of the training images, which does not tell its path.
-    """
+def settings_of(category: evaluate.Category, args: Namespace) -> dict:
+    """What two runs must share for one to go on where the other was, as JSON has it."""
     source = os.path.realpath(os.path.commonpath([path.parent for path in category.train]))
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()} | {
+    return asdict(args.recipe) | {
+        "strides": [*args.recipe.strides],
         "weights": args.weights_digest,
         "ignored_pixels": 0 if args.ignored is None else zlib.crc32(args.ignored.tobytes()),
         "images": len(category.train),
         "files": evaluate.digest_of_files(category.train),
         "test": evaluate.digest_of_files(category.test),
-        "source": hashlib.sha256(os.fsencode(source)).hexdigest()[:16],
+        "source": hashlib.sha256(os.fsencode(source)).hexdigest()[:16],  # which tells no path
         "fpr": args.fpr,
         "threshold": args.threshold,
         "device": args.device.type,  # generators of two devices differ
@@ -327,37 +271,17 @@ def settings_of(category: Category, recipe: Recipe, args: Namespace) -> dict:
 
 def resolution(recipe: Recipe, images: list[Path]) -> str:
     """One line: what the network sees of the median image, and how large a defect must be."""
-    height, width = wtflow.image_shape(recipe)
     h, w = sorted(evaluate.image_sizes(images), key=math.prod)[len(images) // 2]
+    height, width = wtflow.image_shape(recipe)
     shrunk = math.sqrt(h * w / (height * width))
     side = round(recipe.spacing * shrunk)
     larger = ": for smaller ones give a larger --image-size" if shrunk > 2.5 else ""
-    return (
-        f"images of {w} x {h} are read at {width} x {height}; a position of the map covers "
-        f"{side} x {side} of their pixels, and a defect needs about as much{larger}"
-    )
-
-
-class Progress:
-    """A line on stderr every ten seconds and at the end of each stage."""
-
-    def __init__(self, prefix: str):
-        self.prefix, self.total, self.done, self.shown = prefix, 0, 0, 0.0
-
-    def __call__(self, what: str, total: int, done: int) -> None:
-        now = time.monotonic()
-        if total != self.total or done <= self.done:  # a new stage
-            self.total, self.start = total, (done, now)
-        self.done, (first, start) = done, self.start
-        left = (now - start) / max(done - first, 1) * (total - done)
-        if done == total or now - self.shown > 10:
-            text = f"{what} {done}/{total}, {left:.0f} s left"
-            evaluate.say(f"{self.prefix}: {text}", sys.stderr)
-            self.shown = now
+    text = f"images of {w} x {h} are read at {width} x {height}; a position of the map covers"
+    return f"{text} {side} x {side} of their pixels, and a defect needs about as much{larger}"
 
 
 # ---- 3. A data set, all seeds --------------------------------------------------------------------
-def run(args: Namespace, recipe: Recipe, data: Path) -> None:
+def run(args: Namespace, data: Path) -> None:
     """All categories of a data set; the process of rank 0 writes the tables."""
     name, categories = evaluate.read_dataset(data, args.category)
     categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
@@ -374,18 +298,19 @@ def run(args: Namespace, recipe: Recipe, data: Path) -> None:
                 raise InputError(f"--out {args.out}: holds the data set: give another --out")
             if k % args.world == args.rank:
                 prefix = f"[{k + 1} of {len(categories)}] {category.name}"
-                run_category(category, recipe, folders, args, prefix)
+                run_category(category, folders, args, prefix)
         if args.world > 1:
             torch.distributed.barrier()
-        if args.rank == 0:
-            runs = []
-            for folder in own.values():
-                files = [folder / category.name / evaluate.FINISHED for category in categories]
-                runs.append([evaluate.read_json(file)["row"] for file in files])
-                evaluate.write_tables(folder, runs[-1])
-                evaluate.say(f"models, maps and tables: {folder}")
-            if several:
-                evaluate.write_spread(out, args.seeds, runs)
+        if args.rank > 0:
+            return
+        runs = []
+        for folder in own.values():
+            files = [folder / category.name / evaluate.FINISHED for category in categories]
+            runs.append([evaluate.read_json(file)["row"] for file in files])
+            evaluate.write_tables(folder, runs[-1])
+            evaluate.say(f"models, maps and tables: {folder}")
+        if several:
+            evaluate.write_spread(out, args.seeds, runs)
 
 
 # ---- 4. The demo: two categories in the layout of MVTec AD ---------------------------------------
@@ -410,8 +335,7 @@ def washer(rng, n):
     inside = 1 / (1 + np.exp(-90 * (edge - r))) / (1 + np.exp(-90 * (r - 0.28)))
     background = 0.18 + 0.04 * rng.standard_normal((n, n))
     metal = 0.62 + 0.1 * np.cos(phi - 0.7) + 0.03 * np.sin(60 * r)
-    metal = metal + 0.025 * rng.standard_normal((n, n))
-    grey = background * (1 - inside) + metal * inside
+    grey = background * (1 - inside) + (metal + 0.025 * rng.standard_normal((n, n))) * inside
     return grey[..., None] * np.array([0.85, 0.9, 1.0])
 
 
@@ -432,23 +356,20 @@ def damage(rng, image, kind):
     return image * (1 - dark), distance < 1
 
 
-DEMO = "WT-Flow demo"  # in its images: they alone are written over
-
-
 def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: int = 256) -> Path:
-    """Write the demo data set under `root`, the same at every call; returns root."""
-    mark = PngInfo()
-    mark.add_text("Software", DEMO)
+    """Write the demo under `root`, the same at each call; what has its mark is written over."""
+    name, mark = "WT-Flow demo", PngInfo()
+    mark.add_text("Software", name)
 
     def save(path, values):
         image = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-        evaluate.write_whole(path, partial(image.save, format="PNG", pnginfo=mark), DEMO)
+        evaluate.write_whole(path, partial(image.save, format="PNG", pnginfo=mark), name)
 
     for seed, draw_part in enumerate((weave, washer)):
         rng, folder = np.random.default_rng(seed), root / draw_part.__name__
         for k in range(train + good):
-            part = "train" if k < train else "test"
-            save(folder / part / f"good/{k:03d}.png", draw_part(rng, n))
+            where = f"{'train' if k < train else 'test'}/good/{k:03d}.png"
+            save(folder / where, draw_part(rng, n))
         for kind in ("scratch", "stain"):
             for k in range(each):
                 image, mask = damage(rng, draw_part(rng, n), kind)
@@ -459,59 +380,43 @@ def make_demo(root: Path, train: int = 48, good: int = 16, each: int = 12, n: in
 
 # ---- 5. The command ------------------------------------------------------------------------------
 def parse(argv: list[str] | None) -> Namespace:
+    """Options; args.recipe is Recipe() or PAPER with the settings among them. Raises InputError."""
     parser = evaluate.OneLineParser(description=__doc__.split("\n")[0])
     evaluate.add_common_options(parser)
-    add = parser.add_argument
+    add, names = parser.add_argument, asdict(Recipe())
     add("--out", default="runs", help="where results go (default: runs)")
     add("--paper", action="store_true", help="the released recipe, wtflow.PAPER (default: ours)")
-    for name, default in asdict(Recipe()).items():
-        text = f"setting of wtflow.Recipe (default: {default})"
+    for name, default in names.items():
+        text = f"of wtflow.Recipe (default: {default})"
         add(f"--{name.replace('_', '-')}", type=evaluate.literal, metavar="VALUE", help=text)
-    text = "of weights and noise; of several, mean and spread, each run in OUT/seedN (default: 0)"
+    text = "of weights and noise; of several, mean and spread (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
-    text = "a train-scores.csv: what it marks is not trained on (default: none)"
-    add("--leave-out", metavar="FILE", help=text)
-    text = "mask of the images' size; what is white in it is painted over (default: none)"
-    add("--ignore", metavar="FILE", help=text)
-    text = "go on from the last whole state in --out (default: anew)"
-    add("--resume", action="store_true", help=text)
+    add("--leave-out", metavar="FILE", help="a train-scores.csv: what it marks is left out")
+    add("--ignore", metavar="FILE", help="mask of the images' size: its white is painted over")
+    add("--resume", action="store_true", help="go on from the last whole state in --out")
     args = parser.parse_args(argv)
     evaluate.check_options(args)
-    right = len({*args.seeds}) == len(args.seeds) and all(0 <= n < 2**32 for n in args.seeds)
-    if not right:
+    if len({*args.seeds}) < len(args.seeds) or not all(0 <= n < 2**32 for n in args.seeds):
         seeds = " ".join(map(str, args.seeds))
         raise InputError(f"--seeds {seeds}: give whole numbers from 0 to 2^32 - 1, each once")
-    return args
-
-
-def recipe_of(args: Namespace) -> Recipe:
-    """Recipe() or PAPER with the settings that the command line gives. Raises InputError."""
-    recipe = Recipe(**wtflow.PAPER) if args.paper else Recipe()
-    settings = {name: getattr(args, name) for name in asdict(recipe)}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
-        return replace(recipe, **settings)
+        args.recipe = Recipe(**(wtflow.PAPER if args.paper else {}) | given)
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None
-
-
-def processes() -> tuple[int, int]:
-    """(rank of this process, number of processes), as torchrun says. Raises InputError."""
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    try:
-        return (0, 1) if rank is world is None else (int(rank or ""), int(world or ""))
-    except ValueError:
-        text = f"RANK={rank}, WORLD_SIZE={world}: not those of torchrun: unset them"
-        raise InputError(text) from None
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    recipe, args.device = recipe_of(args), evaluate.pick_device(args.device)
-    args.rank, args.world = processes()
+    args.device = evaluate.pick_device(args.device)
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"RANK={rank}, WORLD_SIZE={world}: not those of torchrun: unset them")
+    args.rank, args.world = int(rank), int(world)
     # First, so that a missing file stops the run at once
-    args.weights_digest = wtflow.load_extractor(recipe.backbone, args.weights).digest
+    args.weights_digest = wtflow.load_extractor(args.recipe.backbone, args.weights).digest
     args.ignored = evaluate.read_ignored(args.ignore)
     data = args.data or Path(args.out) / "demo-data/demo"
     if not args.data and args.rank == 0:
@@ -519,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
-    run(args, recipe, data)
+    run(args, data)
 
 
 if __name__ == "__main__":

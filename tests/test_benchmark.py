@@ -1,6 +1,7 @@
 """The benchmark commands run on a tiny data set and print a row for all that they compare."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ def quick(monkeypatch):
 
 OF_COMPARE = ("WT-Flow", "rFM", "OT-CFM", "PatchCore 1 %", "PatchCore 10 %, 256 px")
 OF_RHO = ("rho=-0.5", "rho=0.1", "rho=0.25", "rho=0.5", "rho=0.9", "rFM", "OT-CFM")
+OF_SPOILED = [
+    f"{n} % spoiled, {how}" for n in (0, 1, 5, 10) for how in ("rank", "tail", "left out")
+]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,7 @@ OF_RHO = ("rho=-0.5", "rho=0.1", "rho=0.25", "rho=0.5", "rho=0.9", "rFM", "OT-CF
     [
         ("compare", OF_COMPARE, (*benchmark.UNTRAINED, "PaDiM", "PaDiM, 256 px")),
         ("rho", OF_RHO, ()),
+        ("spoiled", OF_SPOILED, ()),
     ],
 )
 def test_every_method_has_a_row_and_what_depends_on_the_seed_its_spread(
@@ -39,37 +44,35 @@ def test_every_method_has_a_row_and_what_depends_on_the_seed_its_spread(
 
 
 def test_ablation_leaves_one_set_out(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(benchmark, "ABLATION", ({}, {"time": 0.0}, {"rho": 0.0}))
+    monkeypatch.setattr(benchmark, "ABLATION", ({}, {"time": 0.0}, {"aspect": 1.0}))
     data = make_mvtec(tmp_path / "d", ("bolt", "nut"))
     result = succeeds(run("benchmark.py", "ablation", "--data", data, "--seeds", 0))
     by_category, chosen = result.stdout.split("left_out")
-    for name in ("the default", "time=0.0", "rho=0.0"):
+    for name in ("the default", "time=0.0", "aspect=1.0"):
         assert by_category.count(name) == 2
     assert [line.split()[0] for line in chosen.splitlines()[1:]] == ["bolt", "nut", "mean"]
 
 
 def test_one_set_is_left_out_of_the_choice():
     """ "a" is best on x alone, "b" on y and z: z and y are measured by what the others prefer."""
-    merits = {"x": (9, 1), "y": (2, 3), "z": (0, 7)}
-    measured = {
-        (c, name): {"image_auroc": m, "pixel_auroc": 0.0, "aupro": m}
-        for c, both in merits.items()
-        for name, m in zip("ab", both, strict=True)
+    merits = {"x": {"a": 9, "b": 1}, "y": {"a": 2, "b": 3}, "z": {"a": 0, "b": 7}}
+    metrics = {
+        category: {k: dict.fromkeys(benchmark.METRICS, m) for k, m in own.items()}
+        for category, own in merits.items()
     }
-    rows = benchmark.leave_one_out([*"xyz"], [*"ab"], measured)
+    rows = benchmark.leave_one_out(metrics)
     assert [row["chosen_on_the_others"] for row in rows[:3]] == ["b", "a", "a"]
     assert [row["aupro"] for row in rows] == [1, 2, 0, 1]
-    assert benchmark.leave_one_out(["x"], [*"ab"], measured) is None
 
 
 def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
     trained_on = []
 
-    def timed(sample, fit, seed):
+    def rows_of(sample, fit, seeds):
         trained_on.append(sample.train[:, 0, 0, 0].tolist())
-        return dict.fromkeys(benchmark.METRICS, 50.0)
+        return [dict.fromkeys(benchmark.METRICS, 50.0)]
 
-    monkeypatch.setattr(benchmark, "timed", timed)
+    monkeypatch.setattr(benchmark, "rows_of", rows_of)
     data = make_mvtec(tmp_path / "d")
     result = succeeds(run("benchmark.py", "few", "--data", data, "--images", 3, 4, 1000))
     assert len(result.stdout.splitlines()) == 3
@@ -80,23 +83,28 @@ def test_few_trains_on_other_images_for_each_seed(tmp_path, quick, monkeypatch):
 @pytest.mark.parametrize("rho", [0.0, 0.9])
 def test_with_nothing_learnt_the_residual_is_that_of_a_field_of_zeros(tmp_path, quick, rho):
     """Its scores are those of a detector whose residual is x_0 - E[x_1 | x_0]."""
-    (category,) = benchmark.categories_in([make_mvtec(tmp_path / "d")])
+    make_mvtec(tmp_path / "d")
+    (category,) = benchmark.evaluate.read_dataset(tmp_path / "d")[1]
     sample = benchmark.read_sample(category, benchmark.Recipe())
-    score, _, normal_scores = benchmark.fit_untrained(sample, 0, rho)
-    detector = benchmark.Detector(sample.recipe)
-    detector.fit_whitening(sample.train)
-
-    def residual(features):
-        x_0 = detector.normalise(features)
-        return x_0 + rho * x_0.shape[1] ** 0.5 * x_0 / x_0.norm(dim=1, keepdim=True)
-
-    r = residual(sample.train).half()
-    detector.gaussian.fit(r)
-    left_out = detector.gaussian.leave_one_out(r)
-    assert torch.allclose(normal_scores, benchmark.wtflow.map_and_score(left_out)[1], rtol=1e-3)
-    square = detector.gaussian.squared_distance(residual(sample.test))
-    maps = benchmark.wtflow.map_and_score(square)[0]
+    score, _ = benchmark.fit_untrained(sample, 0, rho)
+    detector = score.__self__
+    features = (detector.normalise(part) for part in (sample.train, sample.test))
+    good, test = (x + rho * x.shape[1] ** 0.5 * x / x.norm(dim=1, keepdim=True) for x in features)
+    detector.gaussian.fit(good.half())
+    maps, _ = benchmark.wtflow.map_and_score(detector.gaussian.squared_distance(test))
     assert torch.allclose(score(sample.test)[0], maps, rtol=1e-3)
+
+
+def test_the_coreset_takes_the_row_that_is_farthest_from_those_chosen(monkeypatch):
+    """Of 300 rows, 40 of which the pool holds at a time, and each twice."""
+    monkeypatch.setattr(benchmark, "POOL", 40)
+    rows = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)).repeat(2, 1).half()
+    chosen = benchmark.greedy_coreset(rows, 50, 0)
+    distance = torch.cdist(rows.double(), rows.double())
+    for k in range(1, 50):
+        to_nearest = distance[:, chosen[:k]].amin(1)
+        assert to_nearest[chosen[k]] > 0.999 * to_nearest.max()
+    assert len(benchmark.greedy_coreset(rows, 600, 0)) >= 300
 
 
 @pytest.mark.parametrize("rho", [-0.5, 0.0, 0.5])
@@ -108,46 +116,13 @@ def test_rows_of_rho_have_one_ratio_of_noise_to_signal_on_the_shell(rho):
     assert t * (1 - rho**2) ** 0.5 / signal == pytest.approx(1.5)
 
 
-@pytest.fixture
-def once(monkeypatch):
-    """Times are of one call, of one image."""
-
-    def milliseconds(f, device, repeats=1):
-        f()
-        return 1.0, 0.0
-
-    monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
+def test_speed_has_a_row_of_each_stage(monkeypatch, capsys):
+    once = partial(benchmark.milliseconds, repeats=-2)
+    monkeypatch.setattr(benchmark, "milliseconds", once)
     monkeypatch.setattr(benchmark, "BATCHES", (1,))
-    monkeypatch.setattr(benchmark, "EFFICIENT_AD", ("EfficientAD-S",))
-
-
-def test_peers_have_a_row_each(quick, once, capsys):
-    benchmark.peers(torch.device("cpu"), n=4)
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("WT-Flow ", "v = 0", *benchmark.OTHERS, *benchmark.EFFICIENT_AD):
-        assert sum(line.startswith(name) for line in lines) >= 1
-    assert lines[0].split()[-1] == "ms_per_image_batch_1"
-
-
-def test_efficient_ad_has_the_shapes_of_its_paper():
-    x = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
-    net = benchmark.EfficientAD("EfficientAD-S")
-    for part in (net.teacher, benchmark.pdn_medium(384), net.autoencoder):
-        assert part(x.float()).shape == (1, 384, 56, 56)
-    y, score = net(x)
-    assert y.shape == (1, 256, 256) and score == y.max()
-
-
-def test_files_are_timed_from_reading_to_the_verdict(quick, once, capsys):
-    benchmark.files(torch.device("cpu"), n=3, side=64)
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].split() == ["file", "read_ms", "score_ms", "folder_ms"] and len(rows) == 4
-
-
-def test_memory_is_that_of_the_two_commands(capsys):
-    benchmark.main(["memory", "--images", "2"])
-    images, train, score = capsys.readouterr().out.split()[-3:]
-    assert images == "2" and all(200 < float(mib) < 4000 for mib in (train, score))  # torch has 200
+    monkeypatch.setitem(benchmark.PAPER, "width", 8)
+    benchmark.main(["speed", "--device", "cpu"])
+    assert len(capsys.readouterr().out.splitlines()) == 10
 
 
 def test_benchmarks_say_what_is_missing(tmp_path):

@@ -1,21 +1,15 @@
 """train.py: the training loop, cross-fitting, resuming to the last bit, the Python API."""
 
+import copy
+
 import pytest
 import torch
 from test_wtflow import RELEASED, Detector, gaussian, tiny
 
+import evaluate
 import train
 import wtflow
 from wtflow import InputError
-
-
-def clone(value):
-    """A deep copy of tensors in dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    return [clone(v) for v in value] if isinstance(value, list) else value
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
@@ -32,17 +26,15 @@ def test_steps_grow_with_the_images_to_a_limit_unless_a_number_is_given():
     assert train.count_steps(tiny(**RELEASED | {"steps": 0, "batch": 8}), features) == 200
 
 
-def test_each_step_has_its_learning_rate():
-    """The first of a cycle is zero: the field of one step is the one that was drawn."""
-    detector, features = Detector(tiny(steps=1)), gaussian((4, 152, 4, 4))
-    detector.feature_whitening += torch.eye(152)
+def test_each_step_has_the_learning_rate_of_its_place(monkeypatch):
+    """The first has that of 0; at a rate of zero the field is the one that was drawn."""
+    detector, features, places = Detector(tiny(steps=4)), gaussian((4, 152, 4, 4)), []
+    monkeypatch.setattr(train, "warm_up_cosine", lambda done: places.append(done) or 0.0)
     torch.manual_seed(0)
-    untrained = wtflow.new_field(detector.recipe, 152)
+    drawn = wtflow.new_field(detector.recipe, 152)
     train.train_field(detector, features, 0)
-    assert torch.equal(detector.field.out.weight, untrained.out.weight)
-    detector.recipe = tiny(steps=2)
-    train.train_field(detector, features, 0)
-    assert not torch.equal(detector.field.out.weight, untrained.out.weight)
+    assert places == [0, 0.25, 0.5, 0.75]
+    assert torch.equal(detector.field.out.weight, drawn.out.weight)
 
 
 @pytest.mark.parametrize("settings", [{}, RELEASED])
@@ -67,19 +59,28 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
         detector,
         features,
         3,
-        report=lambda k, fits, step, total, loss: steps.append((k, fits, step, total)),
-        save=lambda k, held_out, field: states.append(
-            clone({"k": k, "held_out": held_out, "field": field})
-        ),
+        report=lambda what, total, step, text: steps.append((what, total, step)),
+        save=lambda training: states.append(copy.deepcopy(training)),
     )
-    assert steps == [(k, folds + 1, step, 4) for k in range(folds + 1) for step in (1, 2, 3, 4)]
+    of = [f"field {k + 1}/{folds + 1}, step" for k in range(folds + 1)]
+    assert steps == [(what, 4, step) for what in of for step in (1, 2, 3, 4)]
     assert len(states) == len(steps)
     assert torch.equal(torch.get_rng_state(), random_state)  # the caller's stay as they are
     whole = detector.state_dict()
     for state in states:
         again = Detector(tiny(folds=folds))
-        train.fit_detector(again, features, 3, state=clone(state))
+        train.fit_detector(again, features, 3, state=copy.deepcopy(state))
         assert all(torch.equal(v, whole[name]) for name, v in again.state_dict().items())
+
+
+def test_what_has_begun_goes_with_the_results_whose_model_it_may_have_replaced(tmp_path):
+    state, finished = tmp_path / train.STATE, tmp_path / evaluate.FINISHED
+    evaluate.write_json(finished, {"source": 1, "row": 2})
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=False) == {} and finished.exists()
+    evaluate.save_checkpoint(state, tiny(), source=1, training=3)
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=True)["training"] == 3
+    assert train.what_is_there(tmp_path, {"source": 1}, resume=False) == {}
+    assert not state.exists() and not finished.exists()
 
 
 def test_no_image_is_scored_by_what_has_seen_it(monkeypatch):

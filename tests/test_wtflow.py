@@ -1,8 +1,8 @@
 """wtflow.py: recipe, loss, couplings, whitening, Gaussian, fields, detector, backbones."""
 
 import itertools
+import re
 import threading
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -18,8 +18,12 @@ from tests import benchmark
 from wtflow import PAPER, Detector, InputError, PositionGaussian, Recipe, UNetField
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def gaussian(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def tiny(**changes):
@@ -32,33 +36,20 @@ def tiny(**changes):
     "setting, remedy",
     [
         (dict(backbone="vgg"), "efficientnet_lite0"),
-        (dict(norm="none"), "zca"),
         (dict(norm="layer"), "field=unet"),
         (dict(coupling="best"), "worst"),
         (dict(image_size=65), "multiple of 16"),
-        (dict(image_size=32), "at least 64 and at most 2048"),
-        (dict(aspect=9.0), "at most 8"),
         (dict(strides=(32,)), "4, 8, 16"),
-        (dict(strides=()), "4, 8, 16"),
         (dict(steps=-1), "at least 0"),
-        (dict(width=1), "at least 2"),
         (dict(rho=1.5), "at least -1 and at most 1"),
         (dict(folds=1), "at least 2"),
         (dict(lr=float("nan")), "at least 0"),
     ],
 )
 def test_a_recipe_refuses_what_is_not_valid(setting, remedy):
-    name, value = next(iter(setting.items()))
-    with pytest.raises(InputError, match=f"^{name}=.*{remedy}"):
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=rf"^{name}={re.escape(str(value))}: .*{remedy}"):
         Recipe(**setting)
-    assert str(value) in str(pytest.raises(InputError, Recipe, **setting).value)
-
-
-def test_the_released_recipe_departs_where_it_says_and_the_first_screen_names_what_exists():
-    assert all(asdict(Recipe())[name] != value for name, value in PAPER.items())
-    table = wtflow.__doc__.split("function\n")[1].split("\n\n")[0]
-    functions = [line.split()[-1] for line in table.splitlines() if line[4] != " "]
-    assert len(functions) == 8 and all(hasattr(wtflow, name) for name in functions)
 
 
 def test_a_recipe_takes_aspect_and_pixels_from_the_images():
@@ -75,7 +66,7 @@ def test_a_recipe_takes_aspect_and_pixels_from_the_images():
     assert strip.aspect == 1 / 8 and min(wtflow.image_shape(strip)) >= 16
 
 
-# ---- loss and transport ------------------------------------------------------------------------
+# ---- loss, couplings, whitening ----------------------------------------------------------------
 def test_loss_is_the_velocity_error():
     """Of v_theta(x, t) = t x, with times that are given."""
     x_0, x_1, times = gaussian((6, 4, 2, 2)), gaussian((6, 4, 2, 2), 1), torch.rand(6)
@@ -100,33 +91,27 @@ def test_one_step_and_two_by_hand():
     assert wtflow.log_density(x_0).item() == pytest.approx(-25 / 4)
 
 
-# ---- couplings ---------------------------------------------------------------------------------
-COUPLINGS = [wtflow.independent, wtflow.optimal, wtflow.worst]
-
-
-@pytest.mark.parametrize("couple", COUPLINGS)
+@pytest.mark.parametrize(
+    "settings, couple",
+    [
+        ({"rho": 0.9}, partial(wtflow.worst, rho=0.9)),
+        ({"coupling": "independent", "rho": 0.9}, wtflow.independent),
+        ({"coupling": "optimal"}, wtflow.optimal),
+    ],
+)
 @pytest.mark.parametrize("shape", [(50, 7), (3, 7, 4, 5)])
-def test_couplings_keep_shape_and_follow_their_generator(couple, shape):
+def test_the_coupling_of_a_recipe_keeps_the_shape_and_follows_its_generator(
+    settings, couple, shape
+):
     x_0 = gaussian(shape)
-    one, again, other = (couple(x_0, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert one.shape == x_0.shape
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-def test_the_coupling_of_a_recipe_has_its_rho():
-    x_0 = gaussian((9, 4))
-    for recipe, same in (
-        (Recipe(rho=0.9), partial(wtflow.worst, rho=0.9)),
-        (Recipe(coupling="independent", rho=0.9), wtflow.independent),
-        (Recipe(coupling="optimal"), wtflow.optimal),
-    ):
-        x_1 = wtflow.coupling_of(recipe)(x_0, torch.Generator().manual_seed(1))
-        assert torch.equal(x_1, same(x_0, torch.Generator().manual_seed(1)))
+    found = wtflow.coupling_of(Recipe(**settings))
+    one, again, other = (f(x_0, seeded(s)) for f, s in ((found, 1), (couple, 1), (found, 2)))
+    assert one.shape == x_0.shape and torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_optimal_beats_every_permutation():
     x_0 = gaussian((5, 3))
-    x_1 = wtflow.optimal(x_0, torch.Generator().manual_seed(3))
+    x_1 = wtflow.optimal(x_0, seeded(3))
     costs = [(x_0 - x_1[list(p)]).square().sum() for p in itertools.permutations(range(5))]
     assert costs[0] <= min(costs) + 1e-5
 
@@ -135,7 +120,7 @@ def test_optimal_beats_every_permutation():
 def test_worst_is_noise_about_the_conditional_mean_on_the_shell(rho):
     """Means within 5 standard errors; the noise is N(0, 1 - rho^2): Kolmogorov-Smirnov, 1e-6."""
     d, x_0 = 6, gaussian((4000, 6, 2, 1), 1)
-    x_1 = wtflow.worst(x_0, torch.Generator().manual_seed(3), rho)
+    x_1 = wtflow.worst(x_0, seeded(3), rho)
     rest = x_1 - wtflow.conditional_mean(x_0, rho)
     assert kstest(rest.flatten().numpy() / (1 - rho**2) ** 0.5, "norm").pvalue > 1e-6
     energy = x_1.square().sum(1)
@@ -144,7 +129,6 @@ def test_worst_is_noise_about_the_conditional_mean_on_the_shell(rho):
     assert abs(along.mean().item() + rho * d**0.5) < 5 * (1 - rho**2) ** 0.5 / 8000**0.5
 
 
-# ---- whitening ---------------------------------------------------------------------------------
 def test_whitening_is_that_of_the_covariance_shrunk_towards_the_mean_variance():
     torch.manual_seed(0)
     x = torch.einsum("ij,njhw->nihw", torch.randn(6, 6), torch.randn(400, 6, 2, 2)) + 3
@@ -158,18 +142,6 @@ def test_whitening_is_that_of_the_covariance_shrunk_towards_the_mean_variance():
     assert torch.allclose(z, wtflow.whiten(rows, mean, W), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["constant", "one", "copies", "zero"])
-def test_whitening_survives_degenerate_sets(kind):
-    x = {
-        "constant": torch.ones(3, 6, 2, 2),
-        "one": gaussian((1, 6, 1, 1)),
-        "copies": gaussian((2, 6, 1, 1)).repeat(3, 1, 1, 1),
-        "zero": torch.zeros(1, 6, 1, 1),
-    }[kind]
-    mean, W = wtflow.fit_zca(x)
-    assert torch.isfinite(W).all() and torch.isfinite(wtflow.whiten(x, mean, W)).all()
-
-
 # ---- the Gaussian at each position -------------------------------------------------------------
 def fitted_gaussian(r):
     g = PositionGaussian(*r.shape[1:])
@@ -177,8 +149,8 @@ def fitted_gaussian(r):
     return g
 
 
-def by_numpy(r, c=None):
-    """Mean (L, 4, d), c (L,) and Sigma (L, d, d) of residuals r, straight from the definitions."""
+def by_numpy(r):
+    """Of residuals r, from the definitions: mean (L, 4, d), c (L,), s and Sigma (L, d, d)."""
     x = wtflow.to_blocks(r).double().numpy()
     blocks, n, _, d = x.shape
     mean = x.mean(1)
@@ -186,11 +158,10 @@ def by_numpy(r, c=None):
     S = np.einsum("lni,lnj->lij", z, z) / (4 * (n - 1))
     variance = np.trace(S, axis1=1, axis2=2) / d
     s = variance.mean()
-    if c is None:
-        log_c = np.log(variance / s)
-        c = np.exp(log_c * max(0, 1 - wtflow.PADDING**2 / np.mean(log_c**2)))
+    log_c = np.log(variance / s)
+    c = np.exp(log_c * max(0, 1 - wtflow.PADDING**2 / np.mean(log_c**2)))
     k = wtflow.PSEUDO_COUNT * d
-    return mean, c, n / (n + k) * S / c[:, None, None] + k / (n + k) * s * np.eye(d)
+    return mean, c, s, n / (n + k) * S / c[:, None, None] + k / (n + k) * s * np.eye(d)
 
 
 def test_blocks_hold_every_position_once_and_come_back():
@@ -205,7 +176,7 @@ def test_blocks_hold_every_position_once_and_come_back():
 def test_squared_distance_is_that_of_mahalanobis_by_its_definition(scales):
     """Log scales of equal blocks differ by 0.07, by chance alone: less than by zero padding."""
     r = gaussian((40, 3, 4, 6)) * torch.tensor(scales) + gaussian((1, 3, 4, 6), 1)
-    g, (mean, c, Sigma) = fitted_gaussian(r), by_numpy(r)
+    g, (mean, c, _, Sigma) = fitted_gaussian(r), by_numpy(r)
     new = gaussian((5, 3, 4, 6), 2)
     z = wtflow.to_blocks(new).double().numpy() - mean[:, None]
     by_hand = np.einsum("lnpi,lij,lnpj->lnp", z, np.linalg.inv(Sigma), z) / 3
@@ -222,9 +193,7 @@ def test_leave_one_out_is_a_fit_without_the_image_given_scales_and_divisor():
     g = fitted_gaussian(r)
     left_out = wtflow.to_blocks(g.leave_one_out(r)[:, None])[..., 0]
     x = wtflow.to_blocks(r).double()
-    _, c, _ = by_numpy(r)
-    S = np.stack([np.cov(b.reshape(-1, d).T) for b in (x - x.mean(1, keepdim=True)).numpy()])
-    s = np.trace(S, axis1=1, axis2=2).mean() / d * (4 * n - 1) / (4 * (n - 1))
+    _, c, s, _ = by_numpy(r)
     pseudo = wtflow.PSEUDO_COUNT * d
     for k in range(n):
         others = torch.cat([x[:, :k], x[:, k + 1 :]], 1).numpy()
@@ -237,37 +206,18 @@ def test_leave_one_out_is_a_fit_without_the_image_given_scales_and_divisor():
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["constant", "half", "one position"])
-def test_a_gaussian_survives_residuals_that_never_change(n, kind):
-    r = torch.ones(n, 5, 4, 4)
+@pytest.mark.parametrize("kind", ["constant", "zero", "copies", "half", "one position"])
+def test_whitening_and_gaussian_survive_features_that_never_change(n, kind):
+    r = torch.full((n, 5, 4, 4), float(kind != "zero"))
+    if kind == "copies":
+        r = gaussian((1, 5, 4, 4)).repeat(n, 1, 1, 1)
     if kind == "half":
         r[:, :, :2] = gaussian((n, 5, 2, 4))
     if kind == "one position":
         r[:, :, 0, 0] = gaussian((n, 5))
-    g = fitted_gaussian(r)
-    assert torch.isfinite(g.squared_distance(r + 1)).all()
-    if n > 1:
-        assert torch.isfinite(g.leave_one_out(r)).all()
-
-
-def test_leave_one_out_scores_are_those_that_new_images_have():
-    """120 images for d = 30: fitted to them, they score less than new ones; left out, as they do.
-
-    Within 4 standard errors of the means, and the 1 % by which the divisor overstates.
-    """
-    r = gaussian((520, 30, 8, 8))
-    g = fitted_gaussian(r[:120])
-    new, own, left_out = (
-        y.flatten(1).amax(1).sqrt()
-        for y in (
-            g.squared_distance(r[120:]),
-            g.squared_distance(r[:120]),
-            g.leave_one_out(r[:120]),
-        )
-    )
-    error = (new.var() / len(new) + left_out.var() / 120).sqrt().item()
-    assert abs(left_out.mean() - new.mean()) < 4 * error + 0.01 * new.mean()
-    assert new.mean() - own.mean() > 8 * error
+    g, (mean, W) = fitted_gaussian(r), wtflow.fit_zca(r)
+    found = [wtflow.whiten(r, mean, W), g.squared_distance(r + 1)]
+    assert all(v.isfinite().all() for v in (*found, *([g.leave_one_out(r)] if n > 1 else [])))
 
 
 # ---- map and score -----------------------------------------------------------------------------
@@ -321,10 +271,6 @@ def test_a_position_field_sees_each_position_alone_and_the_time_of_its_image():
     rows = v_theta(x.movedim(1, -1).reshape(-1, 5), t.repeat_interleave(8))
     assert torch.allclose(rows.view(2, 2, 4, 5).movedim(-1, 1), y, atol=1e-6)
     assert not torch.equal(v_theta(x, t.flip(0)), y)
-    changed = x.clone()
-    changed[1, :, 0, 2] += 1
-    moved = (v_theta(changed, t) - y).abs().amax(1) > 1e-6
-    assert moved[1, 0, 2] and moved.sum() == 1
 
 
 def test_the_embedding_of_time_by_hand():
@@ -333,20 +279,17 @@ def test_the_embedding_of_time_by_hand():
     assert np.allclose(wtflow.sinusoid(torch.tensor([0.3], dtype=torch.float64), 4), by_hand)
 
 
-@pytest.mark.parametrize("width, low, high", [(768, 760, 766), (128, 21, 22)])
-def test_released_size_of_the_field_in_millions(width, low, high):
+def test_released_size_of_the_field():
     with torch.device("meta"):
-        parameters = UNetField(1024, width).parameters()
-    assert low < sum(p.numel() for p in parameters) / 1e6 < high
+        parameters = UNetField(1024, 768).parameters()
+    assert 760e6 < sum(p.numel() for p in parameters) < 766e6
 
 
 # ---- detector ----------------------------------------------------------------------------------
 def fitted(recipe, seed=0, n=6, device="cpu"):
     """A detector of a recipe fitted to n random images, and those images."""
-    size = recipe.image_size
-    generator = torch.Generator().manual_seed(seed)
-    shape = (n, 3, size, size)
-    images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
+    shape = (n, 3, recipe.image_size, recipe.image_size)
+    images = torch.randint(0, 255, shape, dtype=torch.uint8, generator=seeded(seed))
     detector = Detector(recipe).to(device)
     train.fit_detector(detector, detector.features(images), seed)
     return detector, images
@@ -356,42 +299,26 @@ RELEASED = {"norm": "layer", "field": "unet", "score": "released", "batch": 4, "
 
 
 @pytest.mark.parametrize("recipe", [tiny(), tiny(**RELEASED)])
-def test_a_detector_goes_through_its_state_dict_unchanged(recipe):
-    detector, images = fitted(recipe)
-    state = detector.state_dict()
-    assert not any(name.startswith("extractor.") for name in state)
-    again = Detector(recipe)
+def test_an_image_has_one_score_whichever_way_it_comes(recipe):
+    """And by a detector of the same state; stored features stay, whatever is fitted to them."""
+    detector, images = fitted(recipe, n=9)
+    features, again = detector.features(images), Detector(recipe)
     with pytest.raises(RuntimeError, match="not fitted"):
         again(images)
-    again.normal_scores = torch.zeros(6)
-    again.load_state_dict(state)
-    for one, other in zip(detector(images), again(images), strict=True):
-        assert torch.equal(one, other)
-    for wrong in (
-        {},
-        {**state, "more": torch.zeros(1)},
-        {**state, "field.out.bias": torch.zeros(2)},
-    ):
-        with pytest.raises(RuntimeError):
-            again.load_state_dict(wrong)
-
-
-@pytest.mark.parametrize("recipe", [tiny(), tiny(**RELEASED)])
-def test_an_image_has_one_score_whichever_way_it_comes(recipe):
-    """And stored features stay as they are, whatever is fitted to them."""
-    detector, images = fitted(recipe, n=9)
-    features = detector.features(images)
     assert features.dtype == torch.float16
     before, stored = features.clone(), detector.score(features)
+    again.normal_scores = torch.zeros(9)
+    again.load_state_dict(detector.state_dict())
+    assert not any(name.startswith("extractor.") for name in again.state_dict())
     for k in range(9):
-        for alone, of_all in zip(detector(images[k : k + 1]), stored, strict=True):
+        for alone, of_all in zip(again(images[k : k + 1]), stored, strict=True):
             assert torch.allclose(alone[0], of_all[k], rtol=1e-5, atol=1e-6)
     train.fit_detector(detector, features, 1)
     assert torch.equal(features, before)
 
 
 def test_the_residual_is_the_mean_error_of_the_velocity_over_noise_and_its_mirror_image():
-    """By hand, of a v_theta that is not linear; and at t = 0 it does not depend on the noise."""
+    """By hand, of a v_theta that is not linear."""
     x_0, z, rho, t = gaussian((2, 6, 3, 2)), gaussian((6, 3, 2), 1), 0.6, 0.3
 
     def v_theta(x, t):
@@ -402,9 +329,6 @@ def test_the_residual_is_the_mean_error_of_the_velocity_over_noise_and_its_mirro
         x_1 = -rho * 6**0.5 * x_0 / x_0.norm(dim=1, keepdim=True) + sign * 0.8 * z
         r = r + (((1 - t) * x_0 + t * x_1).square() * (1 + t) - (x_1 - x_0)) / 2
     assert torch.allclose(wtflow.residual(v_theta, x_0, z, t, rho), r, atol=1e-5)
-    u_0 = wtflow.conditional_mean(x_0, rho) - x_0
-    at_0 = wtflow.residual(v_theta, x_0, z, 0.0, rho)
-    assert torch.allclose(at_0, x_0.square() - u_0, atol=1e-5)
 
 
 @pytest.mark.parametrize("coupling, rho", [("worst", 0.9), ("independent", 0), ("optimal", 0)])
@@ -416,13 +340,6 @@ def test_a_detector_scores_the_residual_at_the_time_and_rho_of_its_recipe(coupli
     features = gaussian((2, 152, 8, 8))
     expected = wtflow.residual(detector.field, 2 * features, detector.z, 0.4, rho)
     assert torch.allclose(detector.residual(features), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_new_detector_draws_no_random_number_and_has_the_same_noise_each_time():
-    before = torch.get_rng_state()
-    one, other = Detector(tiny()), Detector(tiny(width=9))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one.z, other.z) and kstest(one.z.flatten().numpy(), "norm").pvalue > 0.01
 
 
 def test_the_released_score_is_measured_from_the_origin():
@@ -449,8 +366,10 @@ def test_features_of_any_scale_have_finite_scores():
 # ---- parallel map ------------------------------------------------------------------------------
 @pytest.fixture
 def two_threads():
-    with benchmark.threads(2):
-        yield
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_parallel_map_keeps_the_order_and_the_number_of_threads(two_threads):
@@ -463,12 +382,12 @@ def test_parallel_map_keeps_the_order_and_the_number_of_threads(two_threads):
             both.wait()  # the two are worked on at once
         return 1 / (item - 5)
 
-    cpu, later = torch.device("cpu"), threading.Thread(target=seen, args=(9,))
+    cpu = torch.device("cpu")
     assert wtflow.parallel_map(seen, range(5), cpu) == [1 / (k - 5) for k in range(5)]
+    later = threading.Thread(target=seen, args=(9,))
     later.start()
     later.join()
     assert threads == [1] * 5 + [2]  # which threads to come begin with
-    assert wtflow.parallel_map(lambda _: torch.get_num_threads(), [0], cpu) == [2]
     with pytest.raises(ZeroDivisionError):
         wtflow.parallel_map(seen, (6, 5), cpu)
     assert torch.get_num_threads() == 2
@@ -478,19 +397,18 @@ def test_a_gaussian_is_right_after_parallel_map(two_threads):
     """The batched LU of such matrices is not, with two threads, in PyTorch 2.13."""
     r = gaussian((4, 152, 16, 16))
     R = fitted_gaussian(r).factor
-    _, _, Sigma = by_numpy(r)
+    Sigma = by_numpy(r)[-1]
     product = (R.mT @ R).double().numpy() @ Sigma
     assert np.allclose(product, np.eye(152), atol=1e-3)
 
 
 # ---- backbones ---------------------------------------------------------------------------------
-# Recorded from the original implementations in float64: {block or stride: mean, population
-# standard deviation of its output}, and the first entry and another of two layers.
+# Recorded from the original implementations in float64: {stride: mean, population standard
+# deviation of its map}, and the first entry of two.
 LITE0 = {
-    3: (-0.6397166871904888, 12.273338279716263),
-    4: (-1.399435967395532, 12.003240472558458),
-    10: (-0.2963033457524406, 6.313499158570445),
-    15: (0.02329468677585999, 2.345086640552387),
+    8: (-1.399435967395532, 12.003240472558458),
+    16: (-0.2963033457524406, 6.313499158570445),
+    32: (0.02329468677585999, 2.345086640552387),
 }
 LITE0_SHAPES = {2: (16, 64), 4: (24, 32), 8: (40, 16), 16: (112, 8), 32: (320, 4)}  # C, side
 WIDE = {
@@ -505,8 +423,9 @@ def wave(n):
     return torch.cos(0.01 * torch.arange(3 * n * n, dtype=torch.float64)).view(1, 3, n, n)
 
 
-def close(measured, recorded):
-    assert abs(float(measured) - recorded) <= 1e-6 * abs(recorded), (float(measured), recorded)
+def close(y, recorded):
+    for measured, value in zip((y.mean(), y.std(unbiased=False)), recorded, strict=True):
+        assert abs(float(measured) - value) <= 1e-6 * abs(value), (float(measured), value)
 
 
 @torch.no_grad()
@@ -514,44 +433,30 @@ def test_efficientnet_lite0_agrees_with_its_reference():
     net = wtflow.EfficientNetLite("efficientnet_lite0").double().eval()
     state = torch.load(wtflow.package_weights("efficientnet_lite0"), weights_only=True)
     net.load_state_dict({k: v for k, v in state.items() if not k.startswith(net.HEAD)})
-    y = F.relu6(net._bn0(net._conv_stem(wave(128))))  # the recorded input is preprocessed already
-    for k, block in enumerate(net._blocks):
-        y = block(y)
-        if k in LITE0:
-            close(y.mean(), LITE0[k][0])
-            close(y.std(unbiased=False), LITE0[k][1])
-    levels = net(wave(128) * 128 + 127)
-    assert {s: tuple(v.shape[1:]) for s, v in levels.items()} == {
-        stride: (c, side, side) for stride, (c, side) in LITE0_SHAPES.items()
-    }
+    levels = net(wave(128) * 128 + 127)  # the recorded input is preprocessed already
+    assert {k: (v.shape[1], v.shape[2]) for k, v in levels.items()} == LITE0_SHAPES
     assert net.channels == {stride: c for stride, (c, _) in LITE0_SHAPES.items()}
-    close(levels[16].mean(), LITE0[10][0])
-    close(levels[32].std(unbiased=False), LITE0[15][1])
-
-
-def any_net(kind):
-    if kind == "wide_resnet50_2":
-        return wtflow.WideResNet50()
-    if kind == "efficientnet_lite0":
-        return wtflow.EfficientNetLite(kind)
-    return wtflow.new_field(tiny(field=kind), 3)
+    for stride, recorded in LITE0.items():
+        close(levels[stride], recorded)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["efficientnet_lite0", "wide_resnet50_2", "position", "unet"])
+@pytest.mark.parametrize("kind", ["EfficientNetLite", "WideResNet50", "position", "unet"])
 def test_a_frozen_network_gives_what_it_gave(kind):
     """In float64, with statistics that are not those of an untrained network."""
     torch.manual_seed(0)
-    net = any_net(kind)
+    x = 255 * torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    if kind in ("position", "unet"):
+        net, given = wtflow.new_field(tiny(field=kind), 3), (x / 255, x[:, 0, 0, 0] / 255)
+    else:
+        net, given = getattr(wtflow, kind)(), (x, (4, 8, 16))
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            module.weight.uniform_(0.5, 2)
-            module.bias.normal_()
+            for v in (module.running_var, module.weight):
+                v.uniform_(0.5, 2)
+            for v in (module.running_mean, module.bias):
+                v.normal_()
     net = net.double().eval()
-    x = 255 * torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    given = (x / 255, x[:, 0, 0, 0] / 255) if kind in ("position", "unet") else (x, (4, 8, 16))
     before = net(*given)
     wtflow.freeze(net)
     assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in net.modules())
@@ -577,35 +482,23 @@ def fill(state):
 
 
 @torch.no_grad()
-def test_wide_resnet50_2_agrees_with_torchvision(tmp_path):
+def test_wide_resnet50_2_agrees_with_torchvision():
     with torch.device("meta"):
         net = wtflow.WideResNet50()
     net = net.to_empty(device="cpu").double().eval()
     state = net.state_dict()
     assert len(state) == 320
-    assert state["layer4.2.conv3.weight"].shape == (2048, 1024, 1, 1)
-    assert state["layer1.0.downsample.1.running_var"].shape == (256,)
     fill(state)
     mean, std = torch.tensor(net.MEAN_STD, dtype=torch.float64).T.reshape(2, 3, 1, 1)
     levels = net((wave(64) * std + mean) * 255)  # the recorded input is preprocessed already
     for stride, y in levels.items():
-        close(y.mean(), WIDE[stride][0])
-        close(y.std(unbiased=False), WIDE[stride][1])
+        close(y, WIDE[stride])
         assert y.shape[1] == net.channels[stride]
     for stride, first in WIDE_FIRST.items():
-        close(levels[stride].flatten()[0], first)
-    torch.save(net.float().state_dict(), tmp_path / "wide.pth")  # --weights FILE
-    loaded = wtflow.load_extractor("wide_resnet50_2", tmp_path / "wide.pth")
-    x = torch.rand(1, 3, 64, 64) * 255
-    assert torch.allclose(loaded(x, (16,))[16], net(x, (16,))[16], rtol=1e-3, atol=1e-3)
+        assert levels[stride].flatten()[0].item() == pytest.approx(first, rel=1e-6)
 
 
-def test_weights_that_are_absent_or_foreign_say_so(tmp_path, monkeypatch):
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pth")
-    for backbone in wtflow.CHOICES["backbone"]:
-        with pytest.raises(InputError, match="x.pth"):
-            wtflow.load_extractor(backbone, tmp_path / "x.pth")
-
+def test_weights_that_are_absent_say_so(monkeypatch):
     def offline(url, **options):
         assert url.endswith("wide_resnet50_2-95faca4d.pth")
         assert options["check_hash"] and options["weights_only"]
