@@ -942,7 +942,7 @@ def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -
     if not isinstance(how, str):
         threshold, text = float(how), ", as given"
     elif n < FEWEST:
-        threshold, text = math.nan, f": no verdict: good images: {n}, give {FEWEST} or more"
+        threshold, text = math.nan, f", no verdict: good images: {n}, give {FEWEST} or more"
     elif how == "tail" and fpr > 0:
         threshold = tail.threshold(fpr / 100)
         if n < FEW:

@@ -462,7 +462,7 @@ TITLES = ("a$x_y$ {b} \\frac", "零件 A", "x\ny", "long " * 100)
 def test_any_title_and_size_can_be_drawn(tmp_path, capsys):
     """With the outline of a mask and without one, with a threshold and without one."""
     rows = []
-    for k, size in enumerate(((48, 40), (9000, 2), (2, 2), (40, 48))):
+    for k, size in enumerate(((48, 40), (9000, 40), (2, 2), (40, 1))):
         save(tmp_path / f"{k}.bmp", np.zeros((*size[::-1], 3)))
         union = np.ones(size[::-1], bool) if k < 2 else None
         rows.append((tmp_path / f"{k}.bmp", union, torch.ones(8, 8), TITLES[k]))
@@ -502,7 +502,7 @@ def test_the_good_images_of_the_highest_scores_and_the_bad_of_the_lowest_are_dra
 
 def test_a_picture_that_fails_costs_no_model(data, tmp_path, monkeypatch):
     """Whatever fails; each is named."""
-    monkeypatch.setattr(evaluate, "read_image", None)
+    monkeypatch.setattr(evaluate, "draw_rows", None)
     options = ("--data", data / "bolt", "--out", tmp_path, *TINY, "--maps", "all")
     result = succeeds(run("train.py", *options))
     assert result.stderr.count("note: no picture") == 6 and "dent/000.png.png (" in result.stderr
