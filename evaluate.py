@@ -787,10 +787,9 @@ def score(
 def predictions_of(
     detector: wtflow.Detector, images: list, known: "Calibration"
 ) -> Iterator[tuple]:
-    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
+    """(Prediction or InputError, map (h, w), size (H, W)) of each image; BATCH of them in memory.
 
-    Of an image that cannot be scored the first is an InputError. Names the first image that is
-    squeezed otherwise than those of training.
+    Names the first image that is squeezed otherwise than those of training.
     """
     low, high = detector.reading.make.get("aspect", (0, math.inf))
     names = map(name_of, images)
@@ -805,12 +804,10 @@ def predictions_of(
             if not isinstance(found, InputError):
                 found, y, size = next(scored)
                 if not low / 1.1 <= (ratio := size[0] / size[1]) <= 1.1 * high:
-                    text = f"its height is {ratio:.3g} times its width, of training images"
-                    text += f" {low:.3g} to {high:.3g} times: scores may not compare"
-                    say_once(f"{name}: {text}", about=("aspect", low, high))
+                    text = f"height / width {ratio:.3g}, of training images {low:.3g} to {high:.3g}"
+                    say_once(f"{name}: {text}: scores may not compare", about=("aspect", low, high))
                 if not math.isfinite(found.score):
-                    text = "its score is not finite: check the weights and this image"
-                    found = InputError(f"{name}: {text}")
+                    found = InputError(f"{name}: its score is not finite: check image and weights")
             yield found, y, size
 
 
@@ -851,9 +848,8 @@ def pick_device(name: str | torch.device) -> torch.device:
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
     """Features (n, d, h, w) float16 of images, None of no images; original sizes; digests.
 
-    The features are on the detector's device; a digest is of the pixels that the network sees.
-    report(done) is called after each batch. Raises InputError naming the image that cannot be read
-    or whose features are not finite.
+    Features are on the detector's device; digests are of the pixels that the network sees;
+    report(done) is called after each batch. Raises InputError.
     """
     out, sizes, digests = None, [], []
     for read in batches_of(images, wtflow.image_shape(detector.recipe), detector.reading):
@@ -897,7 +893,6 @@ STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high ar
 FEW = 50  # good images: of fewer the mean rate is said
 EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
-LOWEST = 1e-6  # percent: no lower false positive rate but 0
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
 
@@ -951,7 +946,7 @@ def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -
         rank = max(1, math.ceil((n + 1) * (1 - fpr / 100) - 1e-9))  # 250 * 0.836 exceeds 209
         threshold = float(good[min(rank, n) - 1])
         if rank > n:
-            text = f", the highest of {n} good images, too few for {fpr:g} %"
+            text = f", the highest of {n} good images (--fpr {fpr:g})"
     return Calibration(good, tail, threshold, f"threshold {threshold:.4f}{text}")
 
 
@@ -965,8 +960,8 @@ def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail"
 
 def check_threshold(percent: float, how: str | float) -> None:
     """Raises InputError for what is no false positive rate and no way to a threshold."""
-    if not (percent == 0 or LOWEST <= percent < 100):
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST:g} to below 100")
+    if not (percent == 0 or 1e-6 <= percent < 100):
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or 0.000001 to below 100")
     number = isinstance(how, (int, float)) and 0 < how < math.inf
     if not number and how not in ("tail", "rank"):
         raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
@@ -1170,7 +1165,7 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
 
 
 def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
-    """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
+    """The threshold at each of RATES, and what it flags of test images with these scores."""
     rows = []
     for rate in () if math.isnan(known.tail.scale) else RATES:
         threshold = known.tail.threshold(rate / 100)
@@ -1781,8 +1776,7 @@ class Program(torch.nn.Module):
 def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
     """Write a detector as an ONNX program that resizes images itself, if it gives the same.
 
-    Its metadata say how it wants images. Raises InputError without the packages it takes, and for a
-    model of more than 8 bits, with ignored pixels or without a threshold.
+    Its metadata say how it wants images. Raises InputError for what a program could not keep to.
     """
     if path.suffix.lower() != ".onnx":
         raise InputError(f"--export {path}: give a file that ends in .onnx")
@@ -1794,8 +1788,8 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
         raise InputError(f"--export {path}: {text}") from None
     of_files = detector.reading.ignore is not None or detector.reading.white_level != 255
     if of_files or len(known.good_scores) < FEWEST:
-        text = f"a model of more than 8 bits, with --ignore or of fewer than {FEWEST} images"
-        raise InputError(f"--export {path}: {text} works here alone: train it otherwise")
+        text = f"a model of over 8 bits, of --ignore or of under {FEWEST} images works here alone"
+        raise InputError(f"--export {path}: {text}: train another")
     height, width = wtflow.image_shape(detector.recipe)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
