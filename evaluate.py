@@ -768,9 +768,6 @@ def score(
     images: what as_image takes (paths, PIL images, uint8 arrays in RGB, image[..., ::-1] if OpenCV
     has read it), of any size. fpr, threshold: see calibrate. Raises InputError.
     """
-    if not isinstance(detector, wtflow.Detector):
-        kind = type(detector).__name__
-        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
     check_threshold(fpr, threshold)
     alone, out = not isinstance(images, (list, tuple)), []
     images = [images] if alone else images
@@ -1026,10 +1023,10 @@ def measure(category: Category, scored: tuple, ignore: Array | None = None) -> d
     """
     test, name, (maps, found, sizes), pixels = category.test, category.name, scored, {}
     kinds = [item.kind for item in test]
-    defects, bad = sorted({*kinds} - {"good"}), len(test) - kinds.count("good")
+    defects, good = sorted({*kinds} - {"good"}), kinds.count("good")
     without = sum(item.masks is None for item in test)
 
-    def row_of(name, defects):  # of some kinds of defects beside the good images
+    def row_of(name, *defects):  # of some kinds of defects beside the good images
         chosen = [k for k, kind in enumerate(kinds) if kind in ("good", *defects)]
         bad = np.array([kinds[k] != "good" for k in chosen], bool)
         row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
@@ -1038,21 +1035,21 @@ def measure(category: Category, scored: tuple, ignore: Array | None = None) -> d
             row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(pixels, defects)
         return row | rates([kinds[k] for k in chosen], [found[k] for k in chosen])
 
-    if test and bad in (0, len(test)):
-        say_once(f"{name}: no {'good' if bad else 'defective'} test images: AUROC is not defined")
-    if 0 < without < bad:
+    if test and good in (0, len(test)):
+        say_once(f"{name}: no {'defective' if good else 'good'} test images: AUROC is not defined")
+    if 0 < without < len(test) - good:
         say_once(f"{name}: {without} defective images have no folder of masks: no pixel metrics")
     if test and not without:
         pixels = pixel_counts(maps, test, sizes, ignore=ignore)
-    row = row_of(name, defects)
+    row = row_of(name, *defects)
     row |= {"train_images": len(category.train), "test_images": len(test)}
-    row["kinds"] = [row_of(f"{name}/{kind}", [kind]) for kind in defects]
+    row["kinds"] = [row_of(f"{name}/{kind}", kind) for kind in defects]
     if category.saturation is not None and pixels:
         saturated = pixel_counts(maps, test, sizes, category.saturation, ignore)
         for part in ("logical", "structural"):
-            defects = [f"{part}_anomalies"]
-            row[f"image_auroc_{part}"] = row_of(part, defects)["image_auroc"]
-            row[f"spro_{part}"] = pixel_metrics(saturated, defects, SPRO_LIMIT)[2]
+            kind = f"{part}_anomalies"
+            row[f"image_auroc_{part}"] = row_of(part, kind)["image_auroc"]
+            row[f"spro_{part}"] = pixel_metrics(saturated, [kind], SPRO_LIMIT)[2]
         for metric in ("image_auroc", "spro"):
             row[metric] = mean_of([row[f"{metric}_logical"], row[f"{metric}_structural"]])
     return row
@@ -1636,9 +1633,9 @@ def draw(path: Path, f: Callable, *args: Any) -> None:
 
     try:
         figure, file = Figure(layout="constrained"), io.BytesIO()  # no window, no backend
-        f(figure, *args)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            warnings.simplefilter("ignore")  # of a letter that the font lacks, a mask without edges
+            f(figure, *args)
             figure.savefig(file, format="png", dpi=100, metadata={"Software": RESULT})
         write_whole(path, lambda to: to.write(file.getbuffer()))
     except Exception as e:
@@ -1660,13 +1657,13 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration) -> None:
         image.thumbnail((DRAWN, DRAWN))
         left.imshow(image)
         left.set_title(one_line(title)[:110], loc="left", fontsize=9, parse_math=False)
-        if union is not None and union.any():
+        if union is not None:
             # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
             union = Image.fromarray(union).convert("L").resize(image.size, Image.BOX)
             left.contour(np.asarray(union) > 0, [0.5], colors="magenta")
         y = at_size(y, image.size[::-1])
         shown = right.imshow(y, cmap="viridis", vmin=0, vmax=2 * middle)
-        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
+        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="max")
         bar.set_label("anomaly map; white: the threshold")
         bar.ax.axhline(known.threshold, color="white", linewidth=2)
         for axis in (left, right):
@@ -1790,11 +1787,10 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
     if of_files or len(known.good_scores) < FEWEST:
         text = f"a model of over 8 bits, of --ignore or of under {FEWEST} images works here alone"
         raise InputError(f"--export {path}: {text}: train another")
-    height, width = wtflow.image_shape(detector.recipe)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    shape, generator = wtflow.image_shape(detector.recipe), torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=generator)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
         program = torch.onnx.export(
             Program(detector, known).eval(),
@@ -1807,9 +1803,9 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
         )
     model = program.model_proto
     model.producer_name = RESULT
-    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width",
-             "resized_to": f"{width} x {height}, in the program", "threshold": known.threshold,
-             "opset": model.opset_import[0].version, "ir_version": model.ir_version}  # fmt: skip
+    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width"}
+    about |= {"opset": model.opset_import[0].version, "ir_version": model.ir_version}
+    about |= {"threshold": known.threshold}
     for name, value in about.items():
         model.metadata_props.add(key=name, value=str(value))
     data = model.SerializeToString()
