@@ -94,11 +94,10 @@ def rows_of(sample, fit, seeds):
 def measured(sample, maps, scores, good, how="tail"):
     """METRICS of the test images of a sample; fpr and recall too, if there are good scores."""
     known = evaluate.calibrate((scores if good is None else good.cpu()).numpy(), how=how)
-    scored = evaluate.Scored(maps, evaluate.classify(scores.numpy(), known), known)
-    row = evaluate.measure(sample.category, scored, sample.sizes)
-    return {
-        name: row[name] for name in (*METRICS, *(("fpr", "recall") if good is not None else ()))
-    }
+    found = evaluate.classify(scores.numpy(), known)
+    row = evaluate.measure(sample.category, (maps, found, sample.sizes))
+    names = METRICS if good is None else (*METRICS, "fpr", "recall")
+    return {name: row[name] for name in names}
 
 
 def print_rows(category, named_rows):

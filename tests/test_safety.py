@@ -228,7 +228,7 @@ def test_pictures_that_are_asked_for_later_are_drawn_by_evaluate(data, trained, 
     assert "finished categories stay: evaluate.py --run draws them again" in result.stderr
     succeeds(run("evaluate.py", *options, "--run", tmp_path))
     pictures = [*(tmp_path / "tiny/bolt/maps").rglob("*.png")]
-    assert len(pictures) == 6 and tmp_path / "tiny/bolt/maps/dent/hit3_000_png.png" in pictures
+    assert len(pictures) == 6 and tmp_path / "tiny/bolt/maps/dent/000.png.png" in pictures
     tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
     assert tiff.mode == "F" and tiff.size == (48, 40) and len([*tmp_path.rglob("*.tiff")]) == 12
     again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3)
@@ -308,7 +308,7 @@ def test_a_file_that_is_not_ours_stops_the_run_before_any_work(data, tmp_path, m
 def test_pictures_that_are_not_ours_stay(data, trained, tmp_path):
     """Whether they have the name of one that is to be drawn or not; that one costs itself."""
     shutil.copytree(trained[0], tmp_path / "tiny")
-    names = ("maps/mine.png", "maps/dent/hit3_000_png.png", "scores.png")
+    names = ("maps/mine.png", "maps/dent/000.png.png", "scores.png")
     for name in names:
         (tmp_path / "tiny/bolt" / name).parent.mkdir(parents=True, exist_ok=True)
         save(tmp_path / "tiny/bolt" / name, picture(7)[0])
@@ -318,7 +318,7 @@ def test_pictures_that_are_not_ours_stay(data, trained, tmp_path):
     assert all((tmp_path / "tiny/bolt" / name).read_bytes() == mine[name] for name in names)
     for name in names[1:]:
         assert f"{name} (" in result.stderr and "move it" in result.stderr
-    assert (tmp_path / "tiny/bolt/maps/dent/hit1_002_png.png").is_file()
+    assert (tmp_path / "tiny/bolt/maps/dent/002.png.png").is_file()
 
 
 def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_path):
@@ -335,7 +335,7 @@ def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_p
         other = ("evaluate.py", *model, "--image", data / "nut/test", "--out", tmp_path / "a.csv")
         fails(run(*other, *more), "a.csv: has rows of another folder", "bolt/test")
     assert (tmp_path / "a.csv").read_bytes() == before
-    photo = tmp_path / "000_png.png"
+    photo = tmp_path / "000.png.png"
     save(photo, picture(1)[0])
     before = photo.read_bytes()
     image = data / "bolt/test/dent/000.png"
