@@ -844,7 +844,7 @@ def memory(args):
             out = Path(folder, "runs")
             train = ("train.py", "--data", good.parents[1], "--out", out, "--steps", "5")
             model = out / "parts/noise/model.pt"
-            scores = ("evaluate.py", "--model", model, "--image", good, "--out", out / "s.csv")
+            scores = ("evaluate.py", "--model", model, "--image", good)
             row = {"images": n, "train_mib": peak_of(train), "score_mib": peak_of(scores)}
             rows.append(row)
     evaluate.print_table([*rows[0]], rows)
