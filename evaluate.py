@@ -586,6 +586,8 @@ def head_of(path: str | Path) -> Image.Image:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("a folder, a pipe or a device")
     image = Image.open(path, formats=FORMATS)  # not PostScript: that starts a program
+    if image.info.get("Software") == RESULT:
+        raise ValueError("a picture of this program's")
     if image.format == "TIFF":
         image.filename = ""  # not mapped into memory: Pillow scrambles such a one as it turns it
     frames, need = getattr(image, "n_frames", 1), 16 if image.mode[0] == "I" else 4
@@ -1319,12 +1321,6 @@ def refuse_foreign_results(folder: Path) -> None:
         refuse_foreign(folder / f"{name}.csv", head_line(columns))
 
 
-def refuse_results(images: list[Path]) -> None:
-    """Raises InputError if one of the images is a picture that was written here."""
-    if ours := [path for path in images if is_ours(path)]:
-        raise InputError(f"{ours[0]}: a result of this program, no image for it: move it")
-
-
 def remove_results(paths: Iterable[Path]) -> None:
     """Remove those of the files that were written here."""
     for path in filter(is_ours, paths):
@@ -1342,21 +1338,27 @@ def inside(folder: Path, name: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder by a file in it, which stays. Raises InputError if another process holds it."""
-    with writing(folder):
+    """Hold a lock in a folder. Raises InputError if another process does."""
+    path = folder / ".wtflow.lock"
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".wtflow.lock", "ab")
+        file = open(path, "ab")
     with file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # removed by its last holder: who comes next makes a new one
         except BlockingIOError:
             text = "another process is writing here: wait for it, or give another --out"
             raise InputError(f"{folder}: {text}") from None
         except (ImportError, OSError) as e:  # Windows, or a file system without locks
             say_once(f"no lock here ({first_line(e)}): see to it that no second run writes here")
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # Tables
@@ -1430,19 +1432,19 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
 def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iterator[tuple]:
     """(names to score, add(row)): folder/scores.csv, to which each row is written as it comes.
 
-    images: {name: file}; about: {"folder", "threshold"} of all rows. With resume the rows that have
-    a score stay, but of an image that has changed. Raises InputError for rows of another folder,
-    model or threshold, and if another process writes here.
+    images: {name: file}; about: {"folder", "threshold"} of all rows: others are an InputError. With
+    resume the rows that have a score stay, but of an image that has changed.
     """
     table = folder / "scores.csv"
     # Another image of a name has another time; that of a missing one its reader names
     times = {n: str(p.stat().st_mtime_ns) if p.exists() else "" for n, p in images.items()}
     with locked(folder):
         rows = read_csv(table, FOLDER_SCORES)
-        for column in ("folder", "threshold") if resume else ("folder",):
-            if others := {row[column] for row in rows} - {about[column]}:
-                text = f"has rows of another {column}, {listed([*others])}: give another --out"
-                raise InputError(f"{table}: {text}, or remove it")
+        if any(row[column] != about[column] for row in rows for column in about):
+            text = (
+                "has rows of another folder, model or threshold: give another --out, or remove it"
+            )
+            raise InputError(f"{table}: {text}")
         rows = [row for row in rows if resume and row["score"]]
         rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
         done = {row["image"] for row in rows}
@@ -1987,7 +1989,6 @@ def digest_of_files(items: list) -> str:
     paths = []
     for item in items:
         paths += [item.path, *(item.masks or ())] if isinstance(item, Item) else [item]
-    refuse_results(paths)
     digest = hashlib.sha256()
     for path in paths:
         with unreadable(path):
@@ -2041,7 +2042,6 @@ def score_files(args: argparse.Namespace) -> None:
     say_unread(image.resolve().name, [path for path in all_files(image) if path not in {*paths}])
     if not paths:
         raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
-    refuse_results(paths)
     say(known.text())
     images = {harmless(path.relative_to(root).as_posix()): path for path in paths}
     about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
@@ -2064,8 +2064,8 @@ def score_files(args: argparse.Namespace) -> None:
             if out:  # last: --resume has both
                 add(score_row(name, "", prediction))
     if flagged > max(len(names) / 2, 5):  # fewer may well all be defective
-        say(f"note: {flagged} of {len(names)} images are defective: or are light, camera or "
-            "compression not those of training?", sys.stderr)  # fmt: skip
+        text = "or are light, camera or compression not those of training?"
+        say(f"note: {flagged} of {len(names)} images are defective: {text}", sys.stderr)
     if failed:
         say(f"{failed} of {len(names)} images have no score", sys.stderr)
         sys.exit(2)

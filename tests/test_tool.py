@@ -193,7 +193,7 @@ def test_every_score_has_a_prediction(data, trained, model, tmp_path):
     out = succeeds(run("evaluate.py", *command)).stdout
     for word in ("threshold", "score", " p ", rows[0]["verdict"]):
         assert word in out
-    with_none = succeeds(run("evaluate.py", *command, "--fpr", 50)).stdout
+    with_none = succeeds(run("evaluate.py", *command[:4], "--fpr", 50)).stdout
     assert "at a false positive rate of 50 %" in with_none and with_none != out
 
 
@@ -211,15 +211,15 @@ def test_too_few_good_images_for_a_rate_say_which_is_attainable():
 
 def test_thresholds_are_chosen_and_tabled(data, model, tmp_path):
     """By tail, rank or number; the table says what each rate flags."""
-    image = ("--image", data / "bolt/test/dent", "--out", tmp_path / "a", "--maps", "none")
+    image = ("--image", data / "bolt/test/dent", "--maps", "none", "--out")
     for how, words in (
         ("tail", "of 1 %"),
         ("rank", "the highest of 6 good images"),
         (0.01, "0.0100, as given"),
     ):
-        result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", how))
-        assert words in result.stdout.splitlines()[0]
-    assert {row["verdict"] for row in read_table(tmp_path / "a/scores.csv")} == {"defect"}
+        command = ("--model", model, *image, tmp_path / str(how), "--threshold", how)
+        assert words in succeeds(run("evaluate.py", *command)).stdout.splitlines()[0]
+    assert {row["verdict"] for row in read_table(tmp_path / "0.01/scores.csv")} == {"defect"}
     image = ("--image", data / "bolt/test")
     result = succeeds(run("evaluate.py", "--model", model, *image, "--threshold", 0.01))
     assert "6 of 6 images are defective: or are light, camera or compression" in result.stderr
@@ -386,7 +386,7 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
     assert table.read_bytes() == whole
     assert len(result.stdout.splitlines()) == 1 + len(lines) - 3
     for threshold in (1e-3, 99):
-        words = "has rows of another threshold"
+        words = "has rows of another folder, model or threshold"
         fails(run(*command, "--resume", "--threshold", threshold), words)
     (folder / first).unlink()  # an image that is gone keeps its row
     succeeds(run(*command, "--resume"))
