@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,10 +32,10 @@ DRAWN = (*TINY, "--maps", "worst")
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
-def apart(module, log, *options, prepare=None):
-    """A command in a fork of this process, with a state saved after every step.
+def apart(module, log, *options, before=lambda: None):
+    """A command in a fork of this process, after before(), with a state saved after every step.
 
-    Its output goes to the file `log`; prepare() is called in it before.
+    Its output goes to the file `log`.
     """
 
     def child():
@@ -42,8 +44,7 @@ def apart(module, log, *options, prepare=None):
             os.dup2(f.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         train.SAVE_SECONDS, train.REPORT_STEPS = 0, 1
-        if prepare is not None:
-            prepare()
+        before()
         evaluate.exit_cleanly(lambda: module.main([str(option) for option in options]))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -51,18 +52,23 @@ def apart(module, log, *options, prepare=None):
     return process
 
 
-def killed_at(name, call, module, log, *options):
-    """A command that is killed at the n-th call of a function of os or evaluate."""
-    place, calls = os if hasattr(os, name) else evaluate, []
-    f = getattr(place, name)
+def at_call(module, name, n, act):
+    """Let the n-th call of a module's function begin with act()."""
+    f, calls = getattr(module, name), itertools.count(1)
 
-    def dying(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def counted(*args, **options):
+        if next(calls) == n:
+            act()
         return f(*args, **options)
 
-    process = apart(module, log, *options, prepare=lambda: setattr(place, name, dying))
+    setattr(module, name, counted)
+
+
+def killed_at(name, n, command, log, *options):
+    """A command that is killed at the n-th call of a function of os or evaluate."""
+    module = os if hasattr(os, name) else evaluate
+    die = partial(at_call, module, name, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    process = apart(command, log, *options, before=die)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL, log.read_text()
 
@@ -423,23 +429,17 @@ def test_a_scoring_that_is_killed_anywhere_keeps_its_rows(data, trained, tmp_pat
     assert table.read_bytes() == whole and [*(tmp_path / "s").iterdir()] == [table]
 
 
-@pytest.mark.parametrize(
-    "when, call, maps",
-    [
-        ("fsync", 1, "none"),
-        ("replace", 5, "none"),
-        ("replace", 18, "none"),
-        ("draw_rows", 1, "worst"),
-        ("write_json", 1, "none"),
-        ("write_csv", 2, "none"),
-    ],
-)
-def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, maps):
+KILLS = (("fsync", 1), ("replace", 5), ("replace", 18), ("draw_rows", 1), ("write_json", 1),
+         ("write_csv", 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("when, call", KILLS)
+def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call):
     """SIGKILL at the n-th flush, rename, picture or table: what stands is whole.
 
     Sixteen renames are of states, four for each of four fits; then train-scores.csv, the model.
     """
-    options = ("--data", data, "--out", tmp_path, *TINY, "--maps", maps)
+    options = ("--data", data, "--out", tmp_path, *(DRAWN if when == "draw_rows" else TINY))
     killed_at(when, call, train, tmp_path / "log", *options)
     for path in tmp_path.rglob("[!.]*.pt"):
         torch.load(path, weights_only=True)
@@ -462,27 +462,19 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)])
 
 
-def held_by(folder):
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-needs_root = pytest.mark.skipif(not ROOT_USER, reason="mounting a small file system needs root")
-
-
-@needs_root
 @pytest.mark.parametrize("share", [0.0004, 0.5, 0.98, 1.2, 1.47])
 def test_full_disk(data, trained, tmp_path, share):
     """Full at the first byte, a state, a model, the second category's state, its model.
 
     share: of what a finished run holds; a state is as large as a model and beside it.
     """
-    with small_disk(tmp_path / "small", int(share * held_by(trained[0]))) as small:
+    held = sum(path.stat().st_size for path in trained[0].rglob("*.*"))
+    with small_disk(tmp_path / "small", int(share * held)) as small:
         result = run("train.py", "--data", data, "--out", small, *DRAWN)
         fails(result, "cannot be written", "free some space")
         assert no_table(small) and not list(small.rglob("*.tmp"))
 
 
-@needs_root
 def test_a_full_disk_loses_no_row_of_a_table(data, trained, tmp_path):
     """Of --image FOLDER; with space again it goes on."""
     command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image", data / "bolt")
@@ -504,27 +496,16 @@ def test_a_full_disk_loses_no_row_of_a_table(data, trained, tmp_path):
             assert table.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "module, name, call",
-    [
-        (wtflow, "extract_features", 15),
-        (wtflow, "flow_matching_loss", 18),
-        (torch, "save", 3),
-        (evaluate, "draw_rows", 6),
-    ],
-)
+STAGES = ((wtflow, "extract_features", 15), (wtflow, "flow_matching_loss", 18), (torch, "save", 3),
+          (evaluate, "draw_rows", 6))  # fmt: skip
+
+
+@pytest.mark.parametrize("module, name, call", STAGES)
 def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, module, name, call):
     """The allocator fails for the second category; --resume ends the same."""
-    f, calls = getattr(module, name), []
-
-    def greedy(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            torch.empty(1 << 50)
-        return f(*args, **options)
-
     options = ("--data", data, "--out", tmp_path, *(DRAWN if name == "draw_rows" else TINY))
-    monkeypatch.setattr(module, name, greedy)
+    monkeypatch.setattr(module, name, getattr(module, name))  # as it is again after undo
+    at_call(module, name, call, lambda: torch.empty(1 << 50))
     fails(run("train.py", *options), "out of memory", "--resume")
     monkeypatch.undo()
     assert no_table(tmp_path) and not list(tmp_path.rglob("*.tmp"))
