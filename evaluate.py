@@ -22,7 +22,6 @@ import ast
 import contextlib
 import csv
 import ctypes
-import errno
 import hashlib
 import io
 import json
@@ -1265,7 +1264,6 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 # ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
 FORMAT = 8  # of checkpoints; another one is refused
 RESULT = "WT-Flow result"  # in the first bytes of every file from here; a table has its head
-NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def write_whole(path: Path, write: Callable, mark: str = RESULT) -> None:
@@ -1290,13 +1288,12 @@ def write_whole(path: Path, write: Callable, mark: str = RESULT) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what stands against writing into an InputError that names the path and a remedy."""
+    """Turn what stands against writing into an InputError that names the path."""
     try:
         yield
     except OSError as e:
-        full = e.errno in NO_SPACE
-        remedy = "free some space" if full else "give another --out, --run or --export"
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}): {remedy}") from None
+        text = f"cannot be written ({e.strerror or e}): free some space, or give another --out"
+        raise InputError(f"{path}: {text}") from None
 
 
 def is_ours(path: Path, mark: str = RESULT) -> bool:
@@ -1441,9 +1438,7 @@ def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iter
     with locked(folder):
         rows = read_csv(table, FOLDER_SCORES)
         if any(row[column] != about[column] for row in rows for column in about):
-            text = (
-                "has rows of another folder, model or threshold: give another --out, or remove it"
-            )
+            text = "rows of another folder, model or threshold: remove it or give another --out"
             raise InputError(f"{table}: {text}")
         rows = [row for row in rows if resume and row["score"]]
         rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
@@ -1523,9 +1518,7 @@ def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> w
         if not finite or not len(detector.normal_scores):
             raise ValueError("not fitted, or not finite")
         if state["weights"] != detector.extractor.digest:
-            name = detector.recipe.backbone
-            text = f"trained on other weights of {name}: pass those with --weights"
-            raise InputError(f"{path}: {text}")
+            raise InputError(f"{path}: trained on other weights: pass those with --weights")
     detector = detector.to(device)
     if device.type == "cuda":  # in place of the two methods, on this detector alone
         detector._extract = CudaGraphs(detector._extract)
@@ -1922,8 +1915,9 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
 EFFECTIVE = {  # each command, and the options that have an effect on it
     ("run", "data"): ("category", "weights", "device", "fpr", "threshold", "maps", "save_maps"),
     ("model",): ("weights", "fpr", "threshold"),
-    ("model", "image"): ("weights", "device", "fpr", "threshold", "maps", "out", "resume"),
     ("model", "export"): ("weights", "fpr", "threshold"),
+    ("model", "image"): ("weights", "fpr", "threshold", "device"),
+    ("model", "image", "out"): ("weights", "fpr", "threshold", "device", "maps", "resume"),
 }
 
 
@@ -1940,7 +1934,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_options(args)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    command = tuple(c for c in ("run", "data", "model", "image", "export") if c in given)
+    command = tuple(c for c in ("run", "data", "model", "export", "image", "out") if c in given)
     if command not in EFFECTIVE:
         raise InputError("give --run and --data, or --model, alone or with --image or --export")
     for name in sorted(given - {*command, *EFFECTIVE[command]}):
@@ -2030,8 +2024,6 @@ def score_files(args: argparse.Namespace) -> None:
     image, out = Path(args.image), args.out and Path(args.out)
     if not image.exists():
         raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
-    if args.resume and not out:
-        raise InputError("--resume: has no effect without --out")
     if out and out.suffix.lower() in (".csv", *SUFFIXES):
         raise InputError(f"--out {out}: give a folder, for scores.csv and the pictures")
     if out and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(image)):
@@ -2039,7 +2031,8 @@ def score_files(args: argparse.Namespace) -> None:
     detector = load_model(args.model, pick_device(args.device), args.weights)
     known = calibration_of(detector, args.fpr, args.threshold)
     root, paths = (image, images_under(image)) if image.is_dir() else (image.parent, [image])
-    say_unread(image.resolve().name, [path for path in all_files(image) if path not in {*paths}])
+    others = [path for path in all_files(image) if path.suffix.lower() not in SUFFIXES]
+    say_unread(image.resolve().name, others)
     if not paths:
         raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
     say(known.text())
@@ -2055,10 +2048,10 @@ def score_files(args: argparse.Namespace) -> None:
                 say(f"error: {prediction}", sys.stderr)
             else:
                 flagged += prediction.verdict == "defect"
-                words = f"{name}  {in_words(prediction)}"
-                say(words)
+                words = in_words(prediction)
+                say(f"{name}  {words}")
                 if out and args.maps != "none":
-                    row = images[name], None, y, words
+                    row = images[name], None, y, f"{words}:  {name}"
                     place = inside(out, picture_name(Path(name)))
                     draw(place, draw_rows, [row], known, detector.reading.white_level)
             if out:  # last: --resume has both

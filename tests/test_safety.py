@@ -326,7 +326,7 @@ def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_p
     fails(run(*command, data / "bolt/test", "--out", tmp_path / "run"), "scores.csv", "move it")
     for more in ((), ("--resume",)):
         result = run(*command, data / "bolt/test", "--out", tmp_path / "nut", *more)
-        fails(result, "scores.csv: has rows of another folder", "--out")
+        fails(result, "scores.csv: rows of another folder", "--out")
     result = run(*command, data / "bolt/test/dent/000.png", "--out", tmp_path / "photo")
     assert "no picture" in succeeds(result).stderr
     assert {path: path.read_bytes() for path in before} == before

@@ -386,7 +386,7 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
     assert table.read_bytes() == whole
     assert len(result.stdout.splitlines()) == 1 + len(lines) - 3
     for threshold in (1e-3, 99):
-        words = "has rows of another folder, model or threshold"
+        words = "rows of another folder, model or threshold"
         fails(run(*command, "--resume", "--threshold", threshold), words)
     (folder / first).unlink()  # an image that is gone keeps its row
     succeeds(run(*command, "--resume"))
@@ -695,7 +695,7 @@ def test_a_program_that_differs_from_its_model_is_not_written(model, tmp_path, m
         ("train.py", ("--fpr", 100), ("--fpr 100",)),
         ("train.py", ("--threshold", "best"), ("--threshold best", "tail, rank")),
         ("evaluate.py", ("--model", "none.pt", "--image", "x.png"), ("x.png", "no such file")),
-        ("evaluate.py", ("--model", "x.pt", "--image", ".", "--resume"), ("--resume", "--out")),
+        ("evaluate.py", ("--model", "x.pt", "--image", ".", "--resume"), ("--resume", "no effect")),
         ("evaluate.py", ("--model", "none.pt", "--image", "."), ("none.pt", "No such file")),
         ("evaluate.py", ("--model", ".", "--image", "."), ("directory", "model.pt")),
         ("evaluate.py", ("--run", "."), ("bolt/recipe.json", "No such file")),
