@@ -6,7 +6,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -139,7 +138,7 @@ def changed_model(state, **changes):
 FOREIGN = {  # functions of a good checkpoint's state, or bytes
     "truncated": lambda s: torch_bytes(s)[:3000],
     "empty": lambda s: b"",
-    "evil": lambda s: pickle.dumps(Evil()),
+    "evil": lambda s: {**s, "evil": Evil()},
     "foreign": lambda s: {"a": torch.ones(2)},
     "older": lambda s: {"recipe": s["recipe"], "field": s["model"]},
     "newer": lambda s: {**s, "format": evaluate.FORMAT + 1},
@@ -494,6 +493,21 @@ def test_a_full_disk_loses_no_row_of_a_table(data, trained, tmp_path):
             filler.unlink()
             succeeds(run(*command, small))
             assert table.read_bytes() == whole
+
+
+def test_a_row_that_only_a_part_has_room_of_is_an_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    about = {"folder": "/x", "threshold": "1"}
+    with evaluate.growing_table(tmp_path, {"a.png": tmp_path}, about, False) as (_, add):
+        size = (tmp_path / "scores.csv").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, most))
+        try:
+            with pytest.raises(InputError, match="scores.csv: cannot be written"):
+                add({"image": "a.png", "score": "1"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert evaluate.read_csv(tmp_path / "scores.csv", evaluate.FOLDER_SCORES) == []
 
 
 STAGES = ((wtflow, "extract_features", 15), (wtflow, "flow_matching_loss", 18), (torch, "save", 3),
