@@ -230,28 +230,20 @@ def test_pictures_of_another_model_go(data, trained, tmp_path):
 def test_a_second_run_into_a_folder_is_refused(data, trained, tmp_path):
     """By train.py, evaluate.py --run and --image; the lock of a killed run is none."""
     pytest.importorskip("fcntl")
-    shutil.copytree(trained[0], tmp_path / "tiny")
-    line, image = tmp_path / "line", data / "bolt/test/dent"
+    folder = tmp_path / "tiny"
+    shutil.copytree(trained[0], folder)
+    image = ("--image", data / "bolt/test/dent", "--out", folder)
     commands = [
-        (tmp_path / "tiny", "train.py", "--data", data, "--out", tmp_path, *TINY),
-        (tmp_path / "tiny", "evaluate.py", "--run", tmp_path, "--data", data, "--maps", "none"),
-        (
-            line,
-            "evaluate.py",
-            "--model",
-            trained[0] / "bolt/model.pt",
-            "--image",
-            image,
-            "--out",
-            line,
-        ),
+        ("evaluate.py", "--model", folder / "bolt/model.pt", *image),
+        ("evaluate.py", "--run", folder, "--data", data, "--maps", "none"),
+        ("train.py", "--data", data, "--out", tmp_path, *TINY),
     ]
-    for folder, *command in commands:
+    for command in commands:
         with evaluate.locked(folder):
             fails(run(*command), "another process is writing here", "--out")
-        assert not [*tmp_path.rglob("*.lock")] and not [*line.glob("*")]
-    (line / ".wtflow.lock").touch()
-    succeeds(run(*commands[-1][1:]))
+        assert not [*tmp_path.rglob("*.lock")] and not [*folder.glob("scores.csv")]
+    (folder / ".wtflow.lock").touch()
+    succeeds(run(*commands[0]))
 
 
 def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
@@ -264,11 +256,10 @@ def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
 
 def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
     fcntl = pytest.importorskip("fcntl")
-    error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     evaluate.SAID.clear()
     with evaluate.locked(tmp_path):
-        assert "No locks available" in capsys.readouterr().err
+        assert "No locks" in capsys.readouterr().err
 
 
 def test_links_in_place_of_our_files_are_not_followed(tmp_path):
@@ -303,16 +294,15 @@ def test_a_file_that_is_not_ours_stops_the_run_before_any_work(data, tmp_path, m
 def test_pictures_that_are_not_ours_stay(data, trained, tmp_path):
     """Whether they have the name of one that is to be drawn or not; that one costs itself."""
     shutil.copytree(trained[0], tmp_path / "tiny")
-    mine = {}
-    for name in ("maps/mine.png", "maps/dent/hit3_000_png.png", "scores.png"):
-        path = tmp_path / "tiny/bolt" / name
+    folder, mine = tmp_path / "tiny/bolt", {}
+    drawn, *others = (folder / "maps").rglob("*.png")
+    for path in (folder / "maps/mine.png", folder / "scores.png", drawn):
         save(path, picture(7)[0])
         mine[path] = path.read_bytes()
-    options = ("--run", tmp_path, "--data", data, "--category", "bolt")
-    result = succeeds(run("evaluate.py", *options))
+    result = succeeds(run("evaluate.py", "--run", tmp_path, "--data", data, "--category", "bolt"))
     assert {path: path.read_bytes() for path in mine} == mine
     assert result.stderr.count("move it") == 2 and "scores.png (" in result.stderr
-    assert (tmp_path / "tiny/bolt/maps/dent/hit1_002_png.png").is_file()
+    assert others and all(path.is_file() for path in others)
 
 
 def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_path):
