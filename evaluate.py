@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from threading import Lock
 from typing import Any, NamedTuple
@@ -767,23 +766,15 @@ def score(
 ) -> Prediction | list:
     """Score images from Python: a Prediction of one image, or a list of them for a list.
 
-    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, of any size), or a list of
-    it. fpr: percent of good images that may be called defective; threshold: "tail", "rank" or a
-    score (Calibration). Raises InputError.
-
-        detector = evaluate.load_model("runs/parts/screw/model.pt")
-        result = evaluate.score(detector, image)    # image[..., ::-1] if OpenCV has read it
-        result.score, result.p_value, result.verdict, result.map > result.threshold
+    images: what as_image takes (paths, PIL images, uint8 arrays in RGB, image[..., ::-1] if OpenCV
+    has read it), of any size. fpr, threshold: see calibrate. Raises InputError.
     """
-    if not isinstance(detector, wtflow.Detector):
-        kind = type(detector).__name__
-        raise InputError(f"a detector of type {kind}: give evaluate.load_model('model.pt')")
     check_threshold(fpr, threshold)
-    known = calibration_of(detector, fpr, threshold)
-    alone = not isinstance(images, (list, tuple))
-    images, out = [images] if alone else images, []
+    alone, out = not isinstance(images, (list, tuple)), []
+    images = [images] if alone else images
     if not images:
         raise InputError("no images: give at least one")
+    known = calibration_of(detector, fpr, threshold)
     for found, y, size in predictions_of(detector, images, known):
         if isinstance(found, InputError):
             raise found
@@ -794,10 +785,9 @@ def score(
 def predictions_of(
     detector: wtflow.Detector, images: list, known: "Calibration"
 ) -> Iterator[tuple]:
-    """(Prediction, map (h, w), size (H, W)) of each image, in turn; BATCH of them in memory.
+    """(Prediction or InputError, map (h, w), size (H, W)) of each image; BATCH of them in memory.
 
-    Of an image that cannot be read it is (InputError, None, None). Names the first image that is
-    squeezed otherwise than those of training.
+    Names the first image that is squeezed otherwise than those of training.
     """
     low, high = detector.reading.make.get("aspect", (0, math.inf))
     names = map(name_of, images)
@@ -808,20 +798,15 @@ def predictions_of(
             maps, scores = detector.score(detector.features(batch))
         scored = zip(classify(scores, known), maps, sizes, strict=True)
         for found in read:
-            name = next(names)
-            if isinstance(found, InputError):
-                yield found, None, None
-                continue
-            prediction, y, (h, w) = next(scored)
-            if not low / 1.1 <= h / w <= 1.1 * high:
-                text = f"its height is {h / w:.3g} times its width, of training images {low:.3g} to"
-                text += f" {high:.3g} times: scores may not compare"
-                say_once(f"{name}: {text}", about=("aspect", low, high))
-            if math.isfinite(prediction.score):
-                yield prediction, y, (h, w)
-            else:
-                text = f"{name}: its score is not finite: check the weights and this image"
-                yield InputError(text), None, None
+            name, y, size = next(names), None, None
+            if not isinstance(found, InputError):
+                found, y, size = next(scored)
+                if not low / 1.1 <= (ratio := size[0] / size[1]) <= 1.1 * high:
+                    text = f"height / width {ratio:.3g}, of training images {low:.3g} to {high:.3g}"
+                    say_once(f"{name}: {text}: scores may not compare", about=("aspect", low, high))
+                if not math.isfinite(found.score):
+                    found = InputError(f"{name}: its score is not finite: check image and weights")
+            yield found, y, size
 
 
 def at_size(y: Tensor, size: tuple) -> Array:
@@ -831,40 +816,27 @@ def at_size(y: Tensor, size: tuple) -> Array:
 
 # Images -> features
 def new_detector(
-    images: list,
-    recipe: wtflow.Recipe,
-    weights: str | None = None,
-    device: str | torch.device = "auto",
-    ignore: Array | None = None,
+    images: list, recipe: wtflow.Recipe, weights: Any = None, device: Any = "auto", ignore=None
 ) -> wtflow.Detector:
-    """A detector, not fitted, for training images (what as_image takes), and how they are read.
-
-    Its recipe has their aspect and size (wtflow.recipe_for); detector.reading is a Reading.
-    """
+    """A detector, not fitted, for the aspect, size and white level of images as as_image takes."""
     sizes = image_sizes(images)
     files = [image for image in images if isinstance(image, (str, os.PathLike))]
-    recipe, aspects = wtflow.recipe_for(recipe, sizes), [h / w for h, w in sizes]
-    detector = wtflow.Detector(recipe, weights).to(pick_device(device))
+    detector = wtflow.Detector(wtflow.recipe_for(recipe, sizes), weights).to(pick_device(device))
+    aspects = [h / w for h, w in sizes]
     make = {"aspect": (min(aspects), max(aspects))}
     detector.reading = Reading(white_level_of(files), ignore, make)
     return detector
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The torch device of --device auto, cpu or cuda; torchrun's processes take GPUs in turn.
-
-    On a GPU the networks have 16 bits, all else float32: TF32 is switched off. Raises InputError.
-    """
+    """The torch device of --device; torchrun's processes take GPUs in turn. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise InputError(f"--device {name}: give auto, cpu or cuda") from None
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {name}: no GPU that torch can use: give --device cpu")
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False  # the networks have 16 bits, all else 32
         if device.index is None:
             mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
             return torch.device(f"cuda:{mine}")
@@ -874,9 +846,8 @@ def pick_device(name: str | torch.device) -> torch.device:
 def extract(detector: wtflow.Detector, images: list, report: Callable | None = None) -> tuple:
     """Features (n, d, h, w) float16 of images, None of no images; original sizes; digests.
 
-    images: a list of what as_image takes. The features are on the detector's device; a digest is
-    that of the pixels that the network sees. One pass; report(done) after each batch. Raises
-    InputError naming the image that cannot be read or whose features are not finite.
+    Features are on the detector's device; digests are of the pixels that the network sees;
+    report(done) is called after each batch. Raises InputError.
     """
     out, sizes, digests = None, [], []
     for read in batches_of(images, wtflow.image_shape(detector.recipe), detector.reading):
@@ -900,25 +871,18 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
 def extract_good(
     detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
 ) -> tuple[Tensor, Array]:
-    """Features of good images without copies, and what copies_of says of all; see extract."""
-    features, _, digests = extract(detector, images, report)
-    first = copies_of(digests, names)
-    kept = np.unique(first)
-    return features if len(kept) == len(images) else features[kept], first  # indexing copies
-
-
-def copies_of(digests: list, names: list) -> Array:
-    """For each of n images the first with the same pixels, mostly itself: (n,) indices.
+    """Features of n good images without copies, and of each image the first with its pixels (n,).
 
     Held-out scores of what has a copy that was seen are too low. names: of the images, for a note.
     """
-    where = {}
-    first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)], int)
-    if len(where) < len(first):
-        copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
-        text = f"{len(first)} training images, {len(where)} different"
-        say_once(f"{text}: of equal ones, like {copies}, the first is used")
-    return first
+    (features, _, digests), where = extract(detector, images, report), {}
+    first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)])
+    if len(where) == len(first):
+        return features, first
+    copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
+    text = f"{len(first)} training images, {len(where)} different"
+    say_once(f"{text}: of equal ones, like {copies}, the first is used")
+    return features[np.unique(first)], first
 
 
 # Threshold and verdict
@@ -927,17 +891,11 @@ STANDS_OUT = 0.01  # [ours] suspects: for their number as many scores as high ar
 FEW = 50  # good images: of fewer the mean rate is said
 EXCESS = 21.5  # [derived] of n good images a threshold for a has a (1 + EXCESS / n) on average (E3)
 FEWEST = 3  # good images that a threshold needs: a line takes two of them between CENTRAL
-LOWEST = 1e-6  # percent: no lower false positive rate but 0
 RATES = (0.1, 0.5, 1.0, 5.0)  # false positive rates in percent of the table of thresholds
 
 
 class Tail(NamedTuple):
-    """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2).
-
-    A score is the largest of many distances. The largest of many numbers is close to Gumbel
-    distributed if their tail is light, and its logarithm is if it is heavy (Frechet). The logarithm
-    is in both cases: where scale is small it is linear over the tail.
-    """
+    """P(score <= s) = exp(-exp(-z)), z = (log s - location) / scale, of a good image (E1, E2)."""
 
     location: float
     scale: float
@@ -954,64 +912,40 @@ class Tail(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Good scores, their tail, and the threshold that is in use; nan and None where there is none.
-
-    Rank and tail both hold for new good images that are like the training images. The rank
-    (conformal prediction, Vovk et al. 2005) needs nothing else, but defects among the training
-    images raise it, and n images give no rate below 1 / (n + 1). The tail needs its form; it
-    extrapolates, and up to a tenth of defects do not spoil it.
-    """
-
-    good_scores: Array
-    tail: Tail | None
-    fpr: float  # percent
-    how: str | float  # "tail", "rank" or a threshold
-    threshold: float
-
-    def middle(self) -> float:
-        """The threshold, or where there is none the highest good score: the middle of pictures."""
-        return self.good_scores[-1] if math.isnan(self.threshold) else self.threshold
-
-    def text(self) -> str:
-        """The threshold in words, and whether there are too few good images for it."""
-        n, text = len(self.good_scores), f"threshold {self.threshold:.4f}"
-        if not isinstance(self.how, str):
-            return f"{text}, as given"
-        if self.tail is None:
-            return f"no threshold and no verdict: good images: {n}, give {FEWEST} or more"
-        if self.fpr == 0:
-            return f"{text}, the highest good training image"
-        if self.how == "rank" and self.fpr * (n + 1) < 100:
-            least, need = 100 / (n + 1), math.ceil(100 / self.fpr) - 1
-            text += f", the highest of {n} good images: a false positive rate of {least:.2g} %"
-            return f"{text}, for {self.fpr:g} % give {need}"
-        mean = f" (of {n} images: {self.fpr * (1 + EXCESS / n):.2g} % on average)"
-        few = mean if self.how == "tail" and n < FEW else ""
-        return f"{text} at a false positive rate of {self.fpr:g} %{few}"
+    good_scores: Array  # rising
+    tail: Tail
+    threshold: float  # nan of fewer than FEWEST, unless it is given
+    text: str  # the threshold in words
 
 
 def calibrate(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> Calibration:
     """The threshold that `fpr` percent of new good images exceed, from the good scores (n,).
 
-    how: "tail"; "rank"; or the threshold itself. By rank it is the ceil((n + 1) (1 - a))-th
-    smallest: a new score that is exchangeable with them exceeds it with a probability of
-    a = fpr / 100 at most (E4), but of too few it is the largest, as it is for fpr = 0.
+    how: "tail", "rank" or the threshold itself. Both hold for new images that are like these. The
+    tail needs its form; it extrapolates, and up to a tenth of defects among the good images do not
+    spoil it (E3). The rank (conformal prediction, Vovk et al. 2005) needs nothing else: the
+    ceil((n + 1) (1 - a))-th smallest of them is exceeded with a probability of a = fpr / 100 at
+    most (E4), but there is none of too few, nor for fpr = 0: then it is the largest.
     """
-    known = np.sort(np.asarray(good_scores, float))
-    n = len(known)
+    good = np.sort(np.asarray(good_scores, float))
+    n = len(good)
     if not n:
         raise InputError("this detector is not fitted: train it, or load a trained one")
-    tail = fit_tail(known) if n >= FEWEST else None
+    tail, text = fit_tail(good), f" at a false positive rate of {fpr:g} %"
     if not isinstance(how, str):
-        threshold = float(how)
-    elif tail is None:
-        threshold = math.nan
+        threshold, text = float(how), ", as given"
+    elif n < FEWEST:
+        threshold, text = math.nan, f", no verdict: good images: {n}, give {FEWEST} or more"
     elif how == "tail" and fpr > 0:
         threshold = tail.threshold(fpr / 100)
+        if n < FEW:
+            text += f" (of {n} images: {fpr * (1 + EXCESS / n):.2g} % on average)"
     else:
-        rank = math.ceil((n + 1) * (1 - fpr / 100) - 1e-9)  # 250 * 0.836 exceeds 209
-        threshold = float(known[min(max(rank, 1), n) - 1])
-    return Calibration(known, tail, fpr, how, threshold)
+        rank = max(1, math.ceil((n + 1) * (1 - fpr / 100) - 1e-9))  # 250 * 0.836 exceeds 209
+        threshold = float(good[min(rank, n) - 1])
+        if rank > n:
+            text = f", the highest of {n} good images (--fpr {fpr:g})"
+    return Calibration(good, tail, threshold, f"threshold {threshold:.4f}{text}")
 
 
 def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> Calibration:
@@ -1019,15 +953,14 @@ def calibration_of(detector: wtflow.Detector, fpr: float, how: str | float) -> C
 
 
 def threshold_of(good_scores: Array, fpr: float = 1.0, how: str | float = "tail") -> float:
-    """The threshold of calibrate, nan of fewer than FEWEST scores."""
     return calibrate(good_scores, fpr, how).threshold
 
 
 def check_threshold(percent: float, how: str | float) -> None:
     """Raises InputError for what is no false positive rate and no way to a threshold."""
-    if not isinstance(percent, (int, float)) or not (percent == 0 or LOWEST <= percent < 100):
-        raise InputError(f"--fpr {percent}: give a percentage, 0 or {LOWEST:g} to below 100")
-    number = isinstance(how, (int, float)) and math.isfinite(how) and how > 0
+    if not (percent == 0 or 1e-6 <= percent < 100):
+        raise InputError(f"--fpr {percent}: give a percentage, 0 or 0.000001 to below 100")
+    number = isinstance(how, (int, float)) and 0 < how < math.inf
     if not number and how not in ("tail", "rank"):
         raise InputError(f"--threshold {how}: give tail, rank or a score above 0")
 
@@ -1035,27 +968,26 @@ def check_threshold(percent: float, how: str | float) -> None:
 def classify(scores: Array, known: Calibration) -> list[Prediction]:
     """A Prediction of each score (m,); one that is nan is no good image."""
     scores, threshold = np.asarray(scores, float), known.threshold
-    p_values = known.tail.p_value(scores) if known.tail else np.full(len(scores), math.nan)
     above = "none" if math.isnan(threshold) else "defect"
     verdicts = np.where(scores <= threshold, "good", above)
-    rows = zip(scores.tolist(), p_values.tolist(), verdicts.tolist(), strict=True)
+    rows = zip(scores.tolist(), known.tail.p_value(scores).tolist(), verdicts.tolist(), strict=True)
     return [Prediction(*row, threshold) for row in rows]
 
 
 def fit_tail(good_scores: Array) -> Tail:
-    """The tail of at least FEWEST scores (n,), fitted to their order statistics between CENTRAL.
+    """The tail of scores (n,), fitted to their order statistics in CENTRAL; nan of under FEWEST.
 
-    Least squares of log s on the Gumbel quantiles of (i - 1/2) / n (E3). What the highest tenth is
-    does not move the fit, how many they are does. So scores that stand out are left out, and the
-    line is fitted again: the k highest, for the largest k such that k or more good images score as
-    high with a probability below STANDS_OUT (Poisson of mean n P(score > s_k)). In 5 to 8 % of good
-    sets of 100 to 1,000 images something stands out, as every k is tried.
+    What the highest tenth is does not move the fit, how many they are does. So scores that stand
+    out are left out, and the line is fitted again: the k highest, for the largest k such that k or
+    more good images score as high with a probability below STANDS_OUT (Poisson of mean
+    n P(score > s_k)). In 5 to 8 % of good sets of 100 to 1,000 images something stands out (E3).
     """
     from scipy.special import gammainc  # here: an image alone need not wait for it
 
-    scores = np.sort(np.asarray(good_scores, float))
+    scores, n = np.sort(np.asarray(good_scores, float)), len(good_scores)
+    if n < FEWEST:
+        return Tail(math.nan, math.nan, 0)
     x = np.log(np.maximum(scores, 1e-3 * max(np.median(scores), 1e-30)))  # 0 has no logarithm
-    n = len(x)
     most = n - math.floor(CENTRAL[1] * n + 0.5)  # more of them would have moved the line
     expected = n * Tail(*central_line(x), 0).p_value(np.exp(x[::-1][:most]))
     as_many = gammainc(np.arange(1, most + 1), expected)  # P(Poisson(expected) >= k)
@@ -1064,7 +996,7 @@ def fit_tail(good_scores: Array) -> Tail:
 
 
 def central_line(x: Array) -> tuple[float, float]:
-    """Intercept and slope of sorted x (n,) on Gumbel quantiles, between CENTRAL; n >= FEWEST."""
+    """Intercept and slope of sorted x (n,) on the Gumbel quantiles of (i - 1/2) / n in CENTRAL."""
     p = (np.arange(len(x)) + 0.5) / len(x)
     chosen = (p >= CENTRAL[0]) & (p <= CENTRAL[1])
     y, x = -np.log(-np.log(p[chosen])), x[chosen]
@@ -1084,54 +1016,44 @@ BINS = 1 << 15
 SAMPLE = 2_000_000  # pixels whose quantiles place the bins
 
 
-class Scored(NamedTuple):
-    """The test images of a category as a detector sees them."""
-
-    maps: Tensor  # (n, h, w), of any resolution
-    predictions: list[Prediction]
-    known: Calibration
-    ignore: Array | None = None  # pixels (H, W) without a metric
-
-
-def measure(category: Category, scored: Scored, sizes: list[tuple]) -> dict:
+def measure(category: Category, scored: tuple, ignore: Array | None = None) -> dict:
     """Metrics of one category, a dict over COLUMNS and MORE, and "kinds": a row of each defect.
 
-    sizes: (H, W) of the test images. Says why some metrics are missing.
+    scored: of the test images maps (n, h, w), predictions and sizes [(H, W)]; ignore: pixels (H, W)
+    without a metric. Says why some metrics are missing.
     """
-    test, name, pixels = category.test, category.name, {}
-    defects = sorted({item.kind for item in test} - {"good"})
-    bad = sum(item.kind != "good" for item in test)
+    test, name, (maps, found, sizes), pixels = category.test, category.name, scored, {}
+    kinds = [item.kind for item in test]
+    defects, good = sorted({*kinds} - {"good"}), kinds.count("good")
     without = sum(item.masks is None for item in test)
-    if test and bad in (0, len(test)):
-        say_once(f"{name}: no {'good' if bad else 'defective'} test images: AUROC is not defined")
-    if 0 < without < bad:
+
+    def row_of(name, *defects):  # of some kinds of defects beside the good images
+        chosen = [k for k, kind in enumerate(kinds) if kind in ("good", *defects)]
+        bad = np.array([kinds[k] != "good" for k in chosen], bool)
+        row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
+        row["image_auroc"], row["image_ap"] = image_metrics([found[k].score for k in chosen], bad)
+        if pixels:
+            row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(pixels, defects)
+        return row | rates([kinds[k] for k in chosen], [found[k] for k in chosen])
+
+    if test and good in (0, len(test)):
+        say_once(f"{name}: no {'defective' if good else 'good'} test images: AUROC is not defined")
+    if 0 < without < len(test) - good:
         say_once(f"{name}: {without} defective images have no folder of masks: no pixel metrics")
     if test and not without:
-        pixels = pixel_counts(scored.maps, test, sizes, ignore=scored.ignore)
-    row = metrics_of(name, defects, test, scored, pixels)
+        pixels = pixel_counts(maps, test, sizes, ignore=ignore)
+    row = row_of(name, *defects)
     row |= {"train_images": len(category.train), "test_images": len(test)}
-    kinds = {kind: metrics_of(f"{name}/{kind}", [kind], test, scored, pixels) for kind in defects}
+    row["kinds"] = [row_of(f"{name}/{kind}", kind) for kind in defects]
     if category.saturation is not None and pixels:
-        pixels = pixel_counts(scored.maps, test, sizes, category.saturation, scored.ignore)
+        saturated = pixel_counts(maps, test, sizes, category.saturation, ignore)
         for part in ("logical", "structural"):
             kind = f"{part}_anomalies"
-            row[f"image_auroc_{part}"] = kinds[kind]["image_auroc"] if kind in kinds else None
-            row[f"spro_{part}"] = pixel_metrics(pixels, [kind], SPRO_LIMIT)[2]
+            row[f"image_auroc_{part}"] = row_of(part, kind)["image_auroc"]
+            row[f"spro_{part}"] = pixel_metrics(saturated, [kind], SPRO_LIMIT)[2]
         for metric in ("image_auroc", "spro"):
             row[metric] = mean_of([row[f"{metric}_logical"], row[f"{metric}_structural"]])
-    return row | {"kinds": list(kinds.values())}
-
-
-def metrics_of(name: str, defects: list, test: list, scored: Scored, pixels: dict) -> dict:
-    """A row of some kinds of defects beside the good images; pixels: of pixel_counts, or empty."""
-    chosen = [k for k, item in enumerate(test) if item.kind in ("good", *defects)]
-    kinds, found = [test[k].kind for k in chosen], [scored.predictions[k] for k in chosen]
-    bad = np.array([kind != "good" for kind in kinds], bool)
-    row = dict.fromkeys(COLUMNS + MORE) | {"category": name, "test_images": int(bad.sum())}
-    row["image_auroc"], row["image_ap"] = image_metrics([p.score for p in found], bad)
-    if pixels:
-        row["pixel_auroc"], row["pixel_ap"], row["aupro"] = pixel_metrics(pixels, defects)
-    return row | rates(kinds, found)
+    return row
 
 
 def pixel_counts(
@@ -1149,10 +1071,10 @@ def pixel_counts(
     edges = np.unique(np.r_[quantiles, even]).astype(np.float32)
     bins = len(edges) + 1
 
-    def counts(scored):
-        y, item, size = scored
-        regions, union = masks_of(item, size, saturation, ignore)
-        index = bins - 1 - np.searchsorted(edges, at_size(y, size), side="right")
+    def counts(k):
+        regions, union = masks_of(items[k], sizes[k], saturation, ignore)
+        y = at_size(maps[k], sizes[k])
+        index = bins - 1 - np.searchsorted(edges, y, side="right")
         inside, overlap = np.bincount(index[union], minlength=bins), np.zeros(bins)
         for box, region, saturates_at in regions:
             hits = np.cumsum(np.bincount(index[box][region], minlength=bins))
@@ -1161,12 +1083,9 @@ def pixel_counts(
         return np.stack([inside, np.bincount(index[rest], minlength=bins), overlap])
 
     totals = {item.kind: np.zeros((3, bins)) for item in items}
-    scored = list(zip(maps, items, sizes, strict=True))
-    for start in range(0, len(scored), BATCH):
-        part = scored[start : start + BATCH]
-        found = wtflow.parallel_map(counts, part, maps.device)
-        for (_, item, _), of_one in zip(part, found, strict=True):
-            totals[item.kind] += of_one
+    for batch in torch.arange(len(items)).split(BATCH):
+        for k, found in zip(batch, wtflow.parallel_map(counts, batch, maps.device), strict=True):
+            totals[items[k].kind] += found
     return totals
 
 
@@ -1174,9 +1093,8 @@ def pixel_metrics(pixels: dict, defects: list, limit: float = PRO_LIMIT) -> tupl
     """(pixel AUROC, pixel AP, AUPRO or sPRO) of pixel_counts, some kinds of defects beside good.
 
     PRO: overlap of each region at each threshold, averaged over the regions of the whole set,
-    against the false positive rate over all defect-free pixels of the set, integrated to `limit`,
-    where it is interpolated, and divided by it (Bergmann et al. 2021; with saturation: Bergmann et
-    al. 2022).
+    against the false positive rate over all its defect-free pixels, integrated to `limit`, where it
+    is interpolated, and divided by it (Bergmann et al. 2021; with saturation: 2022).
     """
     inside, outside, overlap = sum(pixels.get(k, np.zeros((3, 1))) for k in ("good", *defects))
     auroc, ap = auroc_ap(inside, outside)
@@ -1193,15 +1111,11 @@ def image_metrics(scores: Array, defective: Array) -> tuple:
     """AUROC and average precision of image scores, exact."""
     falling, rank = np.unique(-np.asarray(scores, float), return_inverse=True)
     bad = np.asarray(defective, bool)
-    parts = (rank[bad], rank[~bad])
-    return auroc_ap(*(np.bincount(part, minlength=len(falling)) for part in parts))
+    return auroc_ap(*(np.bincount(rank[part], minlength=len(falling)) for part in (bad, ~bad)))
 
 
 def auroc_ap(positive: Array, negative: Array) -> tuple:
-    """AUROC and average precision from histograms of scores, in falling order of score.
-
-    Ties count one half in the AUROC. None without positives or negatives.
-    """
+    """AUROC (ties count one half) and average precision of histograms by falling score, or None."""
     P, N = positive.sum(), negative.sum()
     if not P or not N:
         return None, None
@@ -1249,16 +1163,15 @@ def print_table(columns: tuple | list, rows: list[dict]) -> None:
 
 
 def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> None:
-    """Threshold at each of RATES, and what it flags of test images with scores (n,), in percent."""
+    """The threshold at each of RATES, and what it flags of test images with these scores."""
     rows = []
-    for rate in RATES if known.tail else ():
-        at_rate = known._replace(threshold=known.tail.threshold(rate / 100))
-        row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{at_rate.threshold:.4f}"}
-        row["good_flagged_per_1000"] = f"{10 * rate:g}"
-        found = rates(kinds, classify(scores, at_rate))
-        rows.append(row | {f"test_{name}": value for name, value in found.items()})
+    for rate in () if math.isnan(known.tail.scale) else RATES:
+        threshold = known.tail.threshold(rate / 100)
+        found = rates(kinds, classify(scores, known._replace(threshold=threshold)))
+        row = {"fpr_by_tail": f"{rate:g}", "threshold": f"{threshold:.4f}"}
+        rows.append(row | {f"test_{k}": v for k, v in found.items() if v is not None})
     if rows:
-        print_table(tuple(rows[0]), rows)
+        print_table([*rows[0]], rows)
 
 
 # ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
@@ -1624,27 +1537,28 @@ def captured(f: Callable, x: Tensor, pool: Any = None, stream: Any = None) -> Ca
 
 
 # ---- 4. Pictures: one that cannot be drawn or written costs itself -------------------------------
-BACKGROUND = 0.75  # [ours] of the median good score: about the median position of good maps
 DRAWN = 1200  # pixels of an image's longer side in a picture, at most
+WORST = 5  # pictures of good test images of the highest scores, and of defective ones of the lowest
 
 
 def write_pictures(
-    folder: Path, category: Category, scored: Scored, sizes: list, white_level: float, which: str
+    folder: Path, category: Category, scored: tuple, known: Calibration, which: str
 ) -> None:
-    """maps/KIND/*.png and scores.png of a category's test images. which: "all", "worst", "none"."""
+    """scores.png and maps/KIND/*.png of the test images of measure; which: all, worst or none."""
     remove_results([folder / "scores.png", *(folder / "maps").rglob("*.png")])
     if which == "none":
         return
-    names, bad = names_of(category.test), [item.kind != "good" for item in category.test]
-    prefixes = telling_images(scored.predictions, bad)
-    for j in range(len(names)) if which == "all" else prefixes:
-        item, words = category.test[j], in_words(scored.predictions[j])
-        union = masks_of(item, sizes[j])[1] if item.masks else None
-        row = item.path, union, scored.maps[j], f"{category.name}:  {words}:  {names[j].as_posix()}"
-        path = inside(folder / "maps", picture_name(names[j], prefixes.get(j, "")))
-        draw(path, draw_rows, [row], scored.known, white_level)
-    scores = np.array([p.score for p in scored.predictions])
-    draw(folder / "scores.png", draw_scores, category.name, scores, np.array(bad), scored.known)
+    test, names, (maps, found, sizes) = category.test, names_of(category.test), scored
+    bad = np.array([item.kind != "good" for item in test], bool)
+    scores = np.array([p.score for p in found])
+    draw(folder / "scores.png", draw_scores, category.name, scores, bad, known)
+    rising = np.argsort(scores, kind="stable")
+    worst = [*rising[~bad[rising]][-WORST:], *rising[bad[rising]][:WORST]]
+    for j in worst if which == "worst" else rising:
+        union = masks_of(test[j], sizes[j])[1] if test[j].masks else None
+        title = f"{category.name}:  {in_words(found[j])}:  {names[j].as_posix()}"
+        row = test[j].path, union, maps[j], title
+        draw(inside(folder / "maps", f"{names[j]}.png"), draw_rows, [row], known)
 
 
 def draw(path: Path, f: Callable, *args: Any) -> None:
@@ -1653,9 +1567,9 @@ def draw(path: Path, f: Callable, *args: Any) -> None:
 
     try:
         figure, file = Figure(layout="constrained"), io.BytesIO()  # no window, no backend
-        f(figure, *args)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            warnings.simplefilter("ignore")  # of a letter that the font lacks, a mask without edges
+            f(figure, *args)
             figure.savefig(file, format="png", dpi=100, metadata={"Software": RESULT})
         write_whole(path, lambda to: to.write(file.getbuffer()))
     except Exception as e:
@@ -1664,155 +1578,90 @@ def draw(path: Path, f: Callable, *args: Any) -> None:
         say(f"note: no picture {path} ({first_line(e)[:200]})", sys.stderr)
 
 
-def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white_level: float) -> None:
-    """Draw rows (image file, mask (H, W) or None, map (h, w), title): image and map of each.
+def draw_rows(figure: Any, rows: list[tuple], known: Calibration) -> None:
+    """Draw rows (image file, mask (H, W) or None, map (h, w), title): image with outline, and map.
 
-    Outlined is the mask, ringed where there is none the maximum of the map. Colours mean the same
-    in all pictures of a model: from about the median position of good images over the threshold,
-    or the highest good score, which is the middle, to as far above it.
+    Colours mean the same in all pictures of a model: the threshold is in the middle.
     """
-    middle = max(known.middle(), 1e-6)
-    low = BACKGROUND * min(float(np.median(known.good_scores)), middle)
-    high = 2 * middle - low
-    name = "highest good" if math.isnan(known.threshold) else "threshold"
+    middle = np.nan_to_num(known.threshold, nan=known.good_scores[-1])
     figure.set_size_inches(8.2, 4 * len(rows))
     all_axes = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), (path, union, y, title) in zip(all_axes, rows, strict=True):
-        image = read_image(path, white_level)
-        shrunk = min(1, DRAWN / max(image.size))
-        size = tuple(max(2, round(shrunk * side)) for side in image.size)
-        # A strip is drawn wider than it is
-        aspect = "auto" if max(image.size) > 4 * min(image.size) else "equal"
-        for axis in (left, right):
-            axis.imshow(np.asarray(image.resize(size, Image.BILINEAR)), aspect=aspect)
-            axis.set(xticks=[], yticks=[])
+        image = read_image(path)
+        image.thumbnail((DRAWN, DRAWN))
+        left.imshow(image)
         left.set_title(one_line(title)[:110], loc="left", fontsize=9, parse_math=False)
-        if union is not None and union.any():
+        if union is not None:
             # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
-            union = np.asarray(Image.fromarray(union).convert("L").resize(size, Image.BOX)) > 0
-            left.contour(union, [0.5], colors="black", linewidths=3)
-            left.contour(union, [0.5], colors="yellow", linewidths=1.4)
-        else:
-            i, j = np.unravel_index(int(y.argmax()), y.shape)
-            place = (j + 0.5) * size[0] / y.shape[1], (i + 0.5) * size[1] / y.shape[0]
-            left.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="red")
-        # viridis reads the same to a colour-blind person
-        colours = {"cmap": "viridis", "vmin": low, "vmax": high}
-        shown = right.imshow(at_size(y, size[::-1]), aspect=aspect, **colours)
-        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
-        bar.ax.axhline(middle, color="white", linewidth=2)
-        labels = [f"{low:.3g}", f"{middle:.3g}\n{name}", f"{high:.3g}"]
-        bar.set_ticks([low, middle, high], labels=labels)
+            union = Image.fromarray(union).convert("L").resize(image.size, Image.BOX)
+            left.contour(np.asarray(union) > 0, [0.5], colors="magenta")
+        y = at_size(y, image.size[::-1])
+        shown = right.imshow(y, cmap="viridis", vmin=0, vmax=2 * middle)
+        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="max")
+        bar.set_label("anomaly map; white: the threshold")
+        bar.ax.axhline(known.threshold, color="white", linewidth=2)
+        for axis in (left, right):
+            axis.set(xticks=[], yticks=[])
 
 
 def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
-    """Draw histograms of scores: of test images, good and defective; of training images, the tail.
-
-    The last bar is of all that are higher.
-    """
-    rows = 1 + bool(len(scores))
-    figure.set_size_inches(6, 0.6 + 2.4 * rows)
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    good, middle, every = known.good_scores, known.middle(), np.r_[scores, known.good_scores]
-    end = min(max(every.max(), 1.1 * middle), 2 * middle)
-    edges = np.linspace(min(every.min(), middle), end, 61)
-    shown = [(axes[-1], good, "#0072B2", "good training images")]
-    if len(scores):
-        shown += [(axes[0], scores[~bad], "#0072B2", "good test images")]
-        shown += [(axes[0], scores[bad], "#E69F00", "defective test images")]
-    for axis, values, colour, name in shown:
-        label = f"{name} ({len(values)})"
-        axis.hist(np.minimum(values, end), edges, color=colour, alpha=0.65, label=label)
-    if known.tail is not None:
-        expected = -len(good) * np.diff(known.tail.p_value(edges))
-        axes[-1].plot((edges[1:] + edges[:-1]) / 2, expected, "k", linewidth=1, label="fitted tail")
-    for axis in axes:
-        if not math.isnan(known.threshold):
-            axis.axvline(known.threshold, color="black", linestyle="--", label="threshold")
-        axis.set(ylabel="images", xlim=(edges[0], end))
-        axis.legend(fontsize=8)
-    axes[-1].set_xlabel("image score (the last bar: and above)")
-    axes[0].set_title(one_line(title)[:60], parse_math=False)
-
-
-def telling_images(predictions: list[Prediction], bad: list[bool], each: int = 3) -> dict[int, str]:
-    """{index: prefix} of the images to show; of the good ones below the threshold, the nearest."""
-    rising, groups = np.argsort([p.score for p in predictions], kind="stable").tolist(), {}
-    names = {(True, False): "false_positive", (False, True): "miss", (True, True): "hit"}
-    for j in rising:
-        group = names.get((predictions[j].verdict == "defect", bad[j]), "good")
-        groups.setdefault(group, []).append(j)
-    chosen = {name: js[:each] if name == "miss" else js[::-1][:each] for name, js in groups.items()}
-    chosen["good"] = chosen.get("good", [])[:1]
-    return {j: f"{name}{k + 1}_" for name, js in chosen.items() for k, j in enumerate(js)}
+    """Draw histograms of the scores of training and test images, the tail and the threshold."""
+    axis, good = figure.subplots(), known.good_scores
+    end = np.fmin(np.r_[scores, good].max(), 2 * known.threshold)  # where there is a threshold
+    edges = np.linspace(0, end, 101)
+    groups = {"good training": good, "good test": scores[~bad], "defective test": scores[bad]}
+    for name, values in groups.items():
+        label = f"{len(values)} {name} images"
+        axis.hist(np.minimum(values, end), edges, alpha=0.6, label=label)
+    expected = -len(good) * np.diff(known.tail.p_value(edges))
+    axis.plot((edges[1:] + edges[:-1]) / 2, expected, "k", label="tail of good training images")
+    axis.axvline(known.threshold, color="k", linestyle="--", label="threshold")
+    axis.set(xlabel="image score (the last bar: and above)", ylabel="images")
+    axis.set_title(one_line(title)[:60], parse_math=False)
+    axis.legend(fontsize=8)
 
 
 def write_suspects(
-    folder: Path,
-    images: list[Path],
-    first: Array,
-    found: tuple[Tensor, Tensor],
-    known: Calibration,
-    reading: Reading,
+    folder: Path, images: list[Path], first: Array, found: tuple, known: Calibration
 ) -> None:
     """train-scores.csv of the training images, the highest first, and what stands out among them.
 
-    first: of copies_of; found: held-out maps (k, h, w) and scores (k,) of the k images that are no
-    copies. Images that stand out are marked in the table, so that --leave-out takes it, and so are
-    their copies; they are named on stderr, and the first 12 drawn in suspects.png.
+    first: of extract_good; found: held-out maps (k, h, w) and scores (k,) of what are no copies.
+    What stands out is marked in the table, for --leave-out, and so are its copies; it is named on
+    stderr, and the first 12 are drawn in suspects.png.
     """
-    names = [path.as_posix() for path in paths_below(images)]
-    kept, (maps, scores) = np.unique(first), found
-    falling = np.argsort(-scores.numpy(), kind="stable")
-    shown = falling[: known.tail.suspects if known.tail else 0]
-    marked, predictions = {*kept[shown]}, classify(scores.numpy(), known)
-    rows = [score_row(names[kept[j]], "", predictions[j]) | {"copy_of": ""} for j in falling]
-    copies = np.setdiff1d(np.arange(len(images)), kept)
-    empty = dict.fromkeys(TRAIN_SCORES, "")
-    rows += [empty | {"image": names[j], "copy_of": names[first[j]]} for j in copies]
-    for row, j in zip(rows, [*kept[falling], *copies], strict=True):
-        row["leave_out"] = "x" if first[j] in marked else ""
-    write_csv(folder / "train-scores.csv", TRAIN_SCORES, rows)
-    picture = folder / "suspects.png"
+    names = [name.as_posix() for name in names_of([Item(path, "", None) for path in images])]
+    kept = np.unique(first).tolist()
+    maps, scored = (dict(zip(kept, v, strict=True)) for v in (found[0], classify(found[1], known)))
+    falling = sorted(kept, key=lambda j: -scored[j].score)
+    suspects = falling[: known.tail.suspects]
+    rows = {j: score_row(names[j], "", scored[j]) | {"copy_of": ""} for j in falling}
+    for j in np.setdiff1d(range(len(first)), kept).tolist():
+        rows[j] = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
+    for j in rows:
+        rows[j]["leave_out"] = "x" if first[j] in suspects else ""
+    table, picture = folder / "train-scores.csv", folder / "suspects.png"
+    write_csv(table, TRAIN_SCORES, [*rows.values()])
     remove_results([picture])
-    if len(shown):
-        which = listed([names[j] for j in kept[shown]])
-        say(
-            f"{folder.name}: {len(shown)} of {len(kept)} good training images stand out ({which}): "
-            f"look at {picture}; to train without them: --leave-out {folder / 'train-scores.csv'}",
-            sys.stderr,
-        )
-        drawn = [(kept[j], maps[j], f"{scores[j]:.3g}") for j in shown[:12]]
-        drawn = [(images[k], None, y, f"{names[k]}: {score}") for k, y, score in drawn]
-        draw(picture, draw_rows, drawn, known, reading.white_level)
+    if suspects:
+        text = f"{len(suspects)} of {len(kept)} good training images stand out"
+        text += f" ({listed([names[j] for j in suspects])}): look at {picture}"
+        say(f"{folder.name}: {text}; to train without them: --leave-out {table}", sys.stderr)
+        shown = suspects[:12]
+        rows = [(images[j], None, maps[j], f"{in_words(scored[j])}:  {names[j]}") for j in shown]
+        draw(picture, draw_rows, rows, known)
 
 
 def in_words(prediction: Prediction) -> str:
-    tail = prediction.p_value
-    p = "p < 0.0001" if tail < 1e-4 else f"p {tail:.2g}"  # so far out nobody has seen the tail
-    return f"score {prediction.score:.4f}, {p}, {prediction.verdict}"
-
-
-# Names of what is written, from those of the images alone
-def paths_below(paths: list[Path], place: str = "") -> list[Path]:
-    """Paths below the folder that all of them have in common, put into a place."""
-    paths = [Path(os.path.normpath(path)) for path in paths]
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [place / path.relative_to(shared) for path in paths]
+    return f"score {prediction.score:.4f}, p {prediction.p_value:.2g}, {prediction.verdict}"
 
 
 def names_of(items: list[Item]) -> list[Path]:
-    """[kind/file] of test images; the folders between are kept where a kind has several."""
-    names = {}
-    for kind in {item.kind for item in items}:
-        paths = [item.path for item in items if item.kind == kind]
-        names |= {(kind, p): n for p, n in zip(paths, paths_below(paths, kind), strict=True)}
-    return [names[item.kind, item.path] for item in items]
-
-
-def picture_name(name: Path, prefix: str = "") -> Path:
-    """The file of an image's picture: a/b.jpg -> a/PREFIXb_jpg.png, no other image has it."""
-    return name.with_name(short(f"{prefix}{name.stem}_{name.suffix[1:]}") + ".png")
+    """[kind/file] of images; the folders between are kept where those of a kind are in several."""
+    paths, shared = [(item.kind, Path(os.path.normpath(item.path))) for item in items], {}
+    for kind, path in paths:
+        shared[kind] = os.path.commonpath([shared.get(kind, path.parent), path.parent])
+    return [kind / path.relative_to(shared[kind]) for kind, path in paths]
 
 
 def short(text: str) -> str:
@@ -1824,11 +1673,10 @@ def short(text: str) -> str:
 
 def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:
     """Maps as MVTec's evaluation script reads them: float32 TIFF beside the category's folder."""
-    software = 305  # a tag of TIFF
     for y, name, size in zip(maps, names_of(category.test), sizes, strict=True):
         save = partial(Image.fromarray(at_size(y, size)).save, format="TIFF")
         path = inside(maps_folder(folder), name.with_suffix(".tiff"))
-        write_whole(path, partial(save, tiffinfo={software: RESULT}))
+        write_whole(path, partial(save, tiffinfo={305: RESULT}))  # the tag of software
 
 
 def maps_folder(folder: Path) -> Path:
@@ -1853,62 +1701,55 @@ class Program(torch.nn.Module):
         x = wtflow.extract_features(detector.extractor, x.round().clamp(0, 255), detector.recipe)
         maps, scores = detector._score(x)
         z = (scores.log() - tail.location) / tail.scale
-        return maps, scores, -torch.expm1(-torch.exp(-z)), scores > self.known.threshold
+        return maps, scores, 1 - torch.exp(-torch.exp(-z)), scores > self.known.threshold
 
 
 def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> None:
     """Write a detector as an ONNX program that resizes images itself, if it gives the same.
 
-        session = onnxruntime.InferenceSession("screw.onnx")
-        maps, scores, p_values, defect = session.run(None, {"images": images})    # uint8, RGB
-
-    Its metadata say how it wants images. Raises InputError without the packages it takes, and for a
-    model of more than 8 bits, with ignored pixels or without a threshold.
+    Its metadata say how it wants images. Raises InputError for what a program could not keep to.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if path.suffix.lower() != ".onnx":
         raise InputError(f"--export {path}: give a file that ends in .onnx")
-    if missing:
-        raise InputError(f"--export {path}: needs packages: pip install {' '.join(missing)}")
-    if known.tail is None or detector.reading.ignore is not None:
-        raise InputError(f"--export {path}: a model without a threshold, or one with --ignore, "
-                         "works here alone: train it otherwise")  # fmt: skip
-    if detector.reading.white_level != 255:
-        raise InputError(f"--export {path}: of images of more than 8 bits: convert them, and train")
-    import onnxruntime
-
-    height, width = wtflow.image_shape(detector.recipe)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
-    axes = {0: "batch", 2: "height", 3: "width"}
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        text = "needs packages: pip install onnx onnxscript onnxruntime"
+        raise InputError(f"--export {path}: {text}") from None
+    of_files = detector.reading.ignore is not None or detector.reading.white_level != 255
+    if of_files or len(known.good_scores) < FEWEST:
+        text = f"a model of over 8 bits, of --ignore or of under {FEWEST} images works here alone"
+        raise InputError(f"--export {path}: {text}: train another")
+    shape, generator = wtflow.image_shape(detector.recipe), torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=generator)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own way of saving: not for the caller
         program = torch.onnx.export(
             Program(detector, known).eval(),
             (noise.repeat_interleave(2, 3),),
             input_names=["images"],
             output_names=["maps", "scores", "p_values", "defect"],
-            dynamic_shapes={"images": axes},
+            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
             dynamo=True,
             verbose=False,
         )
     model = program.model_proto
     model.producer_name = RESULT
-    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width",
-             "resized_to": f"{width} x {height}, in the program", "threshold": known.threshold,
-             "opset": model.opset_import[0].version, "ir_version": model.ir_version}  # fmt: skip
+    about = {"images": "uint8 (batch, 3, height, width), RGB, any height and width"}
+    about |= {"opset": model.opset_import[0].version, "ir_version": model.ir_version}
+    about |= {"threshold": known.threshold}
     for name, value in about.items():
         model.metadata_props.add(key=name, value=str(value))
     data = model.SerializeToString()
     found = onnxruntime.InferenceSession(data).run(None, {"images": noise.numpy()})
-    pairs = list(zip(map(torch.from_numpy, found), detector(noise), strict=False))
+    pairs = zip(map(torch.from_numpy, found[:2]), detector(noise), strict=True)
     difference = max(float(((there - here).abs() / here.max()).max()) for there, here in pairs)
     if not difference <= AGREES:  # nor where it is NaN
         raise InputError(f"--export {path}: the program differs from the model by {difference:g}")
     write_whole(path, lambda file: file.write(data))
-    say(f"{path}: uint8 RGB of any size, opset {about['opset']}, {known.text()}")
-    say(f"largest difference from the model on noise: {difference:.1e}")
+    say(f"{path}: uint8 RGB of any size, {known.text}, differs by {difference:.1e} on noise")
 
 
 # ---- 6. Commands: what a user types. Each calls the rooms above ----------------------------------
@@ -1947,7 +1788,7 @@ def main(argv: list[str] | None = None) -> None:
     known = calibration_of(detector, args.fpr, args.threshold)
     if args.export:
         return export_model(Path(args.export), detector, known)
-    say(known.text())
+    say(known.text)
     print_thresholds(known, np.zeros(0), [])
 
 
@@ -2002,17 +1843,17 @@ def report(folder: Path, category: Category, detector, test: tuple, args, began:
     if features is not None:
         maps, scores = detector.score(features)
     found = classify(scores.numpy(), known)
-    say(f"{category.name}: {known.text()}")
+    say(f"{category.name}: {known.text}")
     print_thresholds(known, scores.numpy(), [item.kind for item in items])
-    scored = Scored(maps, found, known, detector.reading.ignore)
-    row = measure(category, scored, sizes)
+    scored = maps, found, sizes
+    row = measure(category, scored, detector.reading.ignore)
     row["seconds"] = round(time.monotonic() - began, 1)
     names = [name.as_posix() for name in names_of(items)]
     rows = [score_row(n, i.kind, p) for n, i, p in zip(names, items, found, strict=True)]
     write_csv(folder / "scores.csv", SCORES, rows)
     if args.save_maps:
         write_maps(folder, category, maps, sizes)
-    write_pictures(folder, category, scored, sizes, detector.reading.white_level, args.maps)
+    write_pictures(folder, category, scored, known, args.maps)
     return row
 
 
@@ -2035,7 +1876,7 @@ def score_files(args: argparse.Namespace) -> None:
     say_unread(image.resolve().name, others)
     if not paths:
         raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
-    say(known.text())
+    say(known.text)
     images = {harmless(path.relative_to(root).as_posix()): path for path in paths}
     about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
     table = growing_table(out, images, about, args.resume) if out else None
@@ -2052,8 +1893,7 @@ def score_files(args: argparse.Namespace) -> None:
                 say(f"{name}  {words}")
                 if out and args.maps != "none":
                     row = images[name], None, y, f"{words}:  {name}"
-                    place = inside(out, picture_name(Path(name)))
-                    draw(place, draw_rows, [row], known, detector.reading.white_level)
+                    draw(inside(out, f"{name}.png"), draw_rows, [row], known)
             if out:  # last: --resume has both
                 add(score_row(name, "", prediction))
     if flagged > max(len(names) / 2, 5):  # fewer may well all be defective

@@ -244,7 +244,7 @@ def run_category(
         began, seed = time.monotonic() - spent, state.settings["seed"]
         trained = fit_detector(detector, features, seed, report_step, state.save, state.training)
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-        evaluate.write_suspects(state.folder, paths, first, trained, known, detector.reading)
+        evaluate.write_suspects(state.folder, paths, first, trained, known)
         evaluate.save_model(state.folder / "model.pt", detector)
         evaluate.remove_results(evaluate.maps_folder(state.folder).rglob("*.tiff"))  # of another
         row = evaluate.report(state.folder, category, detector, test, args, began)

@@ -108,8 +108,8 @@ def timed(sample, fit, seed):
 def measured(sample, maps, scores, good, how="tail"):
     """METRICS of the test images of a sample; fpr and recall too, if there are good scores."""
     known = evaluate.calibrate(scores.numpy() if good is None else good.numpy(), how=how)
-    scored = evaluate.Scored(maps, evaluate.classify(scores.numpy(), known), known)
-    row = evaluate.measure(sample.category, scored, sample.sizes)
+    found = evaluate.classify(scores.numpy(), known)
+    row = evaluate.measure(sample.category, (maps, found, sample.sizes))
     names = METRICS if good is None else (*METRICS, "fpr", "recall")
     return {name: row[name] for name in names}
 

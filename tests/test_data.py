@@ -753,8 +753,8 @@ def test_reasons_for_missing_metrics_are_kept_apart(capsys):
     items = [evaluate.Item(Path("a.png"), "dent", None), evaluate.Item(Path("b.png"), "hole", ())]
     category = evaluate.Category("c", [], items, None)
     known = evaluate.calibrate([1], how=1)
-    scored = evaluate.Scored(torch.zeros(2, 4, 4), evaluate.classify([0, 0], known), known)
-    evaluate.measure(category, scored, [(4, 4)] * 2)
+    scored = torch.zeros(2, 4, 4), evaluate.classify([0, 0], known), [(4, 4)] * 2
+    evaluate.measure(category, scored)
     assert capsys.readouterr().err.splitlines() == [
         "note: c: no good test images: AUROC is not defined",
         "note: c: 1 defective images have no folder of masks: no pixel metrics",

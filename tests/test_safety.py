@@ -310,7 +310,7 @@ def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_p
     command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image")
     shutil.copytree(trained[0] / "bolt", tmp_path / "run")
     succeeds(run(*command, data / "nut/test", "--out", tmp_path / "nut"))
-    save(tmp_path / "photo/000_png.png", picture(1)[0])
+    save(tmp_path / "photo/000.png.png", picture(1)[0])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     fails(run(*command, data / "bolt/test", "--out", tmp_path / "run"), "scores.csv", "move it")
     for more in ((), ("--resume",)):
@@ -347,7 +347,7 @@ def test_what_the_program_wrote_is_never_an_input(data, trained, tmp_path):
     fails(run("train.py", "--data", folder, *out, *TINY), "scores.png", "of this program")
     model = ("--model", trained[0] / "bolt/model.pt")
     fails(run("evaluate.py", *model, "--image", folder, *out), "scores.png", "of this program")
-    assert not [*(tmp_path / "p").rglob("scores_png.png")]
+    assert not [*(tmp_path / "p").rglob("scores.png.png")]
     for _ in range(2):
         demo = train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
     assert evaluate.image_sizes(sorted(demo.rglob("*.png")))
