@@ -289,27 +289,21 @@ def test_a_score_that_is_not_finite_is_the_error_of_its_image(model, tmp_path, m
     assert "2.png: cannot be read" in errors[2] and "3.png: its score is not finite" in errors[3]
 
 
-def test_scores_of_a_folder_without_out_are_lines(model, tmp_path, monkeypatch):
+def test_what_is_scored_goes_to_out_but_not_among_the_images(model, tmp_path, monkeypatch):
+    """Without --out it is lines alone; a table of the same folder and model is made anew."""
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("line/a.png", "line/day\n2/b.png")):
         save(tmp_path / name, picture(k)[0])
-    result = succeeds(run("evaluate.py", "--model", model, "--image", "line"))
-    assert len(result.stdout.splitlines()) == 3 and "day\\n2/b.png  score " in result.stdout
-    assert not result.stderr and {p.name for p in tmp_path.iterdir()} == {"line"}
-
-
-def test_pictures_are_not_put_among_the_images(model, tmp_path):
-    save(tmp_path / "line/a.png", picture(0)[0])
-    folder, image = tmp_path / "line", tmp_path / "line/a.png"
     command = ("evaluate.py", "--model", model, "--image")
-    for out in (image, tmp_path / "b.png", tmp_path / "b.csv"):
-        fails(run(*command, image, "--out", out), out.name, "give a folder")
-    for out in (folder, folder / "o"):
-        fails(run(*command, folder, "--out", out), "--out", "lies in the folder of the images")
-    assert len([*tmp_path.rglob("*")]) == 2
-    for _ in range(2):  # above the images, and again over its own table and pictures
-        succeeds(run(*command, folder, "--out", tmp_path))
-    assert [row["image"] for row in read_table(tmp_path / "scores.csv")] == ["a.png"]
+    for out in ("line/a.png", "b.png", "b.csv"):
+        fails(run(*command, "line/a.png", "--out", out), out, "give a folder")
+    for out in ("line", "line/o"):
+        fails(run(*command, "line", "--out", out), "--out", "lies in the folder of the images")
+    for out in ((), ("--out", "."), ("--out", ".")):
+        result = succeeds(run(*command, "line", *out))
+        assert len(result.stdout.splitlines()) == 3 and "day\\n2/b.png  score " in result.stdout
+        assert not result.stderr and (tmp_path / "scores.csv").exists() == bool(out)
+    assert [row["image"] for row in read_table("scores.csv")] == ["a.png", "day\n2/b.png"]
     assert (tmp_path / "a_png.png").is_file()
 
 
