@@ -518,7 +518,7 @@ def test_onnx_program_gives_every_verdict_of_images_of_any_size(data, model, tmp
             session.run(None, {"images": np.zeros(shape, kind)})
 
 
-def test_what_cannot_be_exported_is_not_written(model, tmp_path, monkeypatch):
+def test_a_program_that_would_not_be_its_model_is_not_written(model, tmp_path, monkeypatch):
     """Another format, a model of more than 8 bits, a program that differs; without its packages."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
