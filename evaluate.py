@@ -19,7 +19,6 @@ import ast
 import contextlib
 import csv
 import ctypes
-import errno
 import hashlib
 import io
 import json
@@ -463,6 +462,8 @@ def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
     """PIL image of a file, not decoded yet, and its size (H, W) as shown. Raises InputError."""
     with unreadable(path):
         image = Image.open(path, formats=FORMATS)  # not PostScript: that starts a program
+        if image.info.get("Software") == RESULT:
+            raise ValueError("a picture of this program's")
         if image.format == "TIFF":
             image.filename = ""  # not mapped into memory: Pillow scrambles what it turns so
         frames, pixels = getattr(image, "n_frames", 1), image.width * image.height
@@ -1001,82 +1002,65 @@ def print_thresholds(known: Calibration, scores: Array, kinds: list[str]) -> Non
 # ---- 3. Files: whole or not there; what others have written stays as it is -----------------------
 FORMAT = 8  # of checkpoints; another one is refused
 RESULT = "WT-Flow result"  # in the first bytes of every file from here; a table has its head
-NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def write_whole(path: Path, write: Callable, mark: str = RESULT) -> None:
     """write(open file), flush to disk, rename: the old file or the new one.
 
-    Raises InputError if that cannot be, or if the old file is without the mark: not from here.
+    Raises InputError if that cannot be, or if the old file is not from here.
     """
     refuse_foreign(path, mark)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.is_file() and not temporary.is_symlink():
-            temporary.unlink()  # of a killed run
-        file = open(temporary, "xb")  # which follows no link
+        temporary.unlink(missing_ok=True)  # of a killed run, or a link
         try:
-            with file:
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what stands against writing into an InputError that names the path and a remedy."""
+    """Turn what stands against writing into an InputError that names the path."""
     try:
         yield
     except OSError as e:
-        full = e.errno in NO_SPACE
-        remedy = "free some space" if full else "give another --out, --run or --export"
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}): {remedy}") from None
+        text = f"cannot be written ({e.strerror or e}): free some space, or give another --out"
+        raise InputError(f"{path}: {text}") from None
 
 
-def written_here(path: Path, mark: str) -> bool:
-    """Whether a file begins as those from here do; an empty one has nothing to lose."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        head = file.read(2048)
-    return not head or mark.encode() in head
+def is_ours(path: Path, mark: str = RESULT) -> bool:
+    """Whether a file begins as those from here do; not if it cannot be read."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return mark.encode() in file.read(2048)
+    return False
 
 
 def refuse_foreign(path: Path, mark: str = RESULT) -> None:
-    """Raises InputError for a file that was not written here."""
-    with writing(path):
-        if os.path.lexists(path) and not written_here(path, mark):
-            raise InputError(f"{path}: not a file of this version's: move it, or write elsewhere")
+    if os.path.lexists(path) and not is_ours(path, mark):
+        raise InputError(f"{path}: not a file of this version's: move it, or write elsewhere")
 
 
 def refuse_foreign_results(folder: Path) -> None:
     """refuse_foreign, before the work, for what will be written into a folder of results."""
     for name in ("model.pt", "state.pt", FINISHED):
         refuse_foreign(folder / name)
-    heads = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
-    for name, columns in heads.items():
+    for name, columns in (("scores", SCORES), ("train-scores", TRAIN_SCORES), ("results", COLUMNS)):
         refuse_foreign(folder / f"{name}.csv", head_line(columns))
-
-
-def refuse_results(paths: list[Path]) -> None:
-    """Raises InputError if one of the images is a picture that was written here."""
-    for path in paths:
-        with contextlib.suppress(OSError):  # which its reader names
-            if path.stat().st_size and written_here(path, RESULT):
-                raise InputError(f"{path}: a result of this program, no image for it: move it")
 
 
 def remove_results(paths: Iterable[Path]) -> None:
     """Remove those of the files that were written here."""
-    for path in paths:
+    for path in filter(is_ours, paths):
         with writing(path):
-            if written_here(path, RESULT):
-                path.unlink()
+            path.unlink()
 
 
 def inside(folder: Path, name: str | Path) -> Path:
@@ -1088,50 +1072,38 @@ def inside(folder: Path, name: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a lock in a folder. Raises InputError, with its process id, if another process does."""
-    path, flags = folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock in a folder. Raises InputError if another process does."""
+    path = folder / ".wtflow.lock"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(os.open(path, flags, 0o666), "r+b", buffering=0)
-    with lock:
-        holder = lock.read(20).decode("ascii", "replace")
-        if holder and not holder.isdigit():
-            raise InputError(f"{path}: not written by this program: move it, or write elsewhere")
-        # A lock that the last holder has removed by now holds nothing
-        if not hold(lock) or not os.fstat(lock.fileno()).st_nlink:
-            who = f"process {holder or 'unknown'} is writing here"
-            raise InputError(f"{folder}: {who}: wait for it, or give another --out")
+        file = open(path, "ab")
+    with file:
         try:
-            with writing(path):
-                lock.truncate(0)
-                lock.seek(0)
-                lock.write(str(os.getpid()).encode())
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # removed by its last holder: who comes next makes a new one
+        except BlockingIOError:
+            text = "another process is writing here: wait for it, or give another --out"
+            raise InputError(f"{folder}: {text}") from None
+        except (ImportError, OSError) as e:  # Windows, or a file system without locks
+            say_once(f"no lock here ({first_line(e)}): see to it that no second run writes here")
+        try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def hold(file: Any) -> bool:
-    """Lock an open file until it is closed; False if another process has locked it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError) as e:  # Windows, or a file system without locks
-        say_once(f"no lock here ({first_line(e)}): see to it that no second run writes here too")
-    return True
-
-
 # Tables
-TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins so
+TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins so, if it is no number
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 
 
 def write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
     """A table in UTF-8, which a table of other columns is not replaced by."""
-    data = encoded(csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+    data = encoded(head_line(columns) + csv_text(columns, rows))
     write_whole(path, lambda file: file.write(data), head_line(columns))
 
 
@@ -1145,24 +1117,19 @@ def encoded(text: str) -> bytes:
 
 
 def csv_text(columns: tuple, rows: list[dict]) -> str:
-    """Rows as lines of a CSV file, for separators of any country."""
+    """Rows as lines of a CSV file, for separators of any country; what a row lacks is empty."""
 
     def cell(value):
         text = harmless(value) if isinstance(value, str) else cell_text(value)
         quoted = any(c in text for c in ',;\t\r\n"')
         return '"' + text.replace('"', '""') + '"' if quoted else text
 
-    return "".join(",".join(cell(row[c]) for c in columns) + "\r\n" for row in rows)
+    return "".join(",".join(cell(row.get(c, "")) for c in columns) + "\r\n" for row in rows)
 
 
 def harmless(text: str) -> str:
-    """A name as the path ./name where a spreadsheet would run it; numbers stay."""
-    if text.startswith(TOLD):
-        with contextlib.suppress(ValueError):
-            float(text)
-            return text
-        return f"./{text}"
-    return text
+    """A name as the path ./name where a spreadsheet would run it."""
+    return f"./{text}" if text.startswith(TOLD) and not NUMBER.fullmatch(text) else text
 
 
 def read_csv(path: Path, columns: tuple) -> list[dict]:
@@ -1173,70 +1140,60 @@ def read_csv(path: Path, columns: tuple) -> list[dict]:
     if not os.path.lexists(path):
         return []
     refuse_foreign(path, head_line(columns))
-    with writing(path):
+    with unreadable(path, "the table it was", "move it"):
         text = path.read_bytes().decode("utf-8", "surrogateescape")
-    text = text[: text.rfind("\n") + 1]
-    try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        if rows and None in rows[-1].values():  # a line break in its name
-            rows.pop()
-        if any(None in (*row, *row.values()) for row in rows):
-            raise ValueError("a row with more or fewer cells")
-        for row in rows:
-            float(row.get("score") or 0)
-    except (csv.Error, ValueError) as e:
-        raise InputError(f"{path}: not as it was written ({first_line(e)}): move it") from None
-    return rows
+        rows = rows if text.endswith("\n") else rows[:-1]
+        if not text.startswith(head_line(columns) + csv_text(columns, rows)):
+            raise ValueError("changed since")
+        return rows
 
 
 SCORES = ("image", "kind", "score", "p_value", "verdict")  # columns of a category's scores.csv
-# And of that of --image FOLDER: what a row is of, to the image's time in nanoseconds
-FOLDER_SCORES = (*SCORES, "threshold", "folder", "modified", "error")
 TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")  # of train-scores.csv
+# And of that of --image: what a row is of, to the image's time in nanoseconds
+FOLDER_SCORES = ("image", *SCORES[2:], "threshold", "folder", "modified", "error")
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
     """A row of scores: of a prediction, or of the error that left the image without one."""
-    row = {"image": name, "kind": kind, "score": "", "p_value": "", "verdict": "", "error": ""}
     if isinstance(found, InputError):
-        return row | {"error": str(found)}
-    numbers = {"score": found.score, "p_value": found.p_value}
-    texts = {k: "" if math.isnan(v) else f"{v:.6g}" for k, v in numbers.items()}
-    return row | texts | {"verdict": found.verdict}
+        return {"image": name, "kind": kind, "error": str(found)}
+    score, p = ("" if math.isnan(v) else f"{v:.6g}" for v in (found.score, found.p_value))
+    return {"image": name, "kind": kind, "score": score, "p_value": p, "verdict": found.verdict}
 
 
 @contextlib.contextmanager
-def growing_table(table: Path, begun: dict[str, dict], resume: bool) -> Iterator[tuple]:
-    """(names that are done, add(row)): a table of scores to which each row is written as it comes.
+def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iterator[tuple]:
+    """(names to score, add(row)): folder/scores.csv, to which each row is written as it comes.
 
-    begun: {image: {threshold, folder, modified}}. With resume, rows that begin so and have a score
-    are done; those of images that are gone stay, others are made again. Raises InputError for rows
-    of another folder, model or threshold, and if another process writes to the table.
+    images: {name: file}; about: {"folder", "threshold"} of all rows: others are an InputError. With
+    resume the rows that have a score stay, but of an image that has changed.
     """
-    with locked(table.parent, f".{table.name}.lock"):
-        rows, same = read_csv(table, FOLDER_SCORES), next(iter(begun.values()))
-        for column in ("folder", "threshold") if resume else ("folder",):
-            if others := {row[column] for row in rows} - {same[column]}:
-                text = f"has rows of another {column}, {listed([*others])}: give another --out"
-                raise InputError(f"{table}: {text}, or remove it")
-        times = {name: row["modified"] for name, row in begun.items()}
-        rows = [row for row in rows if row["score"] and resume]
+    table = folder / "scores.csv"
+    # Another image of a name has another time; that of a missing one its reader names
+    times = {n: str(p.stat().st_mtime_ns) if p.exists() else "" for n, p in images.items()}
+    with locked(folder):
+        rows = read_csv(table, FOLDER_SCORES)
+        if any(row[column] != about[column] for row in rows for column in about):
+            text = "rows of another folder, model or threshold: remove it or give another --out"
+            raise InputError(f"{table}: {text}")
+        rows = [row for row in rows if resume and row["score"]]
         rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
-        if gone := sorted({row["image"] for row in rows} - {*begun}):
-            text = f"rows of {len(gone)} images that are not in this folder stay: {listed(gone)}"
-            say_once(f"{table}: {text}")
+        done = {row["image"] for row in rows}
         write_csv(table, FOLDER_SCORES, rows)
         with writing(table):
             file = open(table, "ab", buffering=0)  # closing it writes nothing more
 
         def add(row):
-            data = encoded(csv_text(FOLDER_SCORES, [row | begun[harmless(row["image"])]]))
+            row = row | about | {"modified": times[row["image"]]}
+            data = encoded(csv_text(FOLDER_SCORES, [row]))
             with writing(table):
                 while data:
                     data = data[file.write(data) :]
 
         with file:
-            yield {row["image"] for row in rows}, add
+            yield [name for name in images if name not in done], add
 
 
 def write_tables(folder: Path, rows: list[dict]) -> None:
@@ -1245,9 +1202,9 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
     Of a part of the categories both have their names in theirs.
     """
-    names = [row["category"] for row in rows]
-    had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)} - {"mean"}
-    part = "" if had <= {*map(harmless, names)} else short("-".join(("", *names)))
+    names = [harmless(row["category"]) for row in rows]
+    had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)}
+    part = "" if had <= {*names, "mean"} else short("-".join(("", *names)))
     kinds = [kind for row in rows for kind in row["kinds"]]
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
@@ -1256,20 +1213,15 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
 
 
 def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None:
-    """Tables over several seeds; prints mean +- spread.
-
-    results.csv and metrics.csv: means over the seeds; spread.csv: standard deviations.
-    """
+    """Means over seeds in results.csv and metrics.csv, deviations in spread.csv; prints both."""
     means, spreads, printed = [], [], []
     for rows in zip(*[run + [mean_row(run)] for run in runs], strict=True):
-        mean, spread, text = (dict(rows[0]) for _ in range(3))
-        for name in (name for name, v in rows[0].items() if isinstance(v, (int, float))):
-            values = [row[name] for row in rows]
-            mean[name], spread[name] = float(np.mean(values)), float(np.std(values, ddof=1))
-            text[name] = f"{mean[name]:.2f} +- {spread[name]:.2f}"
-        means.append(mean)
-        spreads.append(spread)
-        printed.append(text)
+        names = [name for name, value in rows[0].items() if isinstance(value, (int, float))]
+        values = {name: np.array([row[name] for row in rows], float) for name in names}
+        means.append(rows[0] | {name: v.mean() for name, v in values.items()})
+        spreads.append(rows[0] | {name: v.std(ddof=1) for name, v in values.items()})
+        text = {name: f"{means[-1][name]:.2f} +- {spreads[-1][name]:.2f}" for name in names}
+        printed.append(rows[0] | text)
     write_csv(folder / "results.csv", COLUMNS, means)
     write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
     write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
@@ -1278,6 +1230,9 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
 
 
 # Checkpoints
+TRAINED = "what train.py wrote", "give OUT/DATA/CATEGORY/model.pt, or remove this and train again"
+
+
 def save_model(path: str | Path, detector: wtflow.Detector) -> None:
     """A fitted detector; the frozen extractor is named by its recipe, not stored."""
     reading = detector.reading._asdict()
@@ -1290,27 +1245,18 @@ def save_model(path: str | Path, detector: wtflow.Detector) -> None:
 def load_model(path: str | Path, device: Any = "auto", weights: Any = None) -> wtflow.Detector:
     """The detector of save_model on a device (pick_device). Raises InputError if it is damaged."""
     state, device = load_checkpoint(path), pick_device(device)
-    try:
+    with unreadable(path, *TRAINED):
         detector = wtflow.Detector(state["recipe"], weights=weights)
         detector.normal_scores = torch.empty_like(state["model"]["normal_scores"])
         detector.load_state_dict(state["model"])
         reading = Reading(**state["reading"])
         ignore = None if reading.ignore is None else reading.ignore.numpy()
         detector.reading = reading._replace(ignore=ignore)
-        if not all(v.isfinite().all() for v in state["model"].values()):
-            raise ValueError("its weights are not finite")
-        if not len(detector.normal_scores):
-            raise ValueError("it is not fitted")
-        other = state["weights"] != detector.extractor.digest
-    except InputError as e:  # its extractor has no weights here
-        raise InputError(f"{path}: {e}") from None
-    except Exception as e:
-        if no_memory(e):
-            raise
-        raise InputError(f"{path}: not a whole model ({one_line(e)[:200]}): train again") from None
-    if other:
-        name = detector.recipe.backbone
-        raise InputError(f"{path}: trained on other weights of {name}: pass those with --weights")
+        finite = all(v.isfinite().all() for v in state["model"].values())
+        if not finite or not len(detector.normal_scores):
+            raise ValueError("not fitted, or not finite")
+        if state["weights"] != detector.extractor.digest:
+            raise InputError(f"{path}: trained on other weights: pass those with --weights")
     detector = detector.to(device)
     if device.type == "cuda":  # in place of the two methods, on this detector alone
         detector._extract = CudaGraphs(detector._extract)
@@ -1328,23 +1274,14 @@ def save_checkpoint(path: Path, recipe: wtflow.Recipe, **content: Any) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, its recipe a Recipe. Raises InputError for anything else."""
-    try:
+    with unreadable(path, *TRAINED):
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("format", 1) if "recipe" in state else "unknown"
-        if found != FORMAT:
-            raise ValueError(f"format {found}, this version reads {FORMAT}")
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
         return state | {"recipe": wtflow.Recipe(**state["recipe"])}
-    except OSError as e:
-        remedy = "give --model OUT/DATA/CATEGORY/model.pt, which train.py writes"
-        raise InputError(f"{path}: cannot be read ({e.strerror or e}): {remedy}") from None
-    except Exception as e:  # damaged archives raise a dozen types
-        if no_memory(e):
-            raise
-        reason = first_line(e)[:200]
-        raise InputError(f"{path}: not a model of WT-Flow ({reason}): train it again") from None
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -1355,14 +1292,11 @@ def write_json(path: Path, values: dict) -> None:
 
 def read_json(path: Path) -> dict:
     """What write_json wrote. Raises InputError for anything else."""
-    try:
+    with unreadable(path, *TRAINED):
         values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
         if values["written_by"] != RESULT:
             raise ValueError("not from here")
         return values
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        text = f"cannot be read ({first_line(e)}): train.py writes it: remove it and train again"
-        raise InputError(f"{path}: {text}") from None
 
 
 class CudaGraphs:
@@ -1649,8 +1583,9 @@ def export_model(path: Path, detector: wtflow.Detector, known: Calibration) -> N
 EFFECTIVE = {  # each command, and the options that have an effect on it
     ("run", "data"): ("category", "weights", "device", "fpr", "threshold", "maps", "save_maps"),
     ("model",): ("weights", "fpr", "threshold"),
-    ("model", "image"): ("weights", "device", "fpr", "threshold", "maps", "out", "resume"),
     ("model", "export"): ("weights", "fpr", "threshold"),
+    ("model", "image"): ("weights", "fpr", "threshold", "device"),
+    ("model", "image", "out"): ("weights", "fpr", "threshold", "device", "maps", "resume"),
 }
 
 
@@ -1658,25 +1593,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add_common_options(parser)
     add = parser.add_argument
-    add("--run", metavar="DIR", help="what train.py wrote: its table again (default: none)")
-    add("--model", metavar="FILE", help="a model.pt, for --image or --export (default: none)")
-    add("--image", metavar="PATH", help="an image, or a folder of images (default: none)")
-    text = "of --image: a folder for scores.csv and pictures; of a folder, a table FILE.csv alone "
-    add("--out", metavar="DIR", help=text + "(default: here; of a folder no pictures)")
-    add("--resume", action="store_true", help="of --image FOLDER: go on (default: anew)")
-    add("--export", metavar="FILE", help="the model as a program: FILE.onnx (default: none)")
+    add("--run", metavar="DIR", help="what train.py wrote: its table again")
+    add("--model", metavar="FILE", help="a model.pt, for --image or --export")
+    add("--image", metavar="PATH", help="an image, or a folder of images")
+    add("--out", metavar="DIR", help="of --image: a folder for scores.csv and pictures")
+    add("--resume", action="store_true", help="of --image with --out: go on (default: anew)")
+    add("--export", metavar="FILE", help="the model as a program: FILE.onnx")
     args = parser.parse_args(argv)
     check_options(args)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    asked = given & {"run", "data", "model", "image", "export"}
-    command = next((names for names in EFFECTIVE if {*names} == asked), None)
-    if command is None:
+    command = tuple(c for c in ("run", "data", "model", "export", "image", "out") if c in given)
+    if command not in EFFECTIVE:
         raise InputError("give --run and --data, or --model, alone or with --image or --export")
-    for name in sorted(given - asked - {*EFFECTIVE[command]}):
+    for name in sorted(given - {*command, *EFFECTIVE[command]}):
         raise InputError(f"--{name.replace('_', '-')}: has no effect with --{command[-1]}")
-    if command == ("run", "data"):
+    if args.run:
         return evaluate_run(args)
-    if command == ("model", "image"):
+    if args.image:
         return score_files(args)
     detector = load_model(args.model, "cpu", args.weights)
     known = calibration_of(detector, args.fpr, args.threshold)
@@ -1695,17 +1628,15 @@ def evaluate_run(args: argparse.Namespace) -> None:
     name, categories = read_dataset(args.data, args.category)
     folder = Path(args.run)
     folder = out = folder / name if (folder / name).is_dir() else folder
-    models = [inside(folder, category.name) / "model.pt" for category in categories]
+    had = [read_json(inside(folder, category.name) / FINISHED)["test"] for category in categories]
     digests = [digest_of_files(category.test) for category in categories]
-    if [read_json(model.with_name(FINISHED))["test"] for model in models] != digests:
-        out = folder / short(
-            f"on-{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
-        )
+    if digests != had:
+        out = folder / f"on-{name}-{zlib.crc32(encoded(''.join(digests))):08x}"
         say(f"note: other test images than those of the run: into {out}", sys.stderr)
     with locked(out):
-        for category, model in zip(categories, models, strict=True):
+        for category in categories:
             began, place = time.monotonic(), inside(out, category.name)
-            detector = load_model(model, device, args.weights)
+            detector = load_model(folder / category.name / "model.pt", device, args.weights)
             test = extract(detector, [item.path for item in category.test])
             rows.append(report(place, category, detector, test, args, began))
         write_tables(out, rows)
@@ -1720,7 +1651,6 @@ def digest_of_files(items: list) -> str:
     paths = []
     for item in items:
         paths += [item.path, *(item.masks or ())] if isinstance(item, Item) else [item]
-    refuse_results(paths)
     digest = hashlib.sha256()
     for path in paths:
         with unreadable(path):
@@ -1729,38 +1659,25 @@ def digest_of_files(items: list) -> str:
     return digest.hexdigest()[:16]
 
 
-def report(
-    folder: Path,
-    category: Category,
-    detector: wtflow.Detector,
-    test: tuple,
-    args: Any,
-    began: float,
-) -> dict:
+def report(folder: Path, category: Category, detector, test: tuple, args, began: float) -> dict:
     """Score a category's test images, print and write what comes of it; the row of metrics.
 
-    test: what extract gives of them. Prints what several thresholds find.
+    test: what extract gives of them.
     """
     (features, sizes, _), items = test, category.test
     known = calibration_of(detector, args.fpr, args.threshold)
     maps, scores = torch.zeros(0, 1, 1), torch.zeros(0)
     if features is not None:
         maps, scores = detector.score(features)
-    found, exceeded = classify(scores.numpy(), known), []
-    for kind, bad in (("good", False), ("defective", True)):
-        own = [p.verdict for k, p in enumerate(found) if (items[k].kind != "good") == bad]
-        if own and not math.isnan(known.threshold):
-            exceeded.append(f"{own.count('defect')} of {len(own)} {kind}")
-    of_test = f", exceeded by {' and '.join(exceeded)} test images" if exceeded else ""
-    say(f"{category.name}: {known.text}{of_test}")
+    found = classify(scores.numpy(), known)
+    say(f"{category.name}: {known.text}")
     print_thresholds(known, scores.numpy(), [item.kind for item in items])
     scored = maps, found, sizes
     row = measure(category, scored, detector.reading.ignore)
     row["seconds"] = round(time.monotonic() - began, 1)
     names = [name.as_posix() for name in names_of(items)]
     rows = [score_row(n, i.kind, p) for n, i, p in zip(names, items, found, strict=True)]
-    if rows:
-        write_csv(folder / "scores.csv", SCORES, rows)
+    write_csv(folder / "scores.csv", SCORES, rows)
     if args.save_maps:
         write_maps(folder, category, maps, sizes)
     write_pictures(folder, category, scored, known, detector.reading.white_level, args.maps)
@@ -1768,75 +1685,50 @@ def report(
 
 
 def score_files(args: argparse.Namespace) -> None:
-    """Print score, p-value and verdict of one image, or of each under a folder; see --out.
+    """Print score, p-value and verdict of one image, or of each under a folder; --out keeps them.
 
     A damaged image costs one line and, at the end, exit code 2.
     """
-    image = Path(args.image)
+    image, out = Path(args.image), args.out and Path(args.out)
     if not image.exists():
         raise InputError(f"{image}: no such file or folder: give --image an image or a folder")
-    detector = load_model(args.model, pick_device(args.device), args.weights)
-    root, paths = image.parent, [image]
-    if image.is_dir():
-        root, paths = image, images_under(image)
-        scored = {*paths}
-        say_unread(image.resolve().name, [p for p in all_files(image) if p not in scored])
-        if not paths:
-            raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
-    elif args.resume:
-        raise InputError("--resume: has no effect with one image")
-    table, pictures = places_of(image, args.out and Path(args.out), args.maps)
-    refuse_results(paths)
-    known = calibration_of(detector, args.fpr, args.threshold)
-    say(known.text)
-    names = {path: path.relative_to(root).as_posix() for path in paths}
-    about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
-    begun = {}
-    for path, name in names.items():
-        # Another image of this name has another time
-        time_ns = path.stat().st_mtime_ns if path.exists() else ""  # which its reader names
-        begun[harmless(name)] = about | {"modified": str(time_ns)}
-    failed, flagged = 0, 0
-    rows = contextlib.nullcontext(({*()}, lambda row: None))
-    with growing_table(table, begun, args.resume) if table else rows as (done, add):
-        todo = [path for path, name in names.items() if harmless(name) not in done]
-        for path, (found, y, _) in zip(todo, predictions_of(detector, todo, known), strict=True):
-            name, good = names[path], not isinstance(found, InputError)
-            if good and pictures:
-                row = path, None, y, f"{in_words(found)}:  {name}"
-                white = detector.reading.white_level
-                draw(inside(pictures, f"{name}.png"), draw_rows, [row], known, white)
-            add(score_row(name, name.rpartition("/")[0], found))  # last: --resume has both
-            if good:
-                flagged += found.verdict == "defect"
-                say(f"{name}  {in_words(found)}")
-            else:
-                failed += 1
-                say(f"error: {found}", sys.stderr)
-    if flagged > max(len(todo) / 2, 5):  # fewer may well all be defective
-        say(f"note: {flagged} of {len(todo)} images are defective: or are light, camera or "
-            "compression not those of training?", sys.stderr)  # fmt: skip
-    if table is not None:  # on stderr: stdout has one line an image
-        without = f", {failed} of {len(paths)} images have none" if failed else ""
-        say(f"scores: {table}{without}", sys.stderr)
-    if failed:
-        sys.exit(2)
-
-
-def places_of(image: Path, out: Path | None, maps: str) -> tuple[Path | None, Path | None]:
-    """(table of scores or None, folder of pictures or None) of --image and --out."""
-    folder, here = image.is_dir(), out or Path(".")
-    if out and out.suffix.lower() in (*SUFFIXES, *([] if folder else [".csv"])):
-        raise InputError(f"--out {out}: give a folder, for the table and the pictures")
-    if folder and out and out.suffix.lower() == ".csv":
-        return out, None
-    table, pictures = here / "scores.csv" if folder or out else None, here
-    if maps == "none" or folder and out is None:
-        return table, None
-    real = Path(os.path.realpath(here))
-    if folder and Path(os.path.realpath(image)) in (real, *real.parents):
+    if out and out.suffix.lower() in (".csv", *SUFFIXES):
+        raise InputError(f"--out {out}: give a folder, for scores.csv and the pictures")
+    if out and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(image)):
         raise InputError(f"--out {out}: lies in the folder of the images: give another")
-    return table, pictures
+    detector = load_model(args.model, pick_device(args.device), args.weights)
+    known = calibration_of(detector, args.fpr, args.threshold)
+    root, paths = (image, images_under(image)) if image.is_dir() else (image.parent, [image])
+    others = [path for path in all_files(image) if path.suffix.lower() not in SUFFIXES]
+    say_unread(image.resolve().name, others)
+    if not paths:
+        raise InputError(f"{image}: no images in this folder ({', '.join(SUFFIXES)})")
+    say(known.text)
+    images = {harmless(path.relative_to(root).as_posix()): path for path in paths}
+    about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
+    table = growing_table(out, images, about, args.resume) if out else None
+    failed, flagged = 0, 0
+    with table or contextlib.nullcontext(([*images], None)) as (names, add):
+        found = predictions_of(detector, [images[name] for name in names], known)
+        for name, (prediction, y, _) in zip(names, found, strict=True):
+            if isinstance(prediction, InputError):
+                failed += 1
+                say(f"error: {prediction}", sys.stderr)
+            else:
+                flagged += prediction.verdict == "defect"
+                words = in_words(prediction)
+                say(f"{name}  {words}")
+                if out and args.maps != "none":
+                    row, white = (images[name], None, y, f"{words}:  {name}"), detector.reading[0]
+                    draw(inside(out, f"{name}.png"), draw_rows, [row], known, white)
+            if out:  # last: --resume has both
+                add(score_row(name, "", prediction))
+    if flagged > max(len(names) / 2, 5):  # fewer may well all be defective
+        text = "or are light, camera or compression not those of training?"
+        say(f"note: {flagged} of {len(names)} images are defective: {text}", sys.stderr)
+    if failed:
+        say(f"{failed} of {len(names)} images have no score", sys.stderr)
+        sys.exit(2)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1851,20 +1743,16 @@ class OneLineParser(argparse.ArgumentParser):
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What train.py and evaluate.py share."""
     add = parser.add_argument
-    add("--data", metavar="DIR", help="data set or one category of it (default: a demo)")
-    text = "only these (default: all)"
-    add("--category", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    add("--data", metavar="DIR", help="data set or one category of it (train.py: else a demo)")
+    add("--category", nargs="+", action="extend", default=[], metavar="NAME", help="only these")
     add("--weights", metavar="FILE", help="of the backbone (default: those of its package)")
-    text = "auto: a GPU if there is one (default: auto)"
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     text = "false positive rate of the threshold; 0: the highest good training score (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
-    text = "tail or rank of the good scores, or a score (default: tail)"
-    add("--threshold", type=literal, default="tail", metavar="HOW", help=text)
+    add("--threshold", type=literal, default="tail", metavar="HOW", help="tail, rank or a score")
     text = "pictures of test images: all, or those that tell most (default: worst)"
     add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
-    text = "float32 TIFF maps as MVTec's script reads them (default: none)"
-    add("--save-maps", action="store_true", help=text)
+    add("--save-maps", action="store_true", help="float32 TIFF maps as MVTec's script reads them")
 
 
 def literal(text: str) -> Any:
@@ -1898,7 +1786,7 @@ def exit_cleanly(main: Callable) -> None:
     except InputError as e:
         message = str(e)
     except KeyboardInterrupt:
-        say("interrupted: --resume goes on", sys.stderr)
+        say("interrupted: with --resume train.py and --image go on", sys.stderr)
         sys.exit(130)
     except OSError as e:  # what reading and writing do not name themselves, like a closed folder
         name = e.filename or "standard output"

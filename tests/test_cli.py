@@ -45,10 +45,7 @@ def test_train_writes_models_maps_and_the_table(trained):
         assert all(0 <= float(row[name]) <= 100 for name in COLUMNS.split(",")[1:4])
         assert row["category"] in result.stdout and row["aupro"] in result.stdout
     for name in ("bolt", "nut"):
-        assert (folder / name / "model.pt").is_file()
         assert 4 <= len(list((folder / name / "maps").rglob("*.png"))) <= 7
-    assert not (folder / "spread.csv").exists()
-    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
 
 
 def test_the_released_recipe_at_a_small_width(data, tmp_path):
@@ -74,30 +71,24 @@ def test_checkpoints_hold_tensors_and_plain_values_and_no_path(trained):
         assert secret not in (trained[0] / "metrics.csv").read_text()
 
 
-def test_evaluate_gives_the_table_again_and_other_test_images_one_of_their_own(
-    data, trained, tmp_path
-):
-    """Of which test/ is enough; the run's own table stays."""
+def test_other_test_images_have_a_table_of_their_own(data, trained, tmp_path):
+    """Of which test/ is enough; that of the run's own images is made again, the same."""
     shutil.copytree(trained[0], tmp_path / "tiny")
-    before = without_seconds(tmp_path / "tiny")
     for where in (tmp_path, tmp_path / "tiny"):
         succeeds(run("evaluate.py", "--run", where, "--data", data, "--maps", "none"))
-        assert without_seconds(tmp_path / "tiny") == before
+        assert without_seconds(tmp_path / "tiny") == without_seconds(trained[0])
     shutil.copytree(data, tmp_path / "new/tiny")
     for name in ("bolt", "nut"):
         shutil.rmtree(tmp_path / f"new/tiny/{name}/train")
     (tmp_path / "new/tiny/bolt/test/good/006.png").unlink()
-    whole = (tmp_path / "tiny/results.csv").read_bytes()
+    own = rows(tmp_path / "tiny")
     for _ in range(2):
         succeeds(run("evaluate.py", "--run", tmp_path, "--data", tmp_path / "new/tiny"))
-    assert (tmp_path / "tiny/results.csv").read_bytes() == whole
+    assert rows(tmp_path / "tiny") == own
     [other] = (tmp_path / "tiny").glob("on-tiny-*")
-    table = rows(other, "results.csv")
+    table = rows(other)
     assert [row["test_images"] for row in table] == ["5", "6", "11"]
-    assert table[1] == rows(tmp_path / "tiny")[1] | {
-        "train_images": "0",
-        "seconds": table[1]["seconds"],
-    }
+    assert table[1] | {"seconds": ""} == own[1] | {"seconds": "", "train_images": "0"}
     assert (other / "bolt/scores.csv").is_file() and [*other.rglob("bolt/maps/**/*.png")]
 
 
@@ -159,8 +150,7 @@ def test_degenerate_training_sets_train(tmp_path, kind):
     succeeds(run("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o", *TINY))
 
 
-def test_bad_commands_are_named_by_a_process_of_their_own(tmp_path):
-    fails(shell(ROOT / "train.py", "--data", tmp_path / "absent"), "absent")
+def test_a_bad_command_is_named_by_a_process_of_its_own():
     fails(shell(ROOT / "evaluate.py"), "--run")
 
 

@@ -1,14 +1,12 @@
-"""On a GPU; skipped where there is none: same arithmetic, CUDA graphs, a whole run, torchrun."""
+"""On a GPU; skipped where there is none: same arithmetic, CUDA graphs, a whole run."""
 
 import copy
-import gc
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, run, shell, succeeds
+from conftest import run, succeeds
 from test_wtflow import fitted
 
 import evaluate
@@ -112,18 +110,6 @@ def test_graphs_end_where_what_they_read_is_replaced(both):
     assert copied._score.method().__self__ is copied
 
 
-def test_where_a_graph_cannot_be_captured_the_method_runs(both, monkeypatch):
-    detector, loaded = both
-
-    def fails(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch.cuda, "graph", fails)
-    assert same(detector, loaded, images(2, seed=1))
-    assert all(run == method.method() for method in (loaded._extract, loaded._score)
-               for run in method.graphs.values())  # fmt: skip
-
-
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(capsys):
     evaluate.SAID.clear()
     x = torch.ones(3, device="cuda")
@@ -151,20 +137,6 @@ def test_graphs_keep_what_they_read_and_follow_no_autocast(both):
     assert torch.equal(*other) and same(detector, loaded, x)
 
 
-def test_a_model_that_is_dropped_is_freed_at_once(tmp_path):
-    detector, _ = fitted(SMALL, n=12, device="cuda")
-    evaluate.save_model(tmp_path / "m.pt", detector)
-    loaded = evaluate.load_model(tmp_path / "m.pt", "cuda")
-    for _ in range(3):
-        loaded(images(1, seed=1))
-    alive = weakref.ref(loaded)
-    gc.disable()
-    del loaded
-    gone = alive() is None
-    gc.enable()
-    assert gone
-
-
 def test_threads_share_the_graphs(both):
     detector, loaded = both
     several = [images(1 + k % 3, seed=k) for k in range(8)]  # of three sizes
@@ -172,17 +144,6 @@ def test_threads_share_the_graphs(both):
         found = [*pool.map(loaded, 20 * several)]
     for x, there in zip(20 * several, found, strict=True):
         assert torch.equal(there[1], detector(x)[1])
-
-
-def test_a_caller_may_capture_a_loaded_model_or_use_inference_mode(both):
-    detector, loaded = both
-    x = images(1, seed=1).cuda()
-    with torch.inference_mode():
-        assert same(detector, loaded, x)
-    assert same(detector, loaded, x)
-    graph = torch.cuda.make_graphed_callables(loaded.forward, (x.clone(),))
-    for there, here in zip(graph(x), detector(x), strict=True):
-        assert torch.equal(there, here)
 
 
 def test_a_run_on_a_gpu(data, tmp_path):
@@ -195,11 +156,3 @@ def test_a_run_on_a_gpu(data, tmp_path):
         detector = evaluate.load_model(model, device)
         result = evaluate.score(detector, data / "bolt/test/dent/000.png")
         assert result.verdict == "defect"
-
-
-def test_torchrun_shares_the_categories(data, tmp_path):
-    """Two processes; where there is one GPU, both on it."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    options = ("--data", data, "--steps", 20, "--image-size", 64, "--out", tmp_path)
-    result = succeeds(shell(*launch, ROOT / "train.py", *options, "--device", "cuda"))
-    assert "bolt" in result.stdout and "nut" in result.stdout

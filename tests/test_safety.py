@@ -2,16 +2,18 @@
 
 import contextlib
 import errno
+import io
+import itertools
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,11 +31,10 @@ DRAWN = (*TINY, "--maps", "worst")
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
-def apart(module, log, *options, prepare=None):
-    """A command in a process of its own, started, with a state saved after every step.
+def apart(module, log, *options, before=lambda: None):
+    """A command in a fork of this process, after before(), with a state saved after every step.
 
-    A fork of this one, so that nothing is imported again. Its output goes to the file `log`;
-    prepare(): called in it before.
+    Its output goes to the file `log`.
     """
 
     def child():
@@ -41,10 +42,8 @@ def apart(module, log, *options, prepare=None):
             os.dup2(f.fileno(), 1)
             os.dup2(f.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        train.SAVE_SECONDS = 0
-        train.REPORT_STEPS = 1
-        if prepare is not None:
-            prepare()
+        train.SAVE_SECONDS, train.REPORT_STEPS = 0, 1
+        before()
         evaluate.exit_cleanly(lambda: module.main([str(option) for option in options]))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -52,23 +51,39 @@ def apart(module, log, *options, prepare=None):
     return process
 
 
+def at_call(module, name, n, act):
+    """Let the n-th call of a module's function begin with act()."""
+    f, calls = getattr(module, name), itertools.count(1)
+
+    def counted(*args, **options):
+        if next(calls) == n:
+            act()
+        return f(*args, **options)
+
+    setattr(module, name, counted)
+
+
+def killed_at(name, n, command, log, *options):
+    """A command that is killed at the n-th call of a function of os or evaluate."""
+    module = os if hasattr(os, name) else evaluate
+    die = partial(at_call, module, name, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    process = apart(command, log, *options, before=die)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+
+
 def no_table(folder):
     return not list(folder.rglob("results.csv"))
 
 
 # ---- broken input --------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "where, blob",
-    [
-        ("train/good/001.png", None),
-        ("test/good/007.png", b""),
-        ("test/dent/001.png", b"not an image"),
-        ("ground_truth/dent/001_mask.png", None),
-    ],
-)
-def test_broken_images_stop_the_run_by_name(tmp_path, where, blob):
+BROKEN = ("train/good/001.png", "test/good/007.png", "ground_truth/dent/001_mask.png")
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_broken_images_stop_the_run_by_name(tmp_path, where):
     path = make_mvtec(tmp_path / "d") / "bolt" / where
-    path.write_bytes(path.read_bytes()[:50] if blob is None else blob)
+    path.write_bytes(path.read_bytes()[:50])
     fails(run("train.py", "--data", tmp_path / "d", "--out", tmp_path / "o", *TINY), path.name)
     assert no_table(tmp_path)
 
@@ -84,10 +99,7 @@ def test_features_that_are_not_finite_stop_the_run(data, tmp_path):
 
 
 @pytest.mark.skipif(not ROOT_USER, reason="only root can become a user without permission")
-@pytest.mark.parametrize(
-    "what",
-    ["train/good/001.png", "ground_truth/dent/001_mask.png", "test", "."],
-)
+@pytest.mark.parametrize("what", ["train/good/001.png", "ground_truth/dent/001_mask.png", "test"])
 def test_without_permission(what):
     Image.init()  # the other user may not read the environment either: read all of it before
     root = Path(tempfile.mkdtemp())  # pytest's folders are closed to other users as a whole
@@ -100,7 +112,7 @@ def test_without_permission(what):
         os.seteuid(65534)
         options = (*TINY, "--weights", root / "weights.pth")
         result = run("train.py", "--data", root / "d/bolt", "--out", root / "o", *options)
-        fails(result, Path(what).name or "bolt")
+        fails(result, Path(what).name)
         assert no_table(root)
     finally:
         os.seteuid(0)
@@ -113,12 +125,20 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
+def torch_bytes(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
 def changed_model(state, **changes):
     return {**state, "model": {**state["model"], **changes}}
 
 
-# name: a function of a good checkpoint's state
-FOREIGN = {
+FOREIGN = {  # functions of a good checkpoint's state, or bytes
+    "truncated": lambda s: torch_bytes(s)[:3000],
+    "empty": lambda s: b"",
+    "evil": lambda s: {**s, "evil": Evil()},
     "foreign": lambda s: {"a": torch.ones(2)},
     "older": lambda s: {"recipe": s["recipe"], "field": s["model"]},
     "newer": lambda s: {**s, "format": evaluate.FORMAT + 1},
@@ -126,23 +146,18 @@ FOREIGN = {
     "shape": lambda s: changed_model(s, feature_mean=torch.ones(3)),
     "tensor": lambda s: {**s, "model": dict(list(s["model"].items())[1:])},
     "type": lambda s: changed_model(s, feature_mean="x"),
-    "blocks": lambda s: changed_model(s, **{"gaussian.factor": s["model"]["gaussian.factor"][:1]}),
     "unfitted": lambda s: changed_model(s, normal_scores=torch.zeros(0)),
     "nan": lambda s: changed_model(s, feature_mean=s["model"]["feature_mean"] * float("nan")),
-    "backbone": lambda s: {**s, "recipe": {**s["recipe"], "backbone": "efficientnet_lite2"}},
+    "weights": lambda s: {**s, "weights": "0"},
 }
 
 
-@pytest.mark.parametrize("name", ["truncated", "empty", "evil", *FOREIGN])
+@pytest.mark.parametrize("name", FOREIGN)
 def test_checkpoints_that_are_not_ours(data, trained, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    path, good = tmp_path / f"{name}.pt", trained[0] / "bolt/model.pt"
-    blob = good.read_bytes()
-    if name in FOREIGN:
-        torch.save(FOREIGN[name](torch.load(good, weights_only=True)), path)
-    else:
-        kinds = {"truncated": blob[: len(blob) // 2], "empty": b"", "evil": pickle.dumps(Evil())}
-        path.write_bytes(kinds[name])
+    path, state = tmp_path / f"{name}.pt", torch.load(trained[0] / "bolt/model.pt")
+    found = FOREIGN[name](state)
+    path.write_bytes(found if isinstance(found, bytes) else torch_bytes(found))
     image = ("--image", data / "bolt/test/good/006.png", "--out", tmp_path / "o")
     fails(run("evaluate.py", "--model", path, *image), f"{name}.pt")
     assert not (tmp_path / "o").exists() and not (tmp_path / "evil-was-here").exists()
@@ -168,36 +183,23 @@ def test_flipped_bits_in_a_checkpoint_never_change_a_model(trained, tmp_path):
 
 def test_resume_refuses_other_settings_another_backbone_and_other_images(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "tiny")
-    resume = ("--out", tmp_path, "--resume", *TINY)
-    for changes, words in (
-        (("--seeds", 5), ("seed",)),
-        (("--coupling", "optimal"), ("coupling",)),
-        (("--rho", 0.7), ("rho",)),
-        (("--fpr", 20), ("fpr 1.0 there, 20.0 here",)),
-    ):
-        fails(run("train.py", "--data", data, *resume, *changes), "recipe.json", *words)
-    more = tmp_path / "more/tiny"
+    more, resume = tmp_path / "more/tiny", ("--out", tmp_path, "--resume", *TINY)
     shutil.copytree(data, more)
-    for name in ("train/good/000.png", "ground_truth/dent/000_mask.png"):
+    for name, value in (("seeds", 5), ("coupling", "optimal"), ("rho", 0.7), ("fpr", 20)):
+        result = run("train.py", "--data", data, *resume, f"--{name}", value)
+        fails(result, "recipe.json", name.rstrip("s"))
+    for name, word in (("train/good/000.png", "files"), ("ground_truth/dent/000_mask.png", "test")):
         path = more / "bolt" / name  # another file of the same name, size in bytes and time
         before, whole = path.stat(), path.read_bytes()
         path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        fails(run("train.py", "--data", more, *resume), "(files " if "train" in name else "(test ")
+        fails(run("train.py", "--data", more, *resume), f"({word} ")
         path.write_bytes(whole)
     save(more / "bolt/train/good/999.png", picture(5)[0])
     fails(run("train.py", "--data", more, *resume), "images")
     file = tmp_path / "tiny/bolt/recipe.json"
     file.write_text(file.read_text().replace("efficientnet_lite0", "efficientnet_lite2"))
-    result = run("train.py", "--data", data, *resume)
-    fails(result, "backbone efficientnet_lite2 there, efficientnet_lite0 here")
-
-
-def train_until(name, call, log, *options):
-    """train.py that is killed at the n-th call of a function."""
-    process = apart(train, log, *options, prepare=lambda: dies_at(name, call))
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    fails(run("train.py", "--data", data, *resume), "backbone", "efficientnet_lite2")
 
 
 def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
@@ -206,96 +208,80 @@ def test_a_retraining_that_was_interrupted_is_resumed(data, trained, tmp_path):
     succeeds(run("train.py", *options, "--out", tmp_path / "whole"))
     cut = tmp_path / "cut"
     shutil.copytree(trained[0], cut / "tiny")
-    train_until("report", 1, tmp_path / "log", *options, "--out", cut)
-    assert (cut / "tiny/bolt/state.pt").exists()
+    killed_at("report", 1, train, tmp_path / "log", *options, "--out", cut)
     fails(run("train.py", "--data", data / "bolt", *TINY, "--out", cut, "--resume"), "state.pt")
     succeeds(run("train.py", *options, "--out", cut, "--resume"))
     assert same_tensors(model_of(cut / "tiny", "bolt"), model_of(tmp_path / "whole/tiny", "bolt"))
 
 
-def test_the_state_of_an_earlier_run_is_gone_once_another_has_begun(data, tmp_path):
-    options = ("--data", data / "bolt", *TINY, "--out", tmp_path)
-    for seed, dies in ((3, "report"), (4, "extract")):  # after the last state, before any
-        train_until(dies, 1, tmp_path / "log", *options, "--seeds", seed)
-    succeeds(run("train.py", *options, "--seeds", 4, "--resume"))
-
-
-def test_pictures_that_are_asked_for_later_are_drawn_by_evaluate(data, trained, tmp_path):
-    evaluate.SAID.clear()
+def test_pictures_of_another_model_go(data, trained, tmp_path):
+    """Those that are asked for later are drawn by evaluate.py; a new training removes them."""
     shutil.copytree(trained[0], tmp_path / "tiny")
-    options = ("--data", data, "--maps", "all", "--save-maps")
-    result = succeeds(run("train.py", *options, "--out", tmp_path, *TINY, "--resume"))
-    assert "finished categories stay: evaluate.py --run draws them again" in result.stderr
-    succeeds(run("evaluate.py", *options, "--run", tmp_path))
-    pictures = [*(tmp_path / "tiny/bolt/maps").rglob("*.png")]
-    assert len(pictures) == 6 and tmp_path / "tiny/bolt/maps/dent/000.png.png" in pictures
+    more = ("--maps", "all", "--save-maps")
+    succeeds(run("evaluate.py", "--data", data, "--run", tmp_path, *more))
+    assert len([*(tmp_path / "tiny/bolt/maps").rglob("*.png")]) == 6
     tiff = Image.open(tmp_path / "tiny/anomaly_maps/bolt/test/dent/000.tiff")
     assert tiff.mode == "F" and tiff.size == (48, 40) and len([*tmp_path.rglob("*.tiff")]) == 12
-    again = ("--data", data, "--out", tmp_path, *TINY, "--seeds", 3)
-    succeeds(run("train.py", *again))  # another model: the pictures are not its own
+    succeeds(run("train.py", "--data", data, "--out", tmp_path, *TINY, "--seeds", 3))
     assert not [*tmp_path.rglob("maps/**/*.png"), *tmp_path.rglob("*.tiff")]
 
 
 # ---- locks, links, files of others ---------------------------------------------------------------
 def test_a_second_run_into_a_folder_is_refused(data, trained, tmp_path):
     """By train.py, evaluate.py --run and --image; the lock of a killed run is none."""
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "tiny"
+    shutil.copytree(trained[0], folder)
+    image = ("--image", data / "bolt/test/dent", "--out", folder)
+    commands = [
+        ("evaluate.py", "--model", folder / "bolt/model.pt", *image),
+        ("evaluate.py", "--run", folder, "--data", data, "--maps", "none"),
+        ("train.py", "--data", data, "--out", tmp_path, *TINY),
+    ]
+    for command in commands:
+        with evaluate.locked(folder):
+            fails(run(*command), "another process is writing here", "--out")
+        assert not [*tmp_path.rglob("*.lock")] and not [*folder.glob("scores.csv")]
+    (folder / ".wtflow.lock").touch()
+    succeeds(run(*commands[0]))
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """Its last holder has removed it, after it was opened: who comes next makes a new one."""
     fcntl = pytest.importorskip("fcntl")
-    shutil.copytree(trained[0], tmp_path / "tiny")
-    table = tmp_path / "tiny/line.csv"
-    image = ("--model", trained[0] / "bolt/model.pt", "--image", data / "bolt/test")
-    commands = {
-        "tiny/.lock": [("train.py", "--data", data, "--out", tmp_path, *TINY),
-                       ("evaluate.py", "--run", tmp_path, "--data", data)],
-        "tiny/.line.csv.lock": [("evaluate.py", *image, "--out", table)],
-    }  # fmt: skip
-    for name, several in commands.items():
-        with open(tmp_path / name, "w") as lock:
-            lock.write("4242")
-            lock.flush()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for command in several:
-                fails(run(*command), "process 4242 is writing here", "--out")
-    assert not table.exists()
-    succeeds(run(*commands["tiny/.lock"][1], "--maps", "none"))
-    succeeds(run(*commands["tiny/.line.csv.lock"][0]))
-    assert not [*tmp_path.rglob("*.lock")]
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_note(monkeypatch, tmp_path, capsys, code):
-    fcntl = pytest.importorskip("fcntl")
-
-    def flock(file, how):
-        raise OSError(code, os.strerror(code))
-
-    evaluate.SAID.clear()
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with evaluate.locked(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / ".wtflow.lock").unlink())
+    with pytest.raises(InputError, match="another process"), evaluate.locked(tmp_path):
         pass
-    assert os.strerror(code) in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
+    evaluate.SAID.clear()
+    with evaluate.locked(tmp_path):
+        assert "No locks" in capsys.readouterr().err
 
 
 def test_links_in_place_of_our_files_are_not_followed(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("mine")
-    for name in (".lock", ".a.csv.tmp"):
+    for name in (".wtflow.lock", ".a.csv.tmp", "b.csv"):
         (tmp_path / name).symlink_to(own)
-    with pytest.raises(InputError, match=r"\.lock: cannot be written"), evaluate.locked(tmp_path):
-        pass
-    with pytest.raises(InputError, match="a.csv: cannot be written"):
+    with evaluate.locked(tmp_path):
         evaluate.write_csv(tmp_path / "a.csv", ("image",), [])
-    assert own.read_text() == "mine" and (tmp_path / ".a.csv.tmp").is_symlink()
-    (tmp_path / ".b.csv.tmp").write_text("of a run that was killed")
-    evaluate.write_csv(tmp_path / "b.csv", ("image",), [])
-    assert (tmp_path / "b.csv").read_bytes() == b"image\r\n"
-    assert not (tmp_path / ".b.csv.tmp").exists()
+        with pytest.raises(InputError, match=r"b\.csv: not a file"):
+            evaluate.write_csv(tmp_path / "b.csv", ("image",), [])
+    assert own.read_text() == "mine" and not (tmp_path / "a.csv").is_symlink()
+    (tmp_path / ".a.csv.tmp").mkdir()
+    with pytest.raises(InputError, match=r"a\.csv: cannot be written"):
+        evaluate.write_csv(tmp_path / "a.csv", ("image",), [])
+    assert (tmp_path / "a.csv").read_bytes() == b"image\r\n"
 
 
-FOREIGN_FILES = ("results.csv", "bolt/scores.csv", "bolt/train-scores.csv", "bolt/recipe.json",
-                 "bolt/model.pt", "bolt/state.pt")  # fmt: skip
+OURS = ("scores.csv", "train-scores.csv", "recipe.json", "model.pt", "state.pt")
 
 
-@pytest.mark.parametrize("name", FOREIGN_FILES)
+@pytest.mark.parametrize("name", ["results.csv", *(f"bolt/{name}" for name in OURS)])
 def test_a_file_that_is_not_ours_stops_the_run_before_any_work(data, tmp_path, monkeypatch, name):
     path = tmp_path / "tiny" / name
     path.parent.mkdir(parents=True)
@@ -308,90 +294,80 @@ def test_a_file_that_is_not_ours_stops_the_run_before_any_work(data, tmp_path, m
 def test_pictures_that_are_not_ours_stay(data, trained, tmp_path):
     """Whether they have the name of one that is to be drawn or not; that one costs itself."""
     shutil.copytree(trained[0], tmp_path / "tiny")
-    names = ("maps/mine.png", "maps/dent/000.png.png", "scores.png")
-    for name in names:
-        (tmp_path / "tiny/bolt" / name).parent.mkdir(parents=True, exist_ok=True)
-        save(tmp_path / "tiny/bolt" / name, picture(7)[0])
-    mine = {name: (tmp_path / "tiny/bolt" / name).read_bytes() for name in names}
-    options = ("--run", tmp_path, "--data", data, "--category", "bolt")
-    result = succeeds(run("evaluate.py", *options))
-    assert all((tmp_path / "tiny/bolt" / name).read_bytes() == mine[name] for name in names)
-    for name in names[1:]:
-        assert f"{name} (" in result.stderr and "move it" in result.stderr
-    assert (tmp_path / "tiny/bolt/maps/dent/002.png.png").is_file()
+    folder, mine = tmp_path / "tiny/bolt", {}
+    drawn, *others = (folder / "maps").rglob("*.png")
+    for path in (folder / "maps/mine.png", folder / "scores.png", drawn):
+        save(path, picture(7)[0])
+        mine[path] = path.read_bytes()
+    result = succeeds(run("evaluate.py", "--run", tmp_path, "--data", data, "--category", "bolt"))
+    assert {path: path.read_bytes() for path in mine} == mine
+    assert result.stderr.count("move it") == 2 and "scores.png (" in result.stderr
+    assert others and all(path.is_file() for path in others)
 
 
 def test_tables_and_pictures_of_others_are_not_written_over(data, trained, tmp_path):
     """By --image: the scores of a run, those of another folder, a photograph."""
-    model = ("--model", trained[0] / "bolt/model.pt")
+    command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image")
     shutil.copytree(trained[0] / "bolt", tmp_path / "run")
-    folder = ("evaluate.py", *model, "--image", data / "bolt/test")
-    before = (tmp_path / "run/scores.csv").read_bytes()
-    fails(run(*folder, "--out", tmp_path / "run"), "scores.csv", "move it")
-    assert (tmp_path / "run/scores.csv").read_bytes() == before
-    succeeds(run(*folder, "--out", tmp_path / "a.csv"))
-    before = (tmp_path / "a.csv").read_bytes()
+    succeeds(run(*command, data / "nut/test", "--out", tmp_path / "nut"))
+    save(tmp_path / "photo/000.png.png", picture(1)[0])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    fails(run(*command, data / "bolt/test", "--out", tmp_path / "run"), "scores.csv", "move it")
     for more in ((), ("--resume",)):
-        other = ("evaluate.py", *model, "--image", data / "nut/test", "--out", tmp_path / "a.csv")
-        fails(run(*other, *more), "a.csv: has rows of another folder", "bolt/test")
-    assert (tmp_path / "a.csv").read_bytes() == before
-    photo = tmp_path / "000.png.png"
-    save(photo, picture(1)[0])
-    before = photo.read_bytes()
-    image = data / "bolt/test/dent/000.png"
-    result = run("evaluate.py", *model, "--image", image, "--out", tmp_path)
-    assert "no picture" in succeeds(result).stderr and photo.read_bytes() == before
+        result = run(*command, data / "bolt/test", "--out", tmp_path / "nut", *more)
+        fails(result, "scores.csv: rows of another folder", "--out")
+    result = run(*command, data / "bolt/test/dent/000.png", "--out", tmp_path / "photo")
+    assert "no picture" in succeeds(result).stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_nothing_is_written_outside_out_whatever_names_say(tmp_path):
-    """Test images of paths like candle/../../x.png, and categories like ../x."""
-    root = tmp_path / "d/candle/Data"
-    paths = [root / "a.png", root / "../../x.png", tmp_path / "d/y.png"]
-    items = [evaluate.Item(path, "good", ()) for path in paths]
-    category = evaluate.Category("candle", [], items, None)
-    maps = torch.zeros(3, 4, 4)
-    evaluate.write_maps(tmp_path / "out/candle", category, maps, [(4, 4)] * 3)
+@pytest.mark.parametrize("name", ["..", "../x", "/x", "a/../..", ""])
+def test_a_name_that_leads_out_of_a_folder_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="leads out of"):
+        evaluate.inside(tmp_path / "out", name)
+
+
+def test_maps_of_test_images_from_anywhere_stay_in_their_folder(tmp_path):
+    """Of paths like candle/../../x.png, which tables of VisA may have."""
+    root, truth = tmp_path / "d/candle/Data", []
+    for name in ("a.png", "../../x.png", "../../../y.png"):
+        truth.append(evaluate.Item(root / name, "good", ()))
+    category = evaluate.Category("candle", [], truth, None)
+    evaluate.write_maps(tmp_path / "out/candle", category, torch.zeros(3, 4, 4), [(4, 4)] * 3)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 3
     assert all(tmp_path / "out/anomaly_maps/candle/test/good" in path.parents for path in written)
-    for name in ("..", "../x", "/x", "a/../..", ""):
-        with pytest.raises(InputError, match="leads out of"):
-            evaluate.inside(tmp_path / "out", name)
 
 
 def test_what_the_program_wrote_is_never_an_input(data, trained, tmp_path):
     """Of train.py, --run and --image; the demo's own images are."""
-    folder = tmp_path / "line"
+    folder, out = tmp_path / "line", ("--out", tmp_path / "p")
     shutil.copytree(data / "bolt/train/good", folder)
-    succeeds(run("train.py", "--data", folder, "--out", tmp_path / "o", *TINY, "--maps", "worst"))
-    drawn = next((tmp_path / "o").rglob("scores.png"))
-    shutil.copy(drawn, folder / "scores.png")
-    out, model = ("--out", tmp_path / "p"), ("--model", trained[0] / "bolt/model.pt")
-    fails(run("train.py", "--data", folder, *out, *TINY), "scores.png: a result of this program")
-    fails(run("evaluate.py", *model, "--image", folder, *out), "scores.png: a result")
-    fails(run("evaluate.py", *model, "--image", drawn, *out), "scores.png: a result")
-    demo = train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
-    train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
-    assert evaluate.digest_of_files(sorted(demo.rglob("*.png")))
+    shutil.copy(trained[0] / "bolt/scores.png", folder)
+    fails(run("train.py", "--data", folder, *out, *TINY), "scores.png", "of this program")
+    model = ("--model", trained[0] / "bolt/model.pt")
+    fails(run("evaluate.py", *model, "--image", folder, *out), "scores.png", "of this program")
+    assert not [*(tmp_path / "p").rglob("scores.png.png")]
+    for _ in range(2):
+        demo = train.make_demo(tmp_path / "demo", train=2, good=1, each=1, n=32)
+    assert evaluate.image_sizes(sorted(demo.rglob("*.png")))
 
 
 def test_escapes_and_line_breaks_in_names_do_not_reach_the_terminal(data, tmp_path):
     bad = "\x1b]0;owned\x07\u202e\nx"
-    shutil.copytree(data / "bolt", tmp_path / f"d{bad}/bolt{bad}")
-    (tmp_path / f"d{bad}/bolt{bad}/test/dent").rename(tmp_path / f"d{bad}/bolt{bad}/test/de{bad}")
-    truth = tmp_path / f"d{bad}/bolt{bad}/ground_truth/dent"
-    truth.rename(truth.with_name(f"de{bad}"))
-    (tmp_path / f"d{bad}/bolt{bad}/notes{bad}.txt").write_text("")
-    out = tmp_path / f"o{bad}"
-    options = ("--data", tmp_path / f"d{bad}", "--out", out)
-    results = [run("train.py", *options, *TINY), run("train.py", *options, *TINY, "--resume")]
-    model = next(out.rglob("model.pt"))
-    images = ("--model", model, "--image", tmp_path / f"d{bad}/bolt{bad}/test")
-    results.append(run("evaluate.py", *images, "--out", tmp_path / f"s{bad}"))
+    root = tmp_path / f"d{bad}/bolt{bad}"
+    shutil.copytree(data / "bolt", root)
+    for part in ("test", "ground_truth"):
+        (root / part / "dent").rename(root / part / f"de{bad}")
+    (root / f"notes{bad}.txt").write_text("")
+    train = ("train.py", "--data", root.parent, "--out", tmp_path / f"o{bad}", *TINY)
+    results = [run(*train), run(*train, "--resume")]
+    model = next(tmp_path.rglob("model.pt"))
+    images = ("--image", root / "test", "--out", tmp_path / f"s{bad}")
+    results.append(run("evaluate.py", "--model", model, *images))
     for result in results:
-        text = succeeds(result).stdout + result.stderr
-        assert all(c.isprintable() for line in text.split("\n") for c in line)
-        assert not any(line.startswith("x") for line in text.split("\n"))
+        for line in (succeeds(result).stdout + result.stderr).splitlines():
+            assert line.isprintable() and not line.startswith("x")
     assert len([*(tmp_path / f"s{bad}").rglob("*.png")]) == 6
 
 
@@ -426,61 +402,36 @@ def test_killed_anywhere_and_resumed_ends_the_same(data, tmp_path):
     resumed_is_whole(cut / "tiny", tmp_path / "whole/tiny")
 
 
-def dies_at(name, call):
-    """Let the n-th call of a function of os or evaluate kill this process."""
-    module, calls = os if hasattr(os, name) else evaluate, []
-    f = getattr(module, name)
-
-    def dying(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return f(*args, **options)
-
-    setattr(module, name, dying)
-
-
-@pytest.mark.parametrize("when, call", [("fsync", 1), ("replace", 1), ("csv_text", 3)])
+@pytest.mark.parametrize("when, call", [("fsync", 1), ("replace", 1), ("csv_text", 4)])
 def test_a_scoring_that_is_killed_anywhere_keeps_its_rows(data, trained, tmp_path, when, call):
     """While --resume writes its table again, and while it adds a row."""
+    table = tmp_path / "s/scores.csv"
     command = ("--model", trained[0] / "bolt/model.pt", "--image", data / "bolt/test", "--out",
-               tmp_path / "s.csv", "--resume")  # fmt: skip
+               tmp_path / "s", "--resume", "--maps", "none")  # fmt: skip
     succeeds(run("evaluate.py", *command))
-    whole = (tmp_path / "s.csv").read_bytes()
+    whole = table.read_bytes()
     half = b"".join(whole.splitlines(keepends=True)[:4])
-    (tmp_path / "s.csv").write_bytes(half)
-    process = apart(evaluate, tmp_path / "log", *command, prepare=lambda: dies_at(when, call))
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    assert (tmp_path / "s.csv").read_bytes().startswith(half)
+    table.write_bytes(half)
+    killed_at(when, call, evaluate, tmp_path / "log", *command)
+    assert table.read_bytes().startswith(half)
     succeeds(run("evaluate.py", *command))
-    assert (tmp_path / "s.csv").read_bytes() == whole
-    assert {p.name for p in tmp_path.iterdir()} == {"s.csv", "log"}
+    assert table.read_bytes() == whole and [*(tmp_path / "s").iterdir()] == [table]
 
 
-@pytest.mark.parametrize(
-    "when, call, maps",
-    [
-        ("fsync", 1, "none"),
-        ("replace", 5, "none"),
-        ("replace", 18, "none"),
-        ("draw_rows", 1, "worst"),
-        ("write_json", 1, "none"),
-        ("write_csv", 2, "none"),
-    ],
-)
-def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call, maps):
+KILLS = (("fsync", 1), ("replace", 5), ("replace", 18), ("draw_rows", 1), ("write_json", 1),
+         ("write_csv", 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("when, call", KILLS)
+def test_killed_while_saving_or_evaluating(data, trained, tmp_path, when, call):
     """SIGKILL at the n-th flush, rename, picture or table: what stands is whole.
 
     Sixteen renames are of states, four for each of four fits; then train-scores.csv, the model.
     """
-    options = ("--data", data, "--out", tmp_path, *TINY, "--maps", maps)
-    process = apart(train, tmp_path / "log", *options, prepare=lambda: dies_at(when, call))
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    for path in tmp_path.rglob("*.pt"):
-        if not path.name.startswith("."):
-            torch.load(path, weights_only=True)
+    options = ("--data", data, "--out", tmp_path, *(DRAWN if when == "draw_rows" else TINY))
+    killed_at(when, call, train, tmp_path / "log", *options)
+    for path in tmp_path.rglob("[!.]*.pt"):
+        torch.load(path, weights_only=True)
     assert no_table(tmp_path)
     succeeds(run("train.py", *options, "--resume", "--maps", "none"))
     resumed_is_whole(tmp_path / "tiny", trained[0])
@@ -500,112 +451,65 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)])
 
 
-def held_by(folder):
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-needs_root = pytest.mark.skipif(not ROOT_USER, reason="mounting a small file system needs root")
-
-
-@needs_root
 @pytest.mark.parametrize("share", [0.0004, 0.5, 0.98, 1.2, 1.47])
 def test_full_disk(data, trained, tmp_path, share):
     """Full at the first byte, a state, a model, the second category's state, its model.
 
     share: of what a finished run holds; a state is as large as a model and beside it.
     """
-    with small_disk(tmp_path / "small", int(share * held_by(trained[0]))) as small:
+    held = sum(path.stat().st_size for path in trained[0].rglob("*.*"))
+    with small_disk(tmp_path / "small", int(share * held)) as small:
         result = run("train.py", "--data", data, "--out", small, *DRAWN)
         fails(result, "cannot be written", "free some space")
         assert no_table(small) and not list(small.rglob("*.tmp"))
 
 
-@needs_root
-def test_full_disk_at_a_picture(data, trained, tmp_path):
-    """Models stay, and what cannot be written says so."""
-    with small_disk(tmp_path / "small", 2 * held_by(trained[0])) as small:
-        run_of = small / "tiny"
-        shutil.copytree(trained[0], run_of)
-        for picture in run_of.rglob("*.png"):
-            picture.unlink()
-        models = {path: path.read_bytes() for path in run_of.rglob("*.pt")}
-        size = f"remount,size={held_by(small) + 2**16}"  # room for the table of scores
-        subprocess.run(["mount", "-o", size, str(small)], check=True)
-        result = run("evaluate.py", "--run", run_of, "--data", data / "bolt", "--maps", "all")
-        assert ".png: cannot be written (No space left on device): free some" in result.stderr
-        assert not list(small.rglob("*.tmp"))
-        assert all(path.read_bytes() == model for path, model in models.items())
-
-
-@needs_root
 def test_a_full_disk_loses_no_row_of_a_table(data, trained, tmp_path):
-    """Of --image FOLDER --resume, at any size; with space again it goes on, from no byte too."""
+    """Of --image FOLDER; with space again it goes on."""
     command = ("evaluate.py", "--model", trained[0] / "bolt/model.pt", "--image", data / "bolt")
+    command += ("--maps", "none", "--resume", "--out")
     with small_disk(tmp_path / "small", 1 << 16) as small:
-        table, filler = small / "s.csv", small / "filler"
-
-        def fill():
+        table, filler = small / "scores.csv", small / "filler"
+        succeeds(run(*command, small))
+        whole = table.read_bytes()
+        half = b"".join(whole.splitlines(keepends=True)[:5])
+        for begun in (b"", half):
+            table.write_bytes(begun) if begun else table.unlink()
             with contextlib.suppress(OSError), open(filler, "wb", 0) as f:
                 while True:
                     f.write(bytes(4096))
-
-        table.touch()
-        fill()
-        fails(run(*command, "--out", table), "cannot be written", "free some space")
-        filler.unlink()
-        succeeds(run(*command, "--out", table))  # the empty table is a new one
-        whole = table.read_bytes()
-        half = b"".join(whole.splitlines(keepends=True)[:5])
-        table.write_bytes(half)
-        fill()
-        fails(run(*command, "--out", table, "--resume"), "cannot be written", "free some space")
-        assert table.read_bytes() == half
-        filler.unlink()
-        succeeds(run(*command, "--out", table, "--resume"))
-        assert table.read_bytes() == whole
+            fails(run(*command, small), "cannot be written", "free some space")
+            assert not begun or table.read_bytes() == begun
+            filler.unlink()
+            succeeds(run(*command, small))
+            assert table.read_bytes() == whole
 
 
-def test_a_machine_without_memory_left(data, tmp_path):
+def test_a_row_that_only_a_part_has_room_of_is_an_error(tmp_path):
     resource = pytest.importorskip("resource")
-
-    def little_memory():
-        """What this process has, and 1 GiB."""
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + (1 << 30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-    options = ("--data", data, "--out", tmp_path, *TINY, "--width", 1 << 15)
-    process = apart(train, tmp_path / "log", *options, prepare=little_memory)
-    process.join(60)
-    result = SimpleNamespace(returncode=process.exitcode, stderr=(tmp_path / "log").read_text())
-    fails(result, "out of memory")
-    assert no_table(tmp_path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    about = {"folder": "/x", "threshold": "1"}
+    with evaluate.growing_table(tmp_path, {"a.png": tmp_path}, about, False) as (_, add):
+        size = (tmp_path / "scores.csv").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, most))
+        try:
+            with pytest.raises(InputError, match="scores.csv: cannot be written"):
+                add({"image": "a.png", "score": "1"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert evaluate.read_csv(tmp_path / "scores.csv", evaluate.FOLDER_SCORES) == []
 
 
-@pytest.mark.parametrize(
-    "module, name, call",
-    [
-        (wtflow, "extract_features", 15),
-        (wtflow, "flow_matching_loss", 18),
-        (torch, "save", 3),
-        (evaluate, "draw_rows", 6),
-    ],
-)
+STAGES = ((wtflow, "extract_features", 15), (wtflow, "flow_matching_loss", 18), (torch, "save", 3),
+          (evaluate, "draw_rows", 6))  # fmt: skip
+
+
+@pytest.mark.parametrize("module, name, call", STAGES)
 def test_memory_that_ends_at_a_stage(data, trained, tmp_path, monkeypatch, module, name, call):
-    """The allocator fails for the second category; --resume ends the same.
-
-    While extracting, training, saving or drawing.
-    """
-    f, calls = getattr(module, name), []
-
-    def greedy(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            torch.empty(1 << 50)
-        return f(*args, **options)
-
+    """The allocator fails for the second category; --resume ends the same."""
     options = ("--data", data, "--out", tmp_path, *(DRAWN if name == "draw_rows" else TINY))
-    monkeypatch.setattr(module, name, greedy)
+    monkeypatch.setattr(module, name, getattr(module, name))  # as it is again after undo
+    at_call(module, name, call, lambda: torch.empty(1 << 50))
     fails(run("train.py", *options), "out of memory", "--resume")
     monkeypatch.undo()
     assert no_table(tmp_path) and not list(tmp_path.rglob("*.tmp"))
