@@ -1204,7 +1204,7 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
     """
     names = [harmless(row["category"]) for row in rows]
     had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)}
-    part = "" if had <= {*names, "mean"} else short("-".join(("", *names)))
+    part = "" if had <= {*names, "mean"} else "-".join(("", *names))[:50]
     kinds = [kind for row in rows for kind in row["kinds"]]
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
@@ -1421,8 +1421,8 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white: float =
             union = Image.fromarray(union).convert("L").resize(image.size, Image.BOX)
             left.contour(np.asarray(union) > 0, [0.5], colors="magenta")
         y = at_size(y, image.size[::-1])
-        shown = right.imshow(y, cmap="viridis", vmin=0, vmax=2 * middle)
-        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="max")
+        shown = right.imshow(y, cmap="viridis", vmin=middle / 2, vmax=1.5 * middle)
+        bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
         bar.set_label("anomaly map; white: the threshold")
         bar.ax.axhline(known.threshold, color="white", linewidth=2)
         for axis in (left, right):
@@ -1432,8 +1432,9 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white: float =
 def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calibration) -> None:
     """Draw histograms of the scores of training and test images, the tail and the threshold."""
     axis, good = figure.subplots(), known.good_scores
-    end = np.fmin(np.r_[scores, good].max(), 2 * known.threshold)  # where there is a threshold
-    edges = np.linspace(0, end, 101)
+    every = np.r_[scores, good]
+    end = np.fmin(every.max(), 2 * known.threshold)  # where there is a threshold
+    edges = np.linspace(min(every.min(), end / 2), end, 61)
     groups = {"good training": good, "good test": scores[~bad], "defective test": scores[bad]}
     for name, values in groups.items():
         label = f"{len(values)} {name} images"
@@ -1489,13 +1490,6 @@ def names_of(items: list[Item]) -> list[Path]:
     for kind, path in paths:
         shared[kind] = os.path.commonpath([shared.get(kind, path.parent), path.parent])
     return [kind / path.relative_to(shared[kind]) for kind, path in paths]
-
-
-def short(text: str) -> str:
-    """A text of at most 200 bytes, by a digest of it in place of what is too much."""
-    data = encoded(text)
-    digest = hashlib.sha256(data).hexdigest()[:8]
-    return text if len(data) <= 200 else f"{data[:180].decode('utf-8', 'ignore')}_{digest}"
 
 
 def write_maps(folder: Path, category: Category, maps: Tensor, sizes: list[tuple]) -> None:

@@ -220,8 +220,7 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
         save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own[seed])
         scored = fit_detector(detector, features, seed, progress, save, had[seed].get("training"))
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-        white = detector.reading.white_level
-        evaluate.write_suspects(folder, good, first, scored, known, white)
+        evaluate.write_suspects(folder, good, first, scored, known, detector.reading.white_level)
         evaluate.save_model(folder / "model.pt", detector)
         evaluate.remove_results(evaluate.maps_folder(folder).rglob("*.tiff"))  # of another model
         row = evaluate.report(folder, category, detector, test, args, began)

@@ -136,13 +136,14 @@ def test_B1_no_jump_across_one_direction(limit, log):
     assert abs(limit(delta) / exact - 1) < 0.5 / abs(log)
 
 
-@claim(radial_field, examples=6, d=st.integers(2, 40), s=st.floats(0.1, 1.5), rho=rhos, seed=seeds)
-def test_B1_thickness(field, d, s, rho, seed):
-    """N(0, s^2 I) by pairs of wtflow's loss, at a Gaussian coupling."""
+@claim(radial_field, examples=2, d=st.integers(2, 40), s=st.floats(0.1, 0.8), seed=seeds)
+def test_B1_thickness(field, d, s, seed):
+    """N(0, s^2 I) by pairs of wtflow's loss, at Gaussian couplings."""
     x_0 = s * normal(rng(seed), 6000, d)
-    couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
-    x_t, u = pairs_at_any_time(x_0, couple, rng(seed + 1))
-    check_velocity(x_t, u, lambda r: field(r, d, (s,), rho))
+    for rho in (-0.8, 0.0, 0.8):
+        couple = partial(worst_transport.gaussian_coupling, s=s, rho=rho)
+        x_t, u = pairs_at_any_time(x_0, couple, rng(seed + 1))
+        check_velocity(x_t, u, lambda r, rho=rho: field(r, d, (s,), rho))
 
 
 test_B1_thickness_rejects = rejects(
