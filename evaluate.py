@@ -84,6 +84,7 @@ class Category(NamedTuple):
     train: list[Path]
     test: list[Item]
     saturation: dict | None  # LOCO: {pixel value: (threshold, whether it is a share of the area)}
+    left_out: tuple = ()  # training images that --leave-out names
 
 
 def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list[Category]]:
@@ -117,8 +118,8 @@ def read_dataset(data: str | Path, wanted: tuple | list = ()) -> tuple[str, list
     return name or "data", [read() for key, read in readers.items() if key in (wanted or readers)]
 
 
-def leave_out(categories: list[Category], file: str | None) -> tuple[list[Category], list[str]]:
-    """Categories without the training images that a train-scores.csv marks, and their names.
+def leave_out(categories: list[Category], file: str | None) -> list[Category]:
+    """Categories without the training images that a train-scores.csv marks.
 
     It is of the category in whose folder it lies; elsewhere names have as much of their path as is
     needed. Raises InputError, too, if a category has no training images.
@@ -138,12 +139,15 @@ def leave_out(categories: list[Category], file: str | None) -> tuple[list[Catego
         raise InputError(f"--leave-out {file}: no row with an image and a mark in leave_out")
     if file:
         say_once(f"--leave-out: {len(dropped)} training images are left out")
-    kept = [c._replace(train=[p for p in c.train if p not in dropped]) for c in categories]
-    for category in kept:
-        if not category.train:
+    kept = []
+    for category in categories:
+        left_out = [path for path in category.train if path in dropped]
+        train = [path for path in category.train if path not in dropped]
+        kept.append(category._replace(train=train, left_out=left_out))
+        if not train:
             text = f"no training images ({', '.join(SUFFIXES)}) in train/good: add some"
             raise InputError(f"{category.name}: {text}")
-    return kept, names
+    return kept
 
 
 def is_category(root: Path) -> bool:
@@ -451,10 +455,10 @@ def unreadable(path: Any, what: str = "an image", remedy: str = "replace or remo
         yield
     except InputError:
         raise
-    except MemoryError:
-        raise InputError(f"{path}: out of memory: give a smaller image, or more memory") from None
     except Exception as e:  # damaged files raise a dozen types; none of them is ours
         text = f"cannot be read as {what} ({first_line(e)}): {remedy}"
+        if no_memory(e):
+            text = "out of memory: give a smaller image, or more memory"
         raise InputError(f"{path}: {text}") from None
 
 
@@ -469,8 +473,8 @@ def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
         frames, pixels = getattr(image, "n_frames", 1), image.width * image.height
         if frames > 1 and image.format != "MPO":  # of a telephone: the others are previews
             raise ValueError(f"it has {frames} frames: save each as an image of its own")
-        if image.mode == "F":
-            raise ValueError("floating-point values: save whole numbers, of 16 bits, say")
+        if image.mode == "F" or (image.mode[0] != "I" and ";16" in str(image.tile)):
+            raise ValueError("floating-point values or 16-bit colours: save grey of 16 bits, or 8")
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         # Pillow turns a TIFF itself, and would decode a PNG to look for EXIF behind its pixels
@@ -850,7 +854,6 @@ def measure(category: Category, scored: tuple, ignore: Array | None = None) -> d
     test, name, (maps, found, sizes), pixels = category.test, category.name, scored, {}
     kinds = [item.kind for item in test]
     defects, good = sorted({*kinds} - {"good"}), kinds.count("good")
-    without = sum(item.masks is None for item in test)
 
     def row_of(name, *defects):  # of some kinds of defects beside the good images
         chosen = [k for k, kind in enumerate(kinds) if kind in ("good", *defects)]
@@ -863,9 +866,7 @@ def measure(category: Category, scored: tuple, ignore: Array | None = None) -> d
 
     if test and good in (0, len(test)):
         say_once(f"{name}: no {'defective' if good else 'good'} test images: AUROC is not defined")
-    if 0 < without < len(test) - good:
-        say_once(f"{name}: {without} defective images have no folder of masks: no pixel metrics")
-    if test and not without:
+    if test and all(item.masks is not None for item in test):
         pixels = pixel_counts(maps, test, sizes, ignore=ignore)
     row = row_of(name, *defects)
     row |= {"train_images": len(category.train), "test_images": len(test)}
@@ -1050,9 +1051,11 @@ def refuse_foreign(path: Path, mark: str = RESULT) -> None:
 
 def refuse_foreign_results(folder: Path) -> None:
     """refuse_foreign, before the work, for what will be written into a folder of results."""
-    for name in ("model.pt", "state.pt", FINISHED):
+    for name in ("model.pt", STATE, FINISHED):
         refuse_foreign(folder / name)
-    for name, columns in (("scores", SCORES), ("train-scores", TRAIN_SCORES), ("results", COLUMNS)):
+    tables = {"scores": SCORES, "train-scores": TRAIN_SCORES, "results": COLUMNS}
+    tables |= dict.fromkeys(("metrics", "spread"), COLUMNS + MORE)
+    for name, columns in tables.items():
         refuse_foreign(folder / f"{name}.csv", head_line(columns))
 
 
@@ -1152,7 +1155,7 @@ def read_csv(path: Path, columns: tuple) -> list[dict]:
 SCORES = ("image", "kind", "score", "p_value", "verdict")  # columns of a category's scores.csv
 TRAIN_SCORES = ("image", "score", "p_value", "copy_of", "leave_out")  # of train-scores.csv
 # And of that of --image: what a row is of, to the image's time in nanoseconds
-FOLDER_SCORES = ("image", *SCORES[2:], "threshold", "folder", "modified", "error")
+FOLDER_SCORES = ("image", *SCORES[2:], "threshold", "model", "folder", "modified", "error")
 
 
 def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
@@ -1167,8 +1170,8 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
 def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iterator[tuple]:
     """(names to score, add(row)): folder/scores.csv, to which each row is written as it comes.
 
-    images: {name: file}; about: {"folder", "threshold"} of all rows: others are an InputError. With
-    resume the rows that have a score stay, but of an image that has changed.
+    images: {name: file}; about: columns that all rows share, others are an InputError. With resume
+    the rows that have a score stay, but of an image that has changed.
     """
     table = folder / "scores.csv"
     # Another image of a name has another time; that of a missing one its reader names
@@ -1196,15 +1199,21 @@ def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iter
             yield [name for name in images if name not in done], add
 
 
+def part_of(folder: Path, rows: list[dict]) -> str:
+    """What the tables of a part of the categories have in their names."""
+    table, names = folder / "results.csv", [harmless(row["category"]) for row in rows]
+    had = {row.get("category") for row in rows_of(table)} if table.exists() else set()
+    text = "".join(f"-{name}" for name in names if not had <= {*names, "mean"})
+    return text if len(text) <= 50 else f"{text[:40]}-{zlib.crc32(encoded(text)):08x}"
+
+
 def write_tables(folder: Path, rows: list[dict]) -> None:
     """results.csv and metrics.csv, each with a last row `mean`; prints the table.
 
     metrics.csv has all metrics, and after them those of each kind of defect, "category/kind".
     Of a part of the categories both have their names in theirs.
     """
-    names = [harmless(row["category"]) for row in rows]
-    had = {row["category"] for row in read_csv(folder / "results.csv", COLUMNS)}
-    part = "" if had <= {*names, "mean"} else "-".join(("", *names))[:50]
+    part = part_of(folder, rows)
     kinds = [kind for row in rows for kind in row["kinds"]]
     rows = rows + [mean_row(rows)]
     write_csv(folder / f"results{part}.csv", COLUMNS, rows)
@@ -1222,9 +1231,10 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
         spreads.append(rows[0] | {name: v.std(ddof=1) for name, v in values.items()})
         text = {name: f"{means[-1][name]:.2f} +- {spreads[-1][name]:.2f}" for name in names}
         printed.append(rows[0] | text)
-    write_csv(folder / "results.csv", COLUMNS, means)
-    write_csv(folder / "metrics.csv", COLUMNS + MORE, means)
-    write_csv(folder / "spread.csv", COLUMNS + MORE, spreads)
+    part = part_of(folder, means[:-1])
+    write_csv(folder / f"results{part}.csv", COLUMNS, means)
+    write_csv(folder / f"metrics{part}.csv", COLUMNS + MORE, means)
+    write_csv(folder / f"spread{part}.csv", COLUMNS + MORE, spreads)
     say(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}")
     print_table(COLUMNS, printed)
 
@@ -1286,7 +1296,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def write_json(path: Path, values: dict) -> None:
     """Plain values, a line each."""
-    text = json.dumps({"written_by": RESULT} | values, indent=4, ensure_ascii=False)
+    text = json.dumps({"written_by": RESULT, "format": FORMAT} | values, indent=4)
     write_whole(path, lambda file: file.write(encoded(text)))
 
 
@@ -1294,8 +1304,8 @@ def read_json(path: Path) -> dict:
     """What write_json wrote. Raises InputError for anything else."""
     with unreadable(path, *TRAINED):
         values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
-        if values["written_by"] != RESULT:
-            raise ValueError("not from here")
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         return values
 
 
@@ -1448,14 +1458,15 @@ def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calib
 
 
 def write_suspects(
-    folder: Path, images: list, first: Array, found: tuple, known: Calibration, white: float
+    folder: Path, category: Category, first: Array, found: tuple, known: Calibration, white: float
 ) -> None:
     """train-scores.csv of the training images, the highest first, and what stands out among them.
 
     first: of extract_good; found: held-out maps (k, h, w) and scores (k,) of what are no copies.
-    What stands out is marked in the table, for --leave-out, and so are its copies; it is named on
-    stderr, and the first 12 are drawn in suspects.png.
+    What stands out is marked in the table, for --leave-out, and so are its copies and what has been
+    left out; it is named on stderr, and the first 12 are drawn in suspects.png.
     """
+    images = [*category.train, *category.left_out]
     names = [name.as_posix() for name in names_of([Item(path, "", None) for path in images])]
     kept = np.unique(first).tolist()
     maps, scored = (dict(zip(kept, v, strict=True)) for v in (found[0], classify(found[1], known)))
@@ -1466,8 +1477,9 @@ def write_suspects(
         rows[j] = dict.fromkeys(TRAIN_SCORES, "") | {"image": names[j], "copy_of": names[first[j]]}
     for j in rows:
         rows[j]["leave_out"] = "x" if first[j] in suspects else ""
+    left_out = [{"image": name, "leave_out": "x"} for name in names[len(first) :]]
     table, picture = folder / "train-scores.csv", folder / "suspects.png"
-    write_csv(table, TRAIN_SCORES, [*rows.values()])
+    write_csv(table, TRAIN_SCORES, [*rows.values(), *left_out])
     remove_results([picture])
     if suspects:
         text = f"{len(suspects)} of {len(kept)} good training images stand out"
@@ -1637,6 +1649,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     say(f"tables and pictures: {out}")
 
 
+STATE = "state.pt"  # of a training that has begun
 FINISHED = "recipe.json"  # of a category: settings and results; written last
 
 
@@ -1700,6 +1713,7 @@ def score_files(args: argparse.Namespace) -> None:
     say(known.text)
     images = {harmless(path.relative_to(root).as_posix()): path for path in paths}
     about = {"threshold": f"{known.threshold:.9g}", "folder": os.path.realpath(root)}
+    about["model"] = f"{zlib.crc32(Path(args.model).read_bytes()):08x}"
     table = growing_table(out, images, about, args.resume) if out else None
     failed, flagged = 0, 0
     with table or contextlib.nullcontext(([*images], None)) as (names, add):
@@ -1713,7 +1727,8 @@ def score_files(args: argparse.Namespace) -> None:
                 words = in_words(prediction)
                 say(f"{name}  {words}")
                 if out and args.maps != "none":
-                    row, white = (images[name], None, y, f"{words}:  {name}"), detector.reading[0]
+                    row = images[name], None, y, f"{words}:  {name}"
+                    white = detector.reading.white_level
                     draw(inside(out, f"{name}.png"), draw_rows, [row], known, white)
             if out:  # last: --resume has both
                 add(score_row(name, "", prediction))
@@ -1743,7 +1758,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     text = "false positive rate of the threshold; 0: the highest good training score (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)
-    add("--threshold", type=literal, default="tail", metavar="HOW", help="tail, rank or a score")
+    text = "tail or rank of the good scores, or a score (default: tail)"
+    add("--threshold", type=literal, default="tail", metavar="HOW", help=text)
     text = "pictures of test images: all, or those that tell most (default: worst)"
     add("--maps", choices=("all", "worst", "none"), default="worst", help=text)
     add("--save-maps", action="store_true", help="float32 TIFF maps as MVTec's script reads them")

@@ -40,7 +40,6 @@ WARM_UP = 0.1  # [ours] share of the steps in which the learning rate rises
 CROSS_FIT_BELOW = 100  # images; of 100, a false positive rate of 1 % is one image
 REPORT_STEPS = 20
 SAVE_SECONDS = 20  # a killed run loses at most this much training
-STATE = "state.pt"  # of a training that has begun
 
 
 # ---- 1. Fitting a detector to the features of good images ----------------------------------------
@@ -217,16 +216,18 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
 
     for seed in todo:
         began, folder = time.monotonic() - spent, folders[seed]
-        save = partial(evaluate.save_checkpoint, folder / STATE, args.recipe, **own[seed])
+        save = partial(evaluate.save_checkpoint, folder / evaluate.STATE, args.recipe, **own[seed])
         scored = fit_detector(detector, features, seed, progress, save, had[seed].get("training"))
         known = evaluate.calibration_of(detector, args.fpr, args.threshold)
-        evaluate.write_suspects(folder, good, first, scored, known, detector.reading.white_level)
+        white = detector.reading.white_level
+        evaluate.write_suspects(folder, category, first, scored, known, white)
         evaluate.save_model(folder / "model.pt", detector)
         evaluate.remove_results(evaluate.maps_folder(folder).rglob("*.tiff"))  # of another model
         row = evaluate.report(folder, category, detector, test, args, began)
-        done = own[seed] | {"row": row, "left_out": args.left_out}
+        left_out = [path.name for path in category.left_out]
+        done = own[seed] | {"row": row, "left_out": left_out}
         evaluate.write_json(folder / evaluate.FINISHED, done)
-        evaluate.remove_results([folder / STATE])
+        evaluate.remove_results([folder / evaluate.STATE])
 
 
 def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
@@ -235,19 +236,20 @@ def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
     Raises InputError for files not from here, of other settings, or of images in another folder.
     """
     evaluate.refuse_foreign_results(folder)
-    state, file, had = folder / STATE, folder / evaluate.FINISHED, {}
+    state, file, had = folder / evaluate.STATE, folder / evaluate.FINISHED, settings
     if resume and state.exists():
         file, had = state, evaluate.load_checkpoint(state)
     elif file.exists():
         had = evaluate.read_json(file)
-    differ = [k for k in settings if (k != "source") == resume and had.get(k) != settings[k]]
-    if had and differ:
-        both = "; ".join(f"{k} {had.get(k)} there, {settings[k]} here" for k in differ)
+    compared = [name for name in settings if name != "source"] if resume else ["source"]
+    if differ := [name for name in compared if had.get(name) != settings[name]]:
+        both = "; ".join(f"{name} {had.get(name)} there, {settings[name]} here" for name in differ)
         text = f"of another run ({both if resume else 'images in another folder'})"
         raise InputError(f"{file}: {text}: give its settings, another --out, or remove it")
     if resume:
         return had
     if state.exists():
+        evaluate.say_once(f"{state}: this training is given up: --resume would have gone on")
         evaluate.remove_results([state, file])  # the model may be newer than its json
     return {}
 
@@ -284,13 +286,15 @@ def resolution(recipe: Recipe, images: list[Path]) -> str:
 def run(args: Namespace, data: Path) -> None:
     """All categories of a data set; the process of rank 0 writes the tables."""
     name, categories = evaluate.read_dataset(data, args.category)
-    categories, args.left_out = evaluate.leave_out(categories, args.leave_out)
+    categories = evaluate.leave_out(categories, args.leave_out)
     several, out = len(args.seeds) > 1, evaluate.inside(Path(args.out), name)
     own = {seed: out.parent / f"seed{seed}" / name if several else out for seed in args.seeds}
     with contextlib.ExitStack() as locks:
         for folder in {out, *own.values()} if args.rank == 0 else ():
             locks.enter_context(evaluate.locked(folder))
             evaluate.refuse_foreign_results(folder)
+        if args.world > 1:
+            torch.distributed.barrier()  # until rank 0 has the locks
         for k, category in enumerate(categories):
             folders = {seed: evaluate.inside(own[seed], category.name) for seed in own}
             good = Path(os.path.realpath(category.train[0].parent))
@@ -399,9 +403,10 @@ def parse(argv: list[str] | None) -> Namespace:
     if len({*args.seeds}) < len(args.seeds) or not all(0 <= n < 2**32 for n in args.seeds):
         seeds = " ".join(map(str, args.seeds))
         raise InputError(f"--seeds {seeds}: give whole numbers from 0 to 2^32 - 1, each once")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    settings = dict(wtflow.PAPER) if args.paper else {}
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
-        args.recipe = Recipe(**(wtflow.PAPER if args.paper else {}) | given)
+        args.recipe = Recipe(**settings)
     except InputError as e:  # "setting=value: remedy"
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')}={rest}") from None

@@ -540,7 +540,7 @@ CHOICES = {
     "score": ("gaussian", "released"),
 }
 LIMITS = {"image_size": (64, 2048), "aspect": (0, 8), "spacing": (1, 64), "rho": (-1, 1)}
-LIMITS |= {"width": (2, 1e5), "steps": (0, 1e9), "batch": (1, 1e6), "lr": (0, 1e3)}
+LIMITS |= {"width": (2, 1e5), "steps": (0, 1e9), "batch": (2, 1e6), "lr": (0, 1e3)}
 LIMITS |= {"time": (0, 1), "folds": (0, 10)}
 
 
@@ -563,7 +563,6 @@ def check_recipe(recipe: Recipe) -> None:
     unet = recipe.field == "unet"
     need(recipe.norm == "zca" or unet, "norm", "is of the whole map: goes with field=unet")
     need(recipe.folds != 1, "folds", "give 0, or at least 2")
-    need(recipe.batch >= 2 - unet, "batch", f"give at least {2 - unet}")
     strides = [k for k in (4, 8, 16) if k in recipe.strides]
     right = strides and repr(strides) == repr([*recipe.strides])  # 8.0 equals 8
     need(right, "strides", "choose from 4, 8, 16, like (8, 16)")
@@ -812,7 +811,7 @@ def load_extractor(backbone: str, weights: str | None = None) -> nn.Module:
         raise InputError(f"no weights for {backbone} ({e}): {remedy} --weights FILE") from None
     except Exception:  # what is no file of tensors raises a dozen types
         text = f"not a state dict of {backbone} in float32: pass its own with --weights"
-        raise InputError(f"{file}: {text}") from None
+        raise InputError(f"{file or WideResNet50.URL}: {text}") from None
     for module in freeze(net).modules():  # buffers that no checkpoint holds
         for name, weight in [*module.named_parameters(recurse=False)]:
             delattr(module, name)

@@ -318,9 +318,9 @@ def test_what_is_left_out_is_counted_and_nothing_is_an_error(tmp_path, content, 
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(found, str):
         return refuses(found, evaluate.leave_out, categories, file)
-    (kept,), names = evaluate.leave_out(categories, file)
-    assert {p.name for p in {*categories[0].train} - {*kept.train}} == found
-    assert len(names) == len(found) == 6 - len(kept.train)
+    (kept,) = evaluate.leave_out(categories, file)
+    assert {path.name for path in kept.left_out} == found
+    assert {*kept.train} == {*categories[0].train} - {*kept.left_out}
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -375,6 +375,19 @@ def test_a_file_of_several_frames_is_refused(tmp_path, suffix):
         assert as_image(path).size == (20, 12)
     else:
         refuses("2 frames: save each as an image of its own", as_image, path)
+
+
+@pytest.mark.parametrize("kind, channels", [(2, 3), (4, 2), (6, 4)])
+def test_colours_of_16_bits_are_refused(tmp_path, kind, channels):
+    """Pillow keeps their upper byte alone: of 12 bits 16 levels would be left, without a word."""
+    head = struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)
+    rows = zlib.compress(4 * (b"\0" + bytes(8 * channels)))
+    with open(tmp_path / "a.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, chunk in ((b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")):
+            size, checksum = len(chunk), zlib.crc32(name + chunk)
+            file.write(struct.pack(">I", size) + name + chunk + struct.pack(">I", checksum))
+    refuses("16-bit colours", as_image, tmp_path / "a.png")
 
 
 def test_damaged_files_are_read_or_refused_by_name(tmp_path):

@@ -152,12 +152,16 @@ def test_what_stands_out_is_named_drawn_marked_and_can_be_left_out(tmp_path):
     assert sorted(evaluate.read_json(tmp_path / "b/d/part/recipe.json")["left_out"]) == marked
     _, [category] = evaluate.read_dataset(tmp_path / "d/part")
     twins = [category, category._replace(name="other")]
-    [kept, _], _ = evaluate.leave_out(twins, out / "train-scores.csv")  # in a folder "part"
+    kept, _ = evaluate.leave_out(twins, out / "train-scores.csv")  # in a folder "part"
     assert len(kept.train) == 19
     (tmp_path / "names.csv").write_text("image,leave_out\n04.png,x\n")
     with pytest.raises(InputError, match="is that of 2: write more"):
         evaluate.leave_out(twins, tmp_path / "names.csv")
     fails(run(*command, "--leave-out", tmp_path / "none.csv"), "none.csv: cannot be read")
+    for more in ((), ("--resume",)):  # in place: what is left out stays marked
+        succeeds(run(*command, "--out", tmp_path / "a", *leave_out, *more))
+        rows = read_table(out / "train-scores.csv")
+        assert sorted(row["image"] for row in rows if row["leave_out"]) == marked
 
 
 def test_every_score_has_a_prediction(trained, model):
@@ -293,6 +297,8 @@ def test_a_part_of_the_categories_has_its_own_table(data, trained, tmp_path):
     assert (folder / "results.csv").read_bytes() == before
     for name in ("results-bolt.csv", "metrics-bolt.csv"):
         assert [row["category"] for row in read_table(folder / name)][:2] == ["bolt", "mean"]
+    parts = [[{"category": 50 * "a" + end}] for end in "bc"]  # as long as a name of a file may be
+    assert len({evaluate.part_of(folder, part) for part in parts}) == 2
 
 
 def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
@@ -314,6 +320,10 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
     for threshold in (1e-3, 99):
         words = "rows of another folder, model or threshold"
         fails(run(*command, "--resume", "--threshold", threshold), words)
+    given = tmp_path / "given"
+    for bolt, resume in ((model, ()), (model.parents[1] / "nut/model.pt", ("--resume",))):
+        result = run(*command[:2], bolt, *command[3:6], given, "--threshold", 2, *resume)
+    fails(result, words)  # another model with the same threshold
     (folder / first).unlink()  # an image that is gone keeps its row
     succeeds(run(*command, "--resume"))
     assert table.read_bytes() == whole
@@ -326,11 +336,11 @@ def test_a_scoring_that_was_stopped_goes_on(data, model, tmp_path):
 @pytest.mark.parametrize(
     "rows",
     [
-        "a.png,1,0.1,good,1,/x,1,\n",
-        '"a.png",1,0.1,good,1,/x,1,\r\n',
-        f"{'a' * 131_073},1,0.1,good,1,/x,1,\r\n",
-        "a.png,1\r\nb.png,1,0.1,good,1,/x,1,\r\n",
-        "a.png,1,0.1,good,1,/x,1,,,\r\n",
+        "a.png,1,0.1,good,1,m,/x,1,\n",
+        '"a.png",1,0.1,good,1,m,/x,1,\r\n',
+        f"{'a' * 131_073},1,0.1,good,1,m,/x,1,\r\n",
+        "a.png,1\r\nb.png,1,0.1,good,1,m,/x,1,\r\n",
+        "a.png,1,0.1,good,1,m,/x,1,,,\r\n",
     ],
 )
 def test_a_table_that_was_changed_is_refused_in_one_line(data, model, tmp_path, rows):

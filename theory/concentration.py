@@ -3,7 +3,7 @@
 [paper] "the concentration of measure in high-dimensional Gaussian manifolds induces structured
 irregularities, giving rise to a Centripetal Potential Field (CPF) that steers trajectories away
 from Optimal Transport (OT) paths". The formulas are [derived]; proofs in README.md.
-Figure: draw.concentration_figure.
+Figure: draw.PANELS.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 A score M is the largest of n distances |z| / sqrt(d) on a map, z in R^d. What is fitted and ranked
 is what evaluate has in use: central_line, fit_tail, threshold_of, classify; maps are those of
-wtflow.map_and_score. The formulas are [derived]; proofs in README.md. Figure: draw.extremes_figure.
+wtflow.map_and_score. The formulas are [derived]; proofs in README.md.
 """
 
 import math

@@ -7,7 +7,7 @@ Data at 0, noise at 1, in R^16 at m2 = d.
 (c) The residual of a step from the middle, by t, of rFM's time-conditioned field. The same data,
     and anomalies that lie in the plane, inside the circle: a Gaussian of x_0 does not see them.
 v_theta is a small network [ours]; the loss, path and couplings are wtflow's. Results and their
-limits: README.md. Figure: draw.learned_field_figure.
+limits: README.md. Figure: draw.figures.
 """
 
 from functools import partial

@@ -3,7 +3,7 @@
 x_1 = -rho sqrt(d) x_0/|x_0| + sqrt(1 - rho^2) z is wtflow.worst, [ours] as a reading of the paper's
 local worst transport; x_1 = -rho x_0 + sqrt(1 - rho^2) z is the linear coupling, the same where
 |x_0| = sqrt(d). What follows is [derived]; proofs, and what rho is good for: README.md. That the
-residual v_theta - u_0 is the score is [ours]. Figure: draw.local_transport_figure.
+residual v_theta - u_0 is the score is [ours]. Figure: draw.PANELS.
 """
 
 from functools import partial

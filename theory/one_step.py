@@ -6,7 +6,7 @@ are [derived]; proofs in README.md.
 
 O1: q = N(0, s^2 I), Gaussian coupling of correlation -rho. O2: q = N(-m, s^2)/2 + N(m, s^2)/2 on a
 line, anomalies N(0, s^2) between the two modes. O3: every q; its integral is the pointwise I-MMSE
-relation of Kong et al. 2023 (arXiv 2302.03792). Figure: draw.one_step_figure.
+relation of Kong et al. 2023 (arXiv 2302.03792). Figure: draw.PANELS.
 """
 
 from functools import partial

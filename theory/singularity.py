@@ -5,7 +5,7 @@ boundary, precipitating explosive estimation errors". Every formula below is [de
 README.md.
 
 Data: q = (1/K) sum_k N(mu_k, s^2 I), which holds the Gaussian (K = 1), a training set (s = 0) and
-their mixtures. Figure: draw.singularity_figure.
+their mixtures. Figure: draw.PANELS.
 """
 
 from functools import partial

@@ -3,7 +3,7 @@
 Without t it learns v(x) = E[u_t(x) | x], the average over p(t | x), proportional to p_t(x). By the
 continuity equation div (v int_0^1 p_t dt) = q - p_1: data are sources, noise is a sink. Where q is
 isotropic the divergence theorem gives v. The formulas are [derived]; fields without time are those
-of Sun et al. 2025 (arXiv 2502.13129). Proofs: README.md. Figure: draw.unconditional_field_figure.
+of Sun et al. 2025 (arXiv 2502.13129). Proofs: README.md. Figure: draw.PANELS.
 """
 
 import numpy as np

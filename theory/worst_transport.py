@@ -2,7 +2,7 @@
 
 [paper] WT-Flow "amplifies the observed CPF of rFM to mitigate the initial singularity". W1, W2 and
 the distributions in W3 and W4 are [derived]; "local" read as the worst of n noise candidates is
-[ours]. Figures: draw.worst_transport_figure, draw.fields_figure.
+[ours]. Figures: draw.PANELS, draw.fields_figure.
 """
 
 import itertools
