@@ -104,7 +104,7 @@ def test_seeds_give_models_of_their_own_the_same_each_time(data, trained, tmp_pa
 def test_mean_and_spread_of_seeds_by_hand(tmp_path, capsys):
     row = dict.fromkeys(evaluate.COLUMNS + evaluate.MORE) | dict.fromkeys(evaluate.SUMMED, 1)
     runs = [[row | {"category": name, "aupro": aupro} for name in "ab"] for aupro in (80.0, 90.0)]
-    for some in (runs, [run[:1] for run in runs]):  # of a part: in tables of its own
+    for some in (runs, [each[:1] for each in runs]):  # of a part: in tables of its own
         evaluate.write_spread(tmp_path, [0, 1], some)
     assert "85.00 +- 7.07" in capsys.readouterr().out  # 10 / sqrt(2)
     for name, value in (("results", "85.00"), ("metrics", "85.00"), ("spread", "7.07")):
