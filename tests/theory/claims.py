@@ -59,7 +59,8 @@ def claim(*formulas, examples, **strategies):
         right = dict(zip(names, formulas, strict=True))
 
         def holds(formulas, **options):
-            options |= {"max_examples": examples, "suppress_health_check": list(HealthCheck)}
+            options = {"max_examples": examples} | options
+            options |= {"suppress_health_check": list(HealthCheck)}
             over_strategies = settings(**options)(given(**strategies)(check))
             over_strategies(**formulas)
 
@@ -67,7 +68,7 @@ def claim(*formulas, examples, **strategies):
             holds(right)
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
-        test.right, test.holds = right, holds
+        test.right, test.holds, test.examples = right, holds, examples
         return test
 
     return decorate
@@ -91,6 +92,7 @@ def rejects(test, **wrong):
             test.holds(
                 test.right | {argument: formula},
                 phases=[Phase.generate],  # the first counterexample is enough, not the smallest
+                max_examples=10 * test.examples,  # a wrong formula may differ in few of the draws
                 report_multiple_bugs=False,
             )
 
