@@ -125,7 +125,9 @@ def leave_out(categories: list[Category], file: str | None) -> list[Category]:
     needed. Raises InputError, too, if a category has no training images.
     """
     rows, dropped = rows_of(Path(file)) if file else [], set()
-    names = [row.get("image") or "" for row in rows if (row.get("leave_out") or "").strip()]
+    names = [row.get("image") or "" for row in rows if row.get("leave_out")]
+    if others := {row["leave_out"] for row in rows if row.get("leave_out")} - {"x"}:
+        raise InputError(f"--leave-out {file}: leave_out is {min(others)!r}: write x, or nothing")
     own = Path(file or "").resolve().parent.name
     own = [category for category in categories if category.name == own] or categories
     for name in names:
@@ -1170,8 +1172,8 @@ def score_row(name: str, kind: str, found: Prediction | InputError) -> dict:
 def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iterator[tuple]:
     """(names to score, add(row)): folder/scores.csv, to which each row is written as it comes.
 
-    images: {name: file}; about: columns that all rows share, others are an InputError. With resume
-    the rows that have a score stay, but of an image that has changed.
+    images: {name: file}; about: columns that all rows share, others are an InputError, as is a
+    table without resume. With it rows that have a score stay, but of an image that has changed.
     """
     table = folder / "scores.csv"
     # Another image of a name has another time; that of a missing one its reader names
@@ -1181,8 +1183,10 @@ def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iter
         if any(row[column] != about[column] for row in rows for column in about):
             text = "rows of another folder, model or threshold: remove it or give another --out"
             raise InputError(f"{table}: {text}")
-        rows = [row for row in rows if resume and row["score"]]
-        rows = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
+        if rows and not resume:
+            raise InputError(f"{table}: is there: give --resume to go on, or another --out")
+        kept = [row for row in rows if times.get(row["image"], row["modified"]) == row["modified"]]
+        rows = [row for row in kept if row["score"]]
         done = {row["image"] for row in rows}
         write_csv(table, FOLDER_SCORES, rows)
         with writing(table):
@@ -1240,7 +1244,7 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
 
 
 # Checkpoints
-TRAINED = "what train.py wrote", "give OUT/DATA/CATEGORY/model.pt, or remove this and train again"
+TRAINED = "what train.py wrote", "give OUT/DATA/CATEGORY/model.pt, or train again"
 
 
 def save_model(path: str | Path, detector: wtflow.Detector) -> None:
@@ -1429,8 +1433,10 @@ def draw_rows(figure: Any, rows: list[tuple], known: Calibration, white: float =
         if union is not None:
             # BOX and > 0: a scratch that is thinner than a pixel of the picture stays
             union = Image.fromarray(union).convert("L").resize(image.size, Image.BOX)
-            left.contour(np.asarray(union) > 0, [0.5], colors="magenta")
+            left.contour(np.asarray(union) > 0, [0.5], colors="magenta", linewidths=0.8)
         y = at_size(y, image.size[::-1])
+        if y.max() > known.threshold:
+            right.contour(y, [known.threshold], colors="white", linewidths=0.8)
         shown = right.imshow(y, cmap="viridis", vmin=middle / 2, vmax=1.5 * middle)
         bar = figure.colorbar(shown, ax=right, fraction=0.046, extend="both")
         bar.set_label("anomaly map; white: the threshold")
@@ -1446,7 +1452,7 @@ def draw_scores(figure: Any, title: str, scores: Array, bad: Array, known: Calib
     end = np.fmin(every.max(), 2 * known.threshold)  # where there is a threshold
     edges = np.linspace(min(every.min(), end / 2), end, 61)
     groups = {"good training": good, "good test": scores[~bad], "defective test": scores[bad]}
-    for name, values in groups.items():
+    for name, values in groups.items() if len(scores) else [("good training", good)]:
         label = f"{len(values)} {name} images"
         axis.hist(np.minimum(values, end), edges, alpha=0.6, label=label)
     expected = -len(good) * np.diff(known.tail.p_value(edges))
@@ -1529,9 +1535,12 @@ class Program(torch.nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         detector, tail = self.detector, self.known.tail
-        size = wtflow.image_shape(detector.recipe)
-        x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)  # as Pillow's
-        x = wtflow.extract_features(detector.extractor, x.round().clamp(0, 255), detector.recipe)
+        height, width = wtflow.image_shape(detector.recipe)
+        x = images.float()
+        for size in ((x.shape[2], width), (height, width)):  # as Pillow, which rounds in between
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+            x = (x + 0.5).floor().clamp(0, 255)
+        x = wtflow.extract_features(detector.extractor, x, detector.recipe)
         maps, scores = detector._score(x)
         z = (scores.log() - tail.location) / tail.scale
         return maps, scores, torch.expm1(-torch.exp(-z)).abs(), scores > self.known.threshold
@@ -1603,7 +1612,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", metavar="FILE", help="a model.pt, for --image or --export")
     add("--image", metavar="PATH", help="an image, or a folder of images")
     add("--out", metavar="DIR", help="of --image: a folder for scores.csv and pictures")
-    add("--resume", action="store_true", help="of --image with --out: go on (default: anew)")
+    add("--resume", action="store_true", help="of --image: go on with what is in --out")
     add("--export", metavar="FILE", help="the model as a program: FILE.onnx")
     args = parser.parse_args(argv)
     check_options(args)

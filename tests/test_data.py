@@ -297,7 +297,7 @@ def test_hostile_folders_are_read_or_refused_by_name(tmp_path, pieces, whole):
 HEAD = "image,score,leave_out\n"
 LEFT_OUT = [  # a train-scores.csv, the images that it leaves out or what the refusal says
     (HEAD + "004.png,9,x\n005.png,8,\n", {"004.png"}),
-    ('"image","leave_out"\r\n"good/004.png","x"\r\n./005.png,1\r\n', {"004.png", "005.png"}),
+    ('"image","leave_out"\r\n"good/004.png","x"\r\n./005.png,x\r\n', {"004.png", "005.png"}),
     ("", "a mark in leave_out"),
     (HEAD + "004.png,9,\n", "a mark in leave_out"),
     ("004.png\n", "a mark in leave_out"),
@@ -306,6 +306,7 @@ LEFT_OUT = [  # a train-scores.csv, the images that it leaves out or what the re
     ((HEAD + "größe.png,9,x").encode("cp1252"), "UTF-8"),
     (HEAD + "99.png,9,x\n", "99.png is that of 0"),
     (HEAD + ",9,x\n", "is that of 0"),
+    (HEAD + "004.png,9,x\n005.png,9,no\n", "leave_out is 'no': write x, or nothing"),
     (HEAD + "".join(f"{k:03d}.png,9,x\n" for k in range(6)), "bolt: no training images"),
     (HEAD + "a" * (1 << 18) + ",9,x\n", "cannot be read as a table"),
 ]

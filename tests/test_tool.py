@@ -239,7 +239,7 @@ def test_a_score_that_is_not_finite_is_the_error_of_its_image(model, tmp_path, m
 
 
 def test_what_is_scored_goes_to_out_but_not_among_the_images(model, tmp_path, monkeypatch):
-    """Without --out it is lines alone; a table of the same folder and model is made anew."""
+    """Without --out it is lines alone; a table that is there is gone on with or stays."""
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("line/a.png", "line/day\n2/b.png")):
         save(tmp_path / name, picture(k)[0])
@@ -248,12 +248,13 @@ def test_what_is_scored_goes_to_out_but_not_among_the_images(model, tmp_path, mo
         fails(run(*command, "line/a.png", "--out", out), out, "give a folder")
     for out in ("line", "line/o"):
         fails(run(*command, "line", "--out", out), "--out", "lies in the folder of the images")
-    for out in ((), ("--out", "."), ("--out", ".")):
+    for out in ((), ("--out", ".")):
         result = succeeds(run(*command, "line", *out))
         assert len(result.stdout.splitlines()) == 3 and "day\\n2/b.png  score " in result.stdout
         assert not result.stderr and (tmp_path / "scores.csv").exists() == bool(out)
     assert [row["image"] for row in read_table("scores.csv")] == ["a.png", "day\n2/b.png"]
     assert (tmp_path / "a.png.png").is_file()
+    fails(run(*command, "line/a.png", "--out", "."), "scores.csv: is there: give --resume")
 
 
 def items(*names):
