@@ -700,17 +700,18 @@ def extract(detector: wtflow.Detector, images: list, report: Callable | None = N
 
 
 def extract_good(
-    detector: wtflow.Detector, images: list, names: list, report: Callable | None = None
+    detector: wtflow.Detector, images: list, report: Callable | None = None
 ) -> tuple[Tensor, Array]:
     """Features of n good images without copies, and of each image the first with its pixels (n,).
 
-    Held-out scores of what has a copy that was seen are too low. names: of the images, for a note.
+    Held-out scores of what has a copy that was seen are too low.
     """
     (features, _, digests), where = extract(detector, images, report), {}
     first = np.array([where.setdefault(digest, k) for k, digest in enumerate(digests)])
     if len(where) == len(first):
         return features, first
-    copies = listed([names[k] for k in np.flatnonzero(first == np.bincount(first).argmax())])
+    copies = np.flatnonzero(first == np.bincount(first).argmax())
+    copies = listed([getattr(images[k], "name", f"image {k}") for k in copies])
     text = f"{len(first)} training images, {len(where)} different"
     say_once(f"{text}: of equal ones, like {copies}, the first is used")
     return features[np.unique(first)], first

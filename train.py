@@ -178,8 +178,7 @@ def fit(
     if not isinstance(images, (list, tuple)) or not images:
         raise InputError("images: give a list of paths or arrays, with at least one in it")
     detector = evaluate.new_detector(images, Recipe(**settings), weights, device)
-    names = [f"images[{k}]" for k in range(len(images))]
-    fit_detector(detector, evaluate.extract_good(detector, images, names)[0], seed)
+    fit_detector(detector, evaluate.extract_good(detector, images)[0], seed)
     return detector
 
 
@@ -190,11 +189,8 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
     own = {seed: settings | {"seed": seed} for seed in folders}
     had = {seed: what_is_there(folders[seed], own[seed], args.resume) for seed in folders}
     todo = [seed for seed in folders if "row" not in had[seed]]
-    if len(todo) < len(folders):
-        text = "pictures of finished categories stay: evaluate.py --run draws them again"
-        evaluate.say_once(text)
     if not todo:
-        return
+        return evaluate.say(f"{prefix}: is finished", sys.stderr)
 
     def progress(what, total, done, text=""):
         nonlocal shown
@@ -211,7 +207,7 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
         for mask in item.masks or ():
             evaluate.read_mask(mask, size)
     report = partial(progress, "training image", len(good))
-    features, first = evaluate.extract_good(detector, good, good, report)
+    features, first = evaluate.extract_good(detector, good, report)
     spent = time.monotonic() - began
 
     for seed in todo:

@@ -68,7 +68,7 @@ def samples_of(args, recipe):
 def read_sample(category, recipe, device="cpu"):
     """The features of a category."""
     detector = evaluate.new_detector(category.train, recipe, device=device)
-    good, _ = evaluate.extract_good(detector, category.train, category.train)
+    good, _ = evaluate.extract_good(detector, category.train)
     test, sizes, _ = evaluate.extract(detector, [item.path for item in category.test])
     return Sample(category, detector.recipe, good, test, sizes)
 

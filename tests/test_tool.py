@@ -109,7 +109,7 @@ def test_equal_pixels_are_copies_and_nothing_else_is(tmp_path, capsys):
     for path, array in zip(paths, (image, other, image, image[:, ::-1]), strict=True):
         save(path, array)
     detector = evaluate.new_detector(paths, wtflow.Recipe(image_size=64))
-    features, first = evaluate.extract_good(detector, paths, paths)
+    features, first = evaluate.extract_good(detector, paths)
     assert first.tolist() == [0, 1, 0, 3]
     assert torch.equal(features, evaluate.extract(detector, paths)[0][[0, 1, 3]])
     note = "4 training images, 3 different: of equal ones, like 0.png, 2.bmp, the first is used"

@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 def measure(category, seed=0, **settings):
     """The Measured of an evaluate.Category: train.fit_detector on its good images."""
     detector = evaluate.new_detector(category.train, wtflow.Recipe(**settings), device="cpu")
-    features, _ = evaluate.extract_good(detector, category.train, category.train)
+    features, _ = evaluate.extract_good(detector, category.train)
     tests, *_ = evaluate.extract(detector, [item.path for item in category.test])
     defective = np.array([item.kind != "good" for item in category.test])
     return fitted(category.name, detector, features, seed, tests, defective)
