@@ -143,7 +143,7 @@ def leave_out(categories: list[Category], file: str | None) -> list[Category]:
         say_once(f"--leave-out: {len(dropped)} training images are left out")
     kept = []
     for category in categories:
-        left_out = [path for path in category.train if path in dropped]
+        left_out = tuple(path for path in category.train if path in dropped)
         train = [path for path in category.train if path not in dropped]
         kept.append(category._replace(train=train, left_out=left_out))
         if not train:
@@ -475,7 +475,8 @@ def head_of(path: str | Path) -> tuple[Image.Image, tuple[int, int]]:
         frames, pixels = getattr(image, "n_frames", 1), image.width * image.height
         if frames > 1 and image.format != "MPO":  # of a telephone: the others are previews
             raise ValueError(f"it has {frames} frames: save each as an image of its own")
-        if image.mode == "F" or (image.mode[0] != "I" and ";16" in str(image.tile)):
+        deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)
+        if image.mode == "F" or (deep and image.mode[0] != "I"):
             raise ValueError("floating-point values or 16-bit colours: save grey of 16 bits, or 8")
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
@@ -852,7 +853,7 @@ def measure(category: Category, scored: tuple, ignore: Array | None = None) -> d
     """Metrics of one category, a dict over COLUMNS and MORE, and "kinds": a row of each defect.
 
     scored: of the test images maps (n, h, w), predictions and sizes [(H, W)]; ignore: pixels (H, W)
-    without a metric. Says why some metrics are missing.
+    without a metric. Says so where AUROC is not defined.
     """
     test, name, (maps, found, sizes), pixels = category.test, category.name, scored, {}
     kinds = [item.kind for item in test]
@@ -1207,7 +1208,9 @@ def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iter
 def part_of(folder: Path, rows: list[dict]) -> str:
     """What the tables of a part of the categories have in their names."""
     table, names = folder / "results.csv", [harmless(row["category"]) for row in rows]
-    had = {row.get("category") for row in rows_of(table)} if table.exists() else set()
+    refuse_foreign(table, head_line(COLUMNS))
+    text = table.read_bytes().decode("utf-8", "surrogateescape") if table.exists() else ""
+    had = {row["category"] for row in csv.DictReader(io.StringIO(text, newline=""))}
     text = "".join(f"-{name}" for name in names if not had <= {*names, "mean"})
     return text if len(text) <= 50 else f"{text[:40]}-{zlib.crc32(encoded(text)):08x}"
 
@@ -1245,7 +1248,7 @@ def write_spread(folder: Path, seeds: list[int], runs: list[list[dict]]) -> None
 
 
 # Checkpoints
-TRAINED = "what train.py wrote", "give OUT/DATA/CATEGORY/model.pt, or train again"
+TRAINED = "what train.py wrote", "give OUT/DATA/CATEGORY/model.pt, or remove this and train again"
 
 
 def save_model(path: str | Path, detector: wtflow.Detector) -> None:
@@ -1301,7 +1304,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def write_json(path: Path, values: dict) -> None:
     """Plain values, a line each."""
-    text = json.dumps({"written_by": RESULT, "format": FORMAT} | values, indent=4)
+    text = json.dumps({"written_by": RESULT} | values, indent=4)
     write_whole(path, lambda file: file.write(encoded(text)))
 
 
@@ -1309,8 +1312,8 @@ def read_json(path: Path) -> dict:
     """What write_json wrote. Raises InputError for anything else."""
     with unreadable(path, *TRAINED):
         values = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+        if values["written_by"] != RESULT or not {"row", "test"} <= values.keys():
+            raise ValueError("not of this version")
         return values
 
 
@@ -1613,7 +1616,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", metavar="FILE", help="a model.pt, for --image or --export")
     add("--image", metavar="PATH", help="an image, or a folder of images")
     add("--out", metavar="DIR", help="of --image: a folder for scores.csv and pictures")
-    add("--resume", action="store_true", help="of --image: go on with what is in --out")
+    add("--resume", action="store_true", help="of --image with --out: go on with what is there")
     add("--export", metavar="FILE", help="the model as a program: FILE.onnx")
     args = parser.parse_args(argv)
     check_options(args)
@@ -1764,7 +1767,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", metavar="DIR", help="data set or one category of it (train.py: else a demo)")
     add("--category", nargs="+", action="extend", default=[], metavar="NAME", help="only these")
-    add("--weights", metavar="FILE", help="of the backbone (default: those of its package)")
+    add("--weights", metavar="FILE", help="of the backbone (default: its own)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     text = "false positive rate of the threshold; 0: the highest good training score (default: 1)"
     add("--fpr", type=float, default=1.0, metavar="PERCENT", help=text)

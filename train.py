@@ -229,7 +229,8 @@ def run_category(category: evaluate.Category, folders: dict, args: Namespace, pr
 def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
     """What there is of a category and a seed: with resume its "training" or its "row"; else {}.
 
-    Raises InputError for files not from here, of other settings, or of images in another folder.
+    Raises InputError for files not from here; with resume for other settings; without it for a
+    finished run on images in another folder.
     """
     evaluate.refuse_foreign_results(folder)
     state, file, had = folder / evaluate.STATE, folder / evaluate.FINISHED, settings
@@ -245,7 +246,7 @@ def what_is_there(folder: Path, settings: dict, resume: bool) -> dict:
     if resume:
         return had
     if state.exists():
-        evaluate.say_once(f"{state}: this training is given up: --resume would have gone on")
+        evaluate.say_once(f"{state}: this training is given up, as there is no --resume")
         evaluate.remove_results([state, file])  # the model may be newer than its json
     return {}
 

@@ -391,6 +391,14 @@ def test_colours_of_16_bits_are_refused(tmp_path, kind, channels):
     refuses("16-bit colours", as_image, tmp_path / "a.png")
 
 
+def test_a_bitmap_of_16_bits_a_pixel_is_read(tmp_path):
+    """Of 5, 6 and 5 bits a colour: no colour of 16 bits."""
+    head = b"BM" + struct.pack("<IIIIiiHHIIiiII", 74, 0, 66, 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "a.bmp").write_bytes(head + masks + struct.pack("<HHHH", 0xFFFF, 0xF800, 0, 0))
+    assert np.asarray(as_image(tmp_path / "a.bmp")).max((0, 1)).tolist() == [255, 255, 255]
+
+
 def test_damaged_files_are_read_or_refused_by_name(tmp_path):
     """600 of them, or FUZZ: cut, bytes changed, put in, taken out. One InputError with the name."""
     rng, blobs, exif = np.random.default_rng(0), [], turned(6)

@@ -75,7 +75,7 @@ def test_fitting_goes_on_from_any_saved_state_to_the_same_detector(monkeypatch, 
 
 def test_what_has_begun_goes_with_the_results_whose_model_it_may_have_replaced(tmp_path):
     state, finished = tmp_path / evaluate.STATE, tmp_path / evaluate.FINISHED
-    evaluate.write_json(finished, {"source": 1, "row": 2})
+    evaluate.write_json(finished, {"source": 1, "row": 2, "test": 3})
     assert train.what_is_there(tmp_path, {"source": 1}, resume=False) == {} and finished.exists()
     evaluate.save_checkpoint(state, tiny(), source=1, training=3)
     assert train.what_is_there(tmp_path, {"source": 1}, resume=True)["training"] == 3
