@@ -1104,7 +1104,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 # Tables
-TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run a cell that begins so, if it is no number
+TOLD = tuple("=+-@\t\r＝＋－＠")  # a spreadsheet may run what begins so, if it is no number
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 
 
@@ -1139,21 +1139,22 @@ def harmless(text: str) -> str:
     return f"./{text}" if text.startswith(TOLD) and not NUMBER.fullmatch(text) else text
 
 
-def read_csv(path: Path, columns: tuple) -> list[dict]:
-    """Rows of a table that write_csv wrote, but a last one that is half written; [] of none.
-
-    Raises InputError for a table of other columns, or one that was changed since.
-    """
-    if not os.path.lexists(path):
-        return []
+def table_in(path: Path, columns: tuple) -> tuple[str, list[dict]]:
+    """Text and rows of a table, "" and [] of none. Raises InputError for one of other columns."""
     refuse_foreign(path, head_line(columns))
     with unreadable(path, "the table it was", "move it"):
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        rows = rows if text.endswith("\n") else rows[:-1]
-        if not text.startswith(head_line(columns) + csv_text(columns, rows)):
-            raise ValueError("changed since")
-        return rows
+        text = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
+        return text, list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def read_csv(path: Path, columns: tuple) -> list[dict]:
+    """Rows of table_in but a last one that is half written. InputError if it was changed since."""
+    text, rows = table_in(path, columns)
+    rows = rows if text.endswith("\n") else rows[:-1]
+    if text and not text.startswith(head_line(columns) + csv_text(columns, rows)):
+        text = "cannot be read as the table it was (changed since): move it"
+        raise InputError(f"{path}: {text}")
+    return rows
 
 
 SCORES = ("image", "kind", "score", "p_value", "verdict")  # columns of a category's scores.csv
@@ -1207,10 +1208,8 @@ def growing_table(folder: Path, images: dict, about: dict, resume: bool) -> Iter
 
 def part_of(folder: Path, rows: list[dict]) -> str:
     """What the tables of a part of the categories have in their names."""
-    table, names = folder / "results.csv", [harmless(row["category"]) for row in rows]
-    refuse_foreign(table, head_line(COLUMNS))
-    text = table.read_bytes().decode("utf-8", "surrogateescape") if table.exists() else ""
-    had = {row["category"] for row in csv.DictReader(io.StringIO(text, newline=""))}
+    names = [harmless(row["category"]) for row in rows]
+    had = {row["category"] for row in table_in(folder / "results.csv", COLUMNS)[1]}
     text = "".join(f"-{name}" for name in names if not had <= {*names, "mean"})
     return text if len(text) <= 50 else f"{text[:40]}-{zlib.crc32(encoded(text)):08x}"
 
